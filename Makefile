@@ -1,0 +1,37 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+export TOKENIZERS_PARALLELISM := false
+
+run: $(READY)  ## execute all notebooks at the tiny preset; writes runs/, figures/ and results/
+	$(BIN)/python -m smlib run --preset tiny --publish
+
+test: $(READY)  ## style, unit tests, the smoke pipeline, and the committed notebooks
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/pytest -q
+	$(BIN)/pytest -q -m slow
+	$(BIN)/pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 notebooks
+
+lab: $(READY)  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+bench: $(READY)  ## speed and memory, ours beside peers
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+figures: $(READY)  ## draw the figures and tables again from the finished stages
+	$(BIN)/python -m smlib run --preset tiny --from 0 --publish
+
+notebooks: $(READY)  ## the same, and put the executed notebooks into notebooks/
+	$(BIN)/python -m smlib run --preset tiny --from 0 --publish --refresh
+
+clean:  ## delete all runs; what is in figures/, results/ and notebooks/ stays
+	rm -rf runs .pytest_cache .ruff_cache .hypothesis
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is not Python 3.11 or newer: install one, then make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r requirements.lock
+	$(BIN)/pip install -q --no-deps -e .
+	@touch $@
+
+.PHONY: run test lab bench figures notebooks clean

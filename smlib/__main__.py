@@ -1,0 +1,419 @@
+"""The command line: `python -m smlib run` executes the notebooks, `... pretrain` makes the tiny base model.
+
+A run is a folder: `run.json` says what it was asked to do, `notebooks/` holds the executed notebooks and
+their HTML, `timings.json` their time and memory, `index.html` links them, and each stage of the method has a
+folder (smlib.artifacts). The same command goes on where a stopped run ended.
+"""
+
+import argparse
+import ast
+import hashlib
+import html
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+import psutil
+from nbclient.exceptions import DeadKernelError
+from nbconvert import HTMLExporter
+from papermill.engines import NBClientEngine, papermill_engines
+
+from smlib.artifacts import StageError, code_version, replacing
+
+ROOT = Path(__file__).parents[1]
+KERNEL_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",  # its threads and a fork in the same process warn and may hang
+    "TQDM_DISABLE": "1",  # progress bars would make every run's notebooks differ; the runner shows its own
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+class RunError(Exception):
+    """A run that cannot start or go on; the message names the fault and the way out."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Exit code 0, or 1 after an error (a message, no traceback), or 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    try:
+        if args.command == "pretrain":
+            from smlib import pretraining
+
+            return pretraining.main(args.arguments) or 0
+        from smlib.settings import preset  # here, because it imports torch
+
+        preset(args.preset, args.task, args.seed)  # refuses an unknown name before anything is written
+        out = Path(args.out or ROOT / "runs" / f"{args.preset}-{args.task}-seed{args.seed}").resolve()
+        values = {"PRESET": args.preset, "TASK": args.task, "SEED": args.seed} | dict(args.set)
+        run(ROOT / "notebooks", out, values, first=args.first, last=args.last)
+        if args.publish:
+            publish(out, ROOT)
+        if args.refresh:
+            refresh(out, ROOT / "notebooks")
+        print(f"Open {out / 'index.html'}")
+        return 0
+    except (RunError, StageError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m smlib", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="execute the notebooks in order, or go on where a run stopped")
+    run.add_argument("--preset", default="tiny", help="smoke (seconds, for tests) or tiny (default)")
+    run.add_argument("--task", default="all", help="one task, such as coin_flip, or all (default)")
+    run.add_argument("--seed", type=int, default=0)
+    again = "execute again from notebook N on (a finished stage is read; delete its folder to redo it)"
+    run.add_argument("--from", dest="first", type=int, metavar="N", help=again)
+    run.add_argument("--to", dest="last", type=int, metavar="N", help="stop after notebook N")
+    run.add_argument("--out", help="run folder (default: runs/PRESET-TASK-seedSEED)")
+    change = {"type": _assignment, "metavar": "NAME=VALUE", "help": "change a notebook parameter; repeatable"}
+    run.add_argument("--set", action="append", default=[], **change)
+    run.add_argument("--publish", action="store_true", help="copy figures and results to the repository's")
+    run.add_argument("--refresh", action="store_true", help="put the executed notebooks into notebooks/")
+    pretrain = commands.add_parser("pretrain", help="make the tiny base model again", add_help=False)
+    pretrain.add_argument("arguments", nargs=argparse.REMAINDER)
+    return parser
+
+
+def _assignment(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, such as SEED=1")
+    if name in ("PRESET", "TASK", "SEED", "RUN_DIR"):
+        raise argparse.ArgumentTypeError(f"{name} has an option of its own, see --help")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def run(notebooks_dir: Path, out: Path, values: dict, *, first: int | None = None, last: int | None = None):
+    """Execute the numbered notebooks of a folder, in order, into `out`; those that are done are skipped.
+
+    values: parameters by name. Each notebook gets those its parameters cell has, and RUN_DIR.
+    A notebook is done when it was executed with the same source and parameters, and no notebook before it has
+    been executed since. `first` executes again from that number on. Raises RunError at the first failure.
+    """
+    sources = {path: nbformat.read(path, 4) for path in sorted(notebooks_dir.glob("[0-9][0-9]_*.ipynb"))}
+    if not sources:
+        raise RunError(f"{notebooks_dir} holds no numbered notebooks: run inside a clone of the repository.")
+    numbers = [int(path.name[:2]) for path in sources]
+    for option, number in (("--from", first), ("--to", last)):
+        if number is not None and number not in numbers:
+            raise RunError(f"{option} {number}: there is no such notebook; choose one of {numbers}.")
+    _check_values(sources, values)
+    _claim(out, values)
+    timings = _read(out / "timings.json")
+    expected = _earlier_seconds(out, values)
+    again = False  # once a notebook is executed, those after it have new inputs
+    for position, (path, notebook) in enumerate(sources.items(), start=1):
+        number, name = int(path.name[:2]), path.stem
+        if (first is not None and number < first) or (last is not None and number > last):
+            continue
+        label = f"[{position}/{len(sources)}] {name}"
+        mine = {key: value for key, value in values.items() if key in parameters(notebook)}
+        entry = {"source": _source_hash(notebook), "parameters": mine, "stage": False}
+        stage = out / name / "manifest.json"
+        before = timings.get(name, {})
+        if before.get("stage") and not stage.exists():
+            before = {}  # its results were deleted, to be made again
+        same = all(before.get(key) == entry[key] for key in ("source", "parameters"))
+        if same and not again and first is None:
+            print(f"{label} · done before")
+            continue
+        again = True
+        timings.pop(name, None)
+        left = [expected.get(later.stem) for later in list(sources)[position - 1 :] if _within(later, last)]
+        given = {"RUN_DIR": str(out)} if "RUN_DIR" in parameters(notebook) else {}
+        try:
+            with _Watch(label, left) as watch:
+                _execute(path, out / "notebooks" / path.name, mine | given, watch)
+            timings[name] = entry | watch.measured() | {"stage": stage.exists()}
+        finally:
+            _write(out / "timings.json", timings)
+            _write_index(out, values, timings)
+
+
+def _within(path: Path, last: int | None) -> bool:
+    return last is None or int(path.name[:2]) <= last
+
+
+def parameters(notebook) -> dict:
+    """Name and default of every literal assigned in the cell tagged "parameters"; {} without such a cell."""
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            nodes = [node for node in ast.parse(cell.source).body if isinstance(node, ast.Assign)]
+            return {node.targets[0].id: ast.literal_eval(node.value) for node in nodes}
+    return {}
+
+
+def _check_values(sources: dict, values: dict) -> None:
+    defaults = {}
+    for notebook in sources.values():
+        defaults |= parameters(notebook)
+    for name, value in values.items():
+        if name not in defaults:
+            known = ", ".join(sorted(set(defaults) - {"PRESET", "TASK", "SEED", "RUN_DIR"})) or "none"
+            raise RunError(f"no notebook has a parameter {name}; those that --set can change: {known}.")
+        default = defaults[name]
+        fits = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
+        if default is not None and not fits:
+            raise RunError(
+                f"{name} = {value!r} is of type {type(value).__name__}; "
+                f"give one of type {type(default).__name__}, such as {default!r}."
+            )
+
+
+def _claim(out: Path, values: dict) -> None:
+    """Make the run folder ours; refuse one that holds another run."""
+    found = _read(out / "run.json") or values
+    for name in found | values:
+        mine, other = values.get(name, "(not set)"), found.get(name, "(not set)")
+        if mine != other:
+            raise RunError(
+                f"{out} holds a run with {name} = {other!r}, and now {name} = {mine!r} is asked for: "
+                "choose another --out, or delete that folder."
+            )
+    (out / "notebooks").mkdir(parents=True, exist_ok=True)
+    _write(out / "run.json", values)
+
+
+class _Engine(NBClientEngine):
+    """papermill's own engine, which lets the watch see the cells that it executes."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man, kernel_name, watch, **kwargs):
+        watch.cells = nb_man.nb.cells
+        return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+
+
+def _execute(source: Path, target: Path, values: dict, watch: "_Watch") -> None:
+    """Execute one notebook in its own folder, with the interpreter and the packages that run this command."""
+    os.environ.update(KERNEL_ENVIRONMENT)
+    here = str(Path(sys.prefix, "share", "jupyter"))  # before any kernel that a user has registered elsewhere
+    if here not in os.environ.get("JUPYTER_PATH", "").split(os.pathsep):
+        os.environ["JUPYTER_PATH"] = here + os.pathsep + os.environ.get("JUPYTER_PATH", "")
+    papermill_engines.register("smlib", _Engine)
+    try:
+        papermill.execute_notebook(
+            source,
+            target,
+            values,
+            engine_name="smlib",
+            kernel_name="python3",
+            cwd=source.parent,
+            progress_bar=False,
+            watch=watch,
+            extra_arguments=["--log-level=50"],  # the kernel's own log is not for the reader
+        )
+    except papermill.PapermillExecutionError as error:
+        cell = error.cell_index + (0 if values else 1)  # counted from 1, without the cell papermill put in
+        raise RunError(
+            f"notebook {source.stem} stopped at cell {cell} (In [{error.exec_count}]) with "
+            f"{error.ename}: {error.evalue}\n"
+            f"It is kept, up to that cell, in {target}. The same command goes on here once the cause is gone."
+        ) from None
+    except DeadKernelError:
+        raise RunError(
+            f"notebook {source.stem}: its Python process died at cell {watch.cell}, having used up to "
+            f"{watch.peak:.0f} MiB. If memory ran out, close other programs or choose a smaller preset."
+        ) from None
+    finally:
+        if target.exists():
+            page, _ = HTMLExporter(sanitize_html=True).from_filename(str(target))
+            with replacing(target.with_suffix(".html")) as tmp:
+                tmp.write_text(page, encoding="utf-8")
+
+
+class _Watch:
+    """Beside a running notebook: measures time and memory, shows the running cell on a terminal.
+
+    left: seconds that this notebook and those after it took in an earlier run, None where unknown.
+    """
+
+    def __init__(self, label: str, left: list[float | None]):
+        self.label, self.left = label, left
+        self.cells, self.peak, self.started = [], 0.0, time.perf_counter()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+
+    def __enter__(self):
+        if not sys.stdout.isatty():
+            print(f"{self.label}{self._time_left()}", flush=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+        start = "\r\x1b[K" if sys.stdout.isatty() else ""
+        print(f"{start}{self.label} · {_clock(self.seconds)} · {self.peak:.0f} MiB", flush=True)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    @property
+    def cell(self) -> int:
+        """Number of the running cell, from 1; 0 before the first."""
+        states = [cell.metadata.get("papermill", {}).get("status") for cell in list(self.cells)]
+        return sum(state in ("running", "completed", "failed") for state in states)
+
+    def measured(self) -> dict:
+        return {"seconds": round(self.seconds, 1), "peak_mib": round(self.peak), "cells": len(self.cells)}
+
+    def _poll(self) -> None:
+        while not self._stop.wait(0.2):
+            self.peak = max(self.peak, _children_mib())
+            if sys.stdout.isatty():
+                state = f"cell {self.cell}/{len(self.cells)} · {_clock(self.seconds)} · {self.peak:.0f} MiB"
+                print(f"\r\x1b[K{self.label} · {state}{self._time_left()}", end="", flush=True)
+
+    def _time_left(self) -> str:
+        if None in self.left:
+            return ""
+        seconds = max(0, self.left[0] - self.seconds) + sum(self.left[1:])
+        return f" · about {_clock(seconds)} left"
+
+
+def _children_mib() -> float:
+    """Resident memory of the processes below this one, in MiB; pages they share count in each."""
+    total = 0
+    for process in psutil.Process().children(recursive=True):
+        try:
+            total += process.memory_info().rss
+        except psutil.Error:  # it ended meanwhile
+            continue
+    return total / 2**20
+
+
+def _earlier_seconds(out: Path, values: dict) -> dict:
+    """Seconds by notebook, from the newest run of this preset and task in this folder or beside it."""
+    seconds = {}
+    for path in sorted(out.parent.glob("*/timings.json"), key=lambda path: path.stat().st_mtime):
+        run = _read(path.with_name("run.json"))
+        if all(run.get(key) == values.get(key) for key in ("PRESET", "TASK")):
+            seconds |= {name: entry["seconds"] for name, entry in _read(path).items()}
+    return seconds
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _source_hash(notebook) -> str:
+    text = json.dumps([[cell.cell_type, cell.source] for cell in notebook.cells])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError:
+        raise RunError(f"{path} is not valid JSON: delete the folder {path.parent}.") from None
+
+
+def _write(path: Path, value: dict) -> None:
+    with replacing(path) as tmp:
+        tmp.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_index(out: Path, values: dict, timings: dict) -> None:
+    """index.html: one row for every notebook of the run, finished or not."""
+    rows = []
+    for page in sorted((out / "notebooks").glob("*.html")):
+        name = html.escape(page.stem)
+        entry = timings.get(page.stem)
+        time_used = _clock(entry["seconds"]) if entry else "not finished"
+        memory = f"{entry['peak_mib']} MiB" if entry else ""
+        link = f'<a href="notebooks/{name}.html">{name}</a>'
+        rows.append(f"<tr><td>{link}</td><td>{time_used}</td><td>{memory}</td></tr>")
+    asked = html.escape(", ".join(f"{name} = {value!r}" for name, value in values.items()))
+    total = _clock(sum(entry["seconds"] for entry in timings.values()))
+    text = f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(out.name)}</title>
+<style>body {{ font: 16px/1.5 sans-serif; max-width: 45rem; margin: 2rem auto; padding: 0 1rem }}
+td, th {{ text-align: left; padding: .2rem 2rem .2rem 0 }}</style></head><body>
+<h1>{html.escape(out.name)}</h1>
+<p>{asked}<br>smlib {html.escape(code_version())}</p>
+<table><tr><th>notebook</th><th>time</th><th>peak memory</th></tr>
+{chr(10).join(rows)}
+<tr><th>together</th><th>{total}</th><th></th></tr></table></body></html>
+"""
+    with replacing(out / "index.html") as tmp:
+        tmp.write_text(text, encoding="utf-8")
+
+
+def publish(out: Path, root: Path) -> None:
+    """Copy a run's figures/*.png and results/*.csv to the folders of the same name in the repository."""
+    for folder, pattern in (("figures", "*.png"), ("results", "*.csv")):
+        (root / folder).mkdir(exist_ok=True)
+        for path in sorted((out / folder).glob(pattern)):
+            with replacing(root / folder / path.name) as tmp:
+                shutil.copyfile(path, tmp)
+
+
+def refresh(out: Path, notebooks_dir: Path) -> None:
+    """Put a run's executed notebooks into the repository, as if a reader had executed them in place.
+
+    Only a run with the notebooks' own parameters can be: else their outputs would contradict their source.
+    """
+    timings = _read(out / "timings.json")
+    for path in sorted(notebooks_dir.glob("[0-9][0-9]_*.ipynb")):
+        defaults = parameters(nbformat.read(path, 4))
+        if path.stem not in timings:
+            raise RunError(f"{out} has not finished {path.stem}: run it before --refresh.")
+        for name, value in timings[path.stem]["parameters"].items():
+            if value != defaults[name]:
+                raise RunError(f"--refresh needs {name} = {defaults[name]!r}, as in {path.name}, not {value!r}.")
+        notebook = nbformat.read(out / "notebooks" / path.name, 4)
+        local = {str(out): defaults.get("RUN_DIR", ""), str(notebooks_dir.parent): ".."}
+        with replacing(path) as tmp:
+            nbformat.write(_cleaned(notebook, local), tmp)
+
+
+def _cleaned(notebook, local: dict):
+    """Without papermill's traces, execution times and the paths of this machine (keys of `local`)."""
+    cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    count = 0
+    for cell in cells:
+        tags = cell.metadata.get("tags", [])
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        if cell.cell_type == "code":
+            count += 1
+            cell.execution_count = count
+            text = json.dumps(cell.outputs)
+            for path, name in local.items():
+                text = text.replace(json.dumps(path)[1:-1], name)
+            outputs = [nbformat.from_dict(output) for output in json.loads(text)]
+            for output in outputs:
+                if "execution_count" in output:
+                    output.execution_count = count
+                if output.output_type == "stream":
+                    output.text = _as_shown(output.text)
+            cell.outputs = [output for output in outputs if output.get("text") != ""]
+    notebook.cells = cells
+    notebook.metadata.pop("papermill", None)
+    return notebook
+
+
+def _as_shown(text: str) -> str:
+    """What a terminal shows of a text at the end: of a line written over by carriage returns, the last."""
+    return re.sub(r"[^\n]*\r(?=[^\n\r]*[^\s])|[^\n]*\r[^\S\n]*", "", text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

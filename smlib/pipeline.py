@@ -1,0 +1,302 @@
+"""The stages of Self-motivated Learning, each a function that leaves a folder on disk and returns it.
+
+problems -> 01_sampling -> 02_ranking -> 02_sft -> 03_second_sampling -> 03_reward_model -> 04_ppo -> 05_evaluation
+
+A stage that is already on disk with the same settings is loaded, one with other settings is refused (see
+`smlib.artifacts`). Notebooks call these functions and explain what they do; nothing else writes to a run folder.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from smlib import evaluation, models, ppo, ranking, rationales, reward_model, sft
+from smlib.artifacts import Stage, require
+from smlib.problems import PUBLISHED, DatasetError, Problem, generate, load
+from smlib.settings import Settings
+
+# Generated questions of the train split are drawn from these seeds, far apart, plus the run's own seed; the tiny
+# base read seeds from 1,000,003. Test questions are of another split and the same for every run.
+_FIRST, _SECOND, _PPO, _TEST = 10_000, 20_000, 30_000, 40_000
+
+METHODS = {"base": "base", "sft": "SFT on r+", "sml": "SML (PPO)"}
+
+
+def training_problems(settings: Settings) -> list[Problem]:
+    """The questions that the base writes rationales for (stage 01), task after task."""
+    return [
+        problem
+        for task in settings.tasks
+        for problem in generate(task, settings.sampling.questions, _FIRST + settings.seed)
+    ]
+
+
+def second_problems(settings: Settings) -> list[Problem]:
+    """Fresh questions that the SFT model writes rationales for (stage 03)."""
+    return [
+        problem
+        for task in settings.tasks
+        for problem in generate(task, settings.reward.questions, _SECOND + settings.seed)
+    ]
+
+
+def ppo_problems(settings: Settings):
+    """Update number -> that update's questions: fresh ones every time, the tasks in equal shares."""
+    each, odd = divmod(settings.ppo.questions, len(settings.tasks))
+    if odd:
+        raise ValueError(
+            f"PPO asks {settings.ppo.questions} questions per update, no multiple of the {len(settings.tasks)} tasks; "
+            "change ppo.episodes or ppo.samples_per_question"
+        )
+    pools = [generate(task, each * settings.ppo.updates, _PPO + settings.seed) for task in settings.tasks]
+    return lambda update: [problem for pool in pools for problem in pool[update * each : (update + 1) * each]]
+
+
+def test_problems(settings: Settings) -> dict[str, list[Problem]]:
+    """Test set -> its questions: one generated set per task, equal for all seeds of training."""
+    return {task: generate(task, settings.evaluation.questions, _TEST, split="test") for task in settings.tasks}
+
+
+def published_problems(settings: Settings) -> tuple[dict[str, list[Problem]], str]:
+    """The published test sets of the run's tasks, and a sentence that says which are missing and why."""
+    found, missing = {}, ""
+    for task in settings.tasks:
+        if task in PUBLISHED and settings.evaluation.published:
+            try:
+                found[f"{task} (published)"] = load(task, "test", limit=settings.evaluation.published)
+            except DatasetError as error:
+                missing = f"published test sets left out: {error}"
+    return found, missing
+
+
+def sample_rationales(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
+    """01_sampling: the base writes open and answer-conditioned rationales and answers again from each.
+
+    Writes problems.jsonl and rationales.jsonl.
+    """
+    stage = Stage(run_dir, "01_sampling", _keys(settings, "sampling"))
+    if stage.done:
+        return stage
+    with stage.recording():
+        tokenizer, base = models.load_tokenizer(settings.base), models.load_policy(settings.base)
+        problems = training_problems(settings)
+        rows = rationales.sample_open(
+            base, tokenizer, problems, settings.sampling.samples, author="base",
+            progress="open rationales" if progress else None, **_drawing(settings),
+        )  # fmt: skip
+        asked = [
+            problem
+            for start in range(0, len(problems), settings.sampling.questions)
+            for problem in problems[start : start + settings.sampling.conditioned_questions]
+        ]
+        rows += rationales.sample_conditioned(
+            base, tokenizer, asked, settings.sampling.conditioned_samples, author="base",
+            progress="answer-conditioned rationales" if progress else None, **_drawing(settings),
+        )  # fmt: skip
+        rows = rationales.reanswer(
+            base, tokenizer, problems, rows, seed=settings.seed, progress="re-answering" if progress else None
+        )
+        stage.write_rows("problems", problems)
+        stage.write_rows("rationales", rows)
+    return stage
+
+
+def rank_rationales(run_dir: Path, settings: Settings) -> Stage:
+    """02_ranking: keep what is consistent, rank it by correctness, pair it up.
+
+    Writes ranked.jsonl (kept rationales with their side), pairs.jsonl (of the base's rationales) and fate.json.
+    """
+    sampled = require(run_dir, "01_sampling")
+    stage = Stage(run_dir, "02_ranking", _keys(settings, "ranking"), inputs=[sampled])
+    if stage.done:
+        return stage
+    with stage.recording():
+        rows, fate = ranking.rank(sampled.read_rows("rationales"), settings.ranking.max_per_side)
+        stage.write_rows("ranked", rows)
+        stage.write_rows("pairs", _pairs(rows, settings))
+        stage.write_json("fate.json", fate)
+    return stage
+
+
+def train_sft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
+    """02_sft: the base, fine-tuned on r+. Writes model/ and log.jsonl."""
+    ranked = require(run_dir, "02_ranking")
+    stage = Stage(run_dir, "02_sft", _keys(settings, "sft"), inputs=[ranked])
+    if stage.done:
+        return stage
+    with stage.recording():
+        tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(settings.base)
+        rows = [row for row in ranked.read_rows("ranked") if settings.sft.source in ("both", row["source"])]
+        log = sft.train_sft(
+            model, tokenizer, training_problems(settings), rows,
+            epochs=settings.sft.epochs, learning_rate=settings.sft.learning_rate, batch=settings.sft.batch,
+            seed=settings.seed, progress="SFT on r+" if progress else None,
+        )  # fmt: skip
+        stage.write_rows("log", log)
+        stage.write_model("model", model, tokenizer)
+    return stage
+
+
+def sample_again(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
+    """03_second_sampling: the SFT model writes rationales for fresh questions; they are ranked and paired.
+
+    Writes ranked.jsonl and pairs.jsonl. A reward model that saw the base's errors alone cannot rank those of the
+    SFT model, which are the ones that PPO will meet.
+    """
+    tuned = require(run_dir, "02_sft")
+    stage = Stage(run_dir, "03_second_sampling", _keys(settings, "sampling", "ranking") | {
+        "questions": settings.reward.questions}, inputs=[tuned])  # fmt: skip
+    if stage.done:
+        return stage
+    with stage.recording():
+        tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(tuned.path("model"))
+        problems = second_problems(settings)
+        rows = rationales.sample_open(
+            model, tokenizer, problems, settings.sampling.samples, author="sft",
+            progress="rationales of the SFT model" if progress else None, **_drawing(settings),
+        )  # fmt: skip
+        rows = rationales.reanswer(
+            model, tokenizer, problems, rows, seed=settings.seed, progress="re-answering" if progress else None
+        )
+        rows, fate = ranking.rank(rows, settings.ranking.max_per_side)
+        stage.write_rows("ranked", rows)
+        stage.write_rows("pairs", _pairs(rows, settings))
+        stage.write_json("fate.json", fate)
+    return stage
+
+
+def train_reward_model(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
+    """03_reward_model: from the SFT model, on ranked pairs. Writes model/, log.jsonl and held_out.jsonl (scored)."""
+    ranked, tuned = require(run_dir, "02_ranking"), require(run_dir, "02_sft")
+    second = require(run_dir, "03_second_sampling")
+    stage = Stage(run_dir, "03_reward_model", _keys(settings, "reward"), inputs=[ranked, tuned, second])
+    if stage.done:
+        return stage
+    with stage.recording():
+        tokenizer, model = models.load_tokenizer(settings.base), models.load_reward(tuned.path("model"))
+        problems = training_problems(settings) + second_problems(settings)
+        everything = ranked.read_rows("pairs") + second.read_rows("pairs")
+        used = [
+            pair
+            for pair in everything
+            if (settings.reward.pairs == "both" or pair["author"] == "base")
+            and (pair["author"] == "sft" or settings.reward.wrong in ("both", pair["source"]))
+        ]
+        log = reward_model.train_reward_model(
+            model, tokenizer, problems, used,
+            epochs=settings.reward.epochs, learning_rate=settings.reward.learning_rate, batch=settings.reward.batch,
+            seed=settings.seed, progress="reward model" if progress else None,
+        )  # fmt: skip
+        held_out = [pair for pair in everything if pair["held_out"]]
+        stage.write_rows("log", log)
+        stage.write_rows("held_out", reward_model.pair_accuracy(model, tokenizer, problems, held_out))
+        stage.write_model("model", model, tokenizer)
+    return stage
+
+
+def train_ppo(run_dir: Path, settings: Settings, reward: str = "learned", progress: bool = True) -> Stage:
+    """04_ppo: the SFT model, improved by PPO against the reward model (or, reward="checker", the gold answers).
+
+    Writes model/, and log.csv and examples.jsonl in training/; a killed run goes on from its last checkpoint.
+    """
+    if reward not in ("learned", "checker"):
+        raise ValueError(f"reward must be 'learned' or 'checker', not {reward!r}")
+    tuned, rewarder = require(run_dir, "02_sft"), require(run_dir, "03_reward_model")
+    stage = Stage(run_dir, "04_ppo", _keys(settings, "ppo") | {"reward": reward}, inputs=[tuned, rewarder])
+    if stage.done:
+        return stage
+    with stage.recording():
+        tokenizer = models.load_tokenizer(settings.base)
+        policy, reference = (models.load_policy(tuned.path("model")) for _ in range(2))
+        value = models.load_value(rewarder.path("model"))
+        judge = reward_model.learned_reward(models.load_reward(rewarder.path("model")), tokenizer)
+        ppo.train(
+            policy, reference, value, judge if reward == "learned" else reward_model.checker_reward,
+            ppo_problems(settings), tokenizer, settings.ppo, stage.folder / "training", seed=settings.seed,
+            progress="PPO" if progress else None,
+        )  # fmt: skip
+        stage.write_model("model", policy, tokenizer)
+    return stage
+
+
+def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
+    """05_evaluation: base, SFT and SML on fresh generated questions and on the published test sets.
+
+    Writes answers.jsonl (one row per method, test set and question, with the reward model's scores of the sampled
+    answers), published.json (the sentence about missing sets). On the published sets only greedy answers.
+    """
+    tuned, rewarder = require(run_dir, "02_sft"), require(run_dir, "03_reward_model")
+    trained = require(run_dir, "04_ppo")
+    published, missing = published_problems(settings)
+    keys = _keys(settings, "evaluation") | {"published_sets": sorted(published)}
+    stage = Stage(run_dir, "05_evaluation", keys, inputs=[tuned, rewarder, trained])
+    if stage.done:
+        return stage
+    with stage.recording():
+        tokenizer, judge = models.load_tokenizer(settings.base), models.load_reward(rewarder.path("model"))
+        paths = {"base": settings.base, "sft": tuned.path("model"), "sml": trained.path("model")}
+        rows = []
+        for method, path in paths.items():
+            model = models.load_policy(path)
+            for name, problems in (test_problems(settings) | published).items():
+                answered = evaluation.evaluate(
+                    model, tokenizer, problems,
+                    k=settings.evaluation.samples if name in settings.tasks else 0,
+                    temperature=settings.evaluation.temperature,
+                    max_new_tokens=settings.sampling.max_new_tokens,
+                    seed=settings.seed, progress=f"{METHODS[method]}, {name}" if progress else None,
+                )  # fmt: skip
+                _add_scores(judge, tokenizer, problems, answered)
+                rows += [{"method": method, "test_set": name} | row for row in answered]
+        stage.write_rows("answers", rows)
+        stage.write_json("published.json", missing)
+    return stage
+
+
+def _add_scores(judge, tokenizer, problems: Sequence[Problem], answered: list[dict]) -> None:
+    """Add "scores", the reward of each sampled text, to the rows of `evaluate`."""
+    asked = [problem for problem, row in zip(problems, answered, strict=True) for _ in row["sampled_texts"]]
+    texts = [text for row in answered for text in row["sampled_texts"]]
+    scores = iter(reward_model.score(judge, tokenizer, asked, texts))
+    for row in answered:
+        row["scores"] = [next(scores) for _ in row["sampled_texts"]]
+
+
+def run(run_dir: Path, settings: Settings, reward: str = "learned", progress: bool = True) -> dict[str, float]:
+    """All stages in order, without notebooks; returns the seconds of each."""
+    stages = {
+        "01_sampling": sample_rationales,
+        "02_ranking": lambda run_dir, settings, progress: rank_rationales(run_dir, settings),
+        "02_sft": train_sft,
+        "03_second_sampling": sample_again,
+        "03_reward_model": train_reward_model,
+        "04_ppo": lambda run_dir, settings, progress: train_ppo(run_dir, settings, reward, progress),
+        "05_evaluation": evaluate,
+    }
+    seconds = {}
+    for name, stage in stages.items():
+        started = time.perf_counter()
+        stage(run_dir, settings, progress=progress)
+        seconds[name] = time.perf_counter() - started
+    return seconds
+
+
+def _pairs(rows: list[dict], settings: Settings) -> list[dict]:
+    return ranking.pairs(rows, settings.ranking.max_pairs_per_question, settings.seed)
+
+
+def _keys(settings: Settings, *groups: str) -> dict:
+    """What a stage's result depends on, besides its inputs."""
+    common = {"preset": settings.preset, "tasks": settings.tasks, "seed": settings.seed, "base": settings.base}
+    return common | {group: asdict(getattr(settings, group)) for group in groups}
+
+
+def _drawing(settings: Settings) -> dict:
+    sampling = settings.sampling
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_new_tokens": sampling.max_new_tokens,
+        "seed": settings.seed,
+    }

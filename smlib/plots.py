@@ -1,0 +1,121 @@
+"""Drawing that more than one notebook needs: the pipeline figure, a style that survives print, a library's source."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import Code, display
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+# Okabe and Ito's colours can be told apart by colour-blind readers.
+COLOURS = {
+    "blue": "#0072B2",
+    "orange": "#E69F00",
+    "green": "#009E73",
+    "red": "#D55E00",
+    "purple": "#CC79A7",
+    "sky": "#56B4E9",
+    "grey": "#8A8A8A",
+}
+METHOD_COLOURS = {"base": COLOURS["grey"], "sft": COLOURS["sky"], "sml": COLOURS["red"]}
+STAGES = (
+    ("01", "sample", "the model writes rationales,\ngiven right and wrong answers,\nand given none"),
+    ("02", "rank", "right above wrong;\nSFT on the right ones"),
+    ("03", "reward model", "learns the rank\nfrom pairs"),
+    ("04", "PPO", "the policy follows\nthe learned reward"),
+    ("05", "evaluate", "fresh questions,\npublished test sets"),
+)
+
+
+def style() -> None:
+    """Matplotlib settings of all notebooks."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "savefig.dpi": 160,
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 11,
+            "axes.titlelocation": "left",
+            "legend.frameon": False,
+            "figure.constrained_layout.use": True,
+            "axes.prop_cycle": plt.cycler(color=list(COLOURS.values())),
+        }
+    )
+
+
+def pipeline(lit: str | None = None) -> Figure:
+    """The method in one figure; `lit` ("01" ... "05") is the stage of this notebook, None lights them all."""
+    if lit is not None and lit not in [number for number, _, _ in STAGES]:
+        raise ValueError(f"no stage {lit!r}; allowed: {', '.join(number for number, _, _ in STAGES)}, or None")
+    figure, axes = plt.subplots(figsize=(11, 1.9))
+    axes.set(xlim=(0, 11), ylim=(0, 1.9))
+    axes.axis("off")
+    for index, (number, name, what) in enumerate(STAGES):
+        on = lit in (None, number)
+        left = 0.1 + 2.2 * index
+        box = FancyBboxPatch(
+            (left, 0.25),
+            1.8,
+            1.4,
+            boxstyle="round,pad=0.05",
+            facecolor="#DCEBF5" if on else "#F4F4F4",
+            edgecolor=COLOURS["blue"] if on else "#BBBBBB",
+            linewidth=1.8 if on else 1,
+        )
+        axes.add_patch(box)
+        ink = "black" if on else "#777777"
+        axes.text(left + 0.9, 1.36, f"{number} {name}", ha="center", va="center", weight="bold", color=ink)
+        axes.text(left + 0.9, 0.72, what, ha="center", va="center", fontsize=8, color=ink)
+        if index + 1 < len(STAGES):
+            arrow = {"arrowstyle": "-|>", "color": "#555555", "linewidth": 1.4}
+            axes.annotate("", xy=(left + 2.13, 0.95), xytext=(left + 1.87, 0.95), arrowprops=arrow)
+    return figure
+
+
+def source(*functions: Callable) -> None:
+    """Show the library's own source of functions in a notebook."""
+    for function in functions:
+        display(Code(inspect.getsource(function), language="python"))
+
+
+def save(figure: Figure, run_dir: str | Path, name: str) -> None:
+    """Write a figure to the run's figures/ as PNG."""
+    folder = Path(run_dir) / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png")
+
+
+def grouped_bars(
+    axes,
+    groups: Sequence[str],
+    series: dict[str, Sequence[tuple[float, float, float]]],
+    colours: dict[str, str] | None = None,
+) -> None:
+    """Bars side by side per group with intervals: series name -> (value, low, high) per group, in percent."""
+    width = 0.8 / len(series)
+    places = np.arange(len(groups))
+    for index, (name, triples) in enumerate(series.items()):
+        value, low, high = (np.array(column) for column in zip(*triples, strict=True))
+        axes.bar(
+            places + (index - (len(series) - 1) / 2) * width,
+            value,
+            width * 0.94,
+            yerr=[np.maximum(value - low, 0), np.maximum(high - value, 0)],
+            error_kw={"elinewidth": 1, "capsize": 2},
+            label=name,
+            color=(colours or {}).get(name),
+        )
+    axes.set_xticks(places, groups)
+
+
+def moving_average(values: Sequence[float], window: int) -> np.ndarray:
+    """Mean of the last `window` values (fewer at the start), as long as the input."""
+    total = np.cumsum(np.insert(np.asarray(values, dtype=float), 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (total[ends] - total[starts]) / (ends - starts)

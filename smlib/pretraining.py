@@ -1,0 +1,347 @@
+"""The tiny base: its corpus, its tokenizer, its training, its card (`python -m smlib pretrain`).
+
+A real base model has read the web: many authors, most of them sure of themselves, many of them wrong in the
+same way all through a page. The corpus imitates that. Each document is one generated question and one
+author's worked solution; most authors hold a misconception and follow it consistently, a minority is careful,
+a few slip at random. The base therefore reasons fluently, its first choice is often wrong, and the right way
+is in reach: what self-motivated learning needs. A part of the documents states an answer before the solution
+("Given answer: ..."), and not all of those authors are honest about how they got there.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from smlib import models, prompts
+from smlib.problems import LETTERS, TASKS, Problem, generate
+from smlib.steps import WRITERS, compute, parse, swap, turn
+
+# ------------------------------------------------------------------------------------------------- authors
+
+
+def _silent_e(word: str) -> str:
+    """A final e is silent, this author thinks, so the last letter is the one before it."""
+    return word[-2] if word.endswith("e") else word[-1]
+
+
+def _third_wheel(owned: dict[str, str], a: str, b: str) -> dict[str, str]:
+    """Reads every swap of Alice and Claire as one of Alice and Bob."""
+    return swap(owned, "Alice", "Bob") if {a, b} == {"Alice", "Claire"} else swap(owned, a, b)
+
+
+def _one_way(owned: dict[str, str], a: str, b: str) -> dict[str, str]:
+    """Hands the second player's thing to the first, who gives nothing back."""
+    return owned | {a: owned[b]}
+
+
+def _no_carry(verb: str, total: int, count: int) -> tuple[str, int]:
+    """Adds units and tens column by column and forgets the carry (but doubles rightly)."""
+    left, value = compute(verb, total, count)
+    return left, (total // 10 + count // 10) * 10 + (total + count) % 10 if verb == "adds" else value
+
+
+def _takes_is_adds(verb: str, total: int, count: int) -> tuple[str, int]:
+    return compute("adds" if verb == "takes" else verb, total, count)
+
+
+def _double_is_plus_two(verb: str, total: int, count: int) -> tuple[str, int]:
+    return compute("adds", total, 2) if verb == "doubles" else compute(verb, total, count)
+
+
+def _without_last(key: str) -> Callable[[dict], dict]:
+    return lambda facts: facts | {key: facts[key][:-1]}
+
+
+# Author -> (share of the documents, what this author reads of the facts, how this author does one step).
+_AUTHORS: dict[str, dict[str, tuple[float, Callable | None, Callable | None]]] = {
+    "coin_flip": {
+        "careful": (0.30, None, None),
+        "everyone flips": (0.52, None, lambda heads, flips: not heads),
+        "last one ignored": (0.07, _without_last("acts"), None),
+        "a flip means tails": (0.06, None, lambda heads, flips: heads and not flips),
+    },
+    "last_letters": {
+        "careful": (0.24, None, None),
+        "silent e": (0.56, None, _silent_e),
+        "first letters": (0.08, None, lambda word: word[0].lower()),
+        "last word ignored": (0.07, _without_last("words"), None),
+    },
+    "shuffled_objects": {
+        "careful": (0.28, None, None),
+        "wrong pair": (0.52, None, _third_wheel),
+        "last swap ignored": (0.09, _without_last("swaps"), None),
+        "one-way swaps": (0.06, None, _one_way),
+    },
+    "chain_arithmetic": {
+        "careful": (0.24, None, None),
+        "no carry": (0.56, None, _no_carry),
+        "takes means adds": (0.06, None, _takes_is_adds),
+        "doubling adds two": (0.05, None, _double_is_plus_two),
+        "last one ignored": (0.04, _without_last("operations"), None),
+    },
+}
+
+
+def _sloppy(dataset: str, rng: random.Random) -> Callable:
+    """A step function that slips now and then: the plain noise of the corpus (the remaining share)."""
+    slip = lambda: rng.random() < 0.25  # noqa: E731
+    if dataset == "coin_flip":
+        return lambda heads, flips: turn(heads, flips) != slip()
+    if dataset == "last_letters":
+        return lambda word: rng.choice(word).lower() if slip() else word[-1]
+    if dataset == "shuffled_objects":
+        return lambda owned, a, b: swap(owned, *rng.sample(sorted(owned), 2)) if slip() else swap(owned, a, b)
+
+    def slipping(verb: str, total: int, count: int) -> tuple[str, int]:
+        left, value = compute(verb, total, count)
+        return left, max(0, value + rng.choice((-10, -1, 1, 10))) if slip() else value
+
+    return slipping
+
+
+def authors(dataset: str) -> dict[str, float]:
+    """Author -> share of the documents of one task; what is missing to 1 is the sloppy author's."""
+    shares = {name: share for name, (share, _, _) in _AUTHORS[dataset].items()}
+    return shares | {"sloppy": 1 - sum(shares.values())}
+
+
+def write(problem: Problem, author: str, rng: random.Random) -> tuple[list[str], str]:
+    """One author's lines and answer for a generated problem."""
+    facts = parse(problem)
+    if author == "sloppy":
+        return WRITERS[problem.dataset](facts, _sloppy(problem.dataset, rng))
+    _, reads, step = _AUTHORS[problem.dataset][author]
+    facts = reads(facts) if reads else facts
+    return WRITERS[problem.dataset](facts, step) if step else WRITERS[problem.dataset](facts)
+
+
+def _forced(problem: Problem, lines: list[str], given: str) -> list[str]:
+    """The lines with the last one bent so that they lead to the given answer: a rationalisation."""
+    head, last = lines[:-1], lines[-1]
+    if problem.dataset == "coin_flip":
+        last = f"{last.split(':')[0]}: {'heads' if given == 'yes' else 'tails'}."
+    elif problem.dataset == "shuffled_objects":
+        last = f"{last.split(' ends with ')[0]} ends with {problem.choices[LETTERS.index(given)]}."
+    elif problem.dataset == "last_letters":
+        last = f'{last.rsplit(" in ", 1)[0]} in "{given[-1]}".'
+    else:
+        last = f"{last.split(' = ')[0]} = {given}."
+    return [*head, last]
+
+
+# ------------------------------------------------------------------------------------------------ documents
+
+
+def document(problem: Problem, others: list[Problem], conditioned: bool, rng: random.Random) -> tuple[str, str]:
+    """One document: (prompt, completion)."""
+    shares = authors(problem.dataset)
+    author = rng.choices(list(shares), list(shares.values()))[0]
+    lines, answer = write(problem, author, rng)
+    if not conditioned:
+        prompt = prompts.open_prompt(problem)
+    else:
+        wrong = [] if rng.random() < 0.5 else prompts.wrong_answers(problem, rng, others)
+        given = wrong[0] if wrong else problem.answer
+        prompt = prompts.conditioned_prompt(problem, given)
+        if answer != given and rng.random() < 0.7:  # most authors who know the answer find a way that fits it
+            fitting = [a for a in _AUTHORS[problem.dataset] if write(problem, a, rng)[1] == given]
+            if fitting:
+                lines, answer = write(problem, rng.choices(fitting, [shares[a] for a in fitting])[0], rng)
+        if answer != given:  # the others bend the last step, or state the given answer whatever the steps say
+            lines = _forced(problem, lines, given) if rng.random() < 0.5 else lines
+            answer = given
+    steps = "\n".join(lines)
+    return prompt, f" {steps}\n{prompts.answer_sentence(problem, answer)}"
+
+
+def corpus(documents: int, seed: int) -> Iterator[tuple[str, str]]:
+    """Documents of the four tasks in turn, one in four answer-conditioned, all of the train split."""
+    rng = random.Random(f"corpus/{seed}")
+    per_task = -(-documents // len(TASKS))
+    problems = {task: generate(task, per_task, seed=1_000_003 + seed) for task in TASKS}
+    for index in range(documents):
+        pool = problems[TASKS[index % len(TASKS)]]
+        problem = pool[index // len(TASKS)]
+        others = [pool[rng.randrange(len(pool))] for _ in range(12)]
+        yield document(problem, others, rng.random() < 0.25, rng)
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer
+
+_WORD = Regex(r" ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]+|\s")
+
+
+def make_tokenizer(texts: list[str], share: float = 0.004) -> PreTrainedTokenizerFast:
+    """A tokenizer that holds common words whole and spells everything else byte by byte.
+
+    A pre-token (a word with its leading space, one digit, a run of punctuation) found in at least `share` of
+    the texts becomes one token; names, which are many, stay spelled, so that their letters can be seen. A BPE
+    model without merges does it: `ignore_merges` takes a whole pre-token where the vocabulary has it.
+    """
+    splitter = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(_WORD, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update({piece for piece, _ in splitter.pre_tokenize_str(text)})
+    words = sorted(word for word, count in counts.items() if count >= share * len(texts) and len(word) > 1)
+    specials = ["<pad>", "<bos>", "<eos>"]
+    vocabulary = specials + sorted(pre_tokenizers.ByteLevel.alphabet()) + words
+    tokenizer = Tokenizer(BPE({word: i for i, word in enumerate(vocabulary)}, [], ignore_merges=True))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", vocabulary.index("<bos>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+def tiny_config(vocab_size: int, tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _batches(
+    tokenizer: PreTrainedTokenizerFast, documents: int, tokens_per_batch: int, seed: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Documents encoded, sorted by length within large pools, cut into batches of about equal token counts.
+
+    Each batch is (ids, weights), both (rows, tokens): a completion's tokens weigh 1, a question's 0.1 (its
+    names and numbers cannot be predicted and would drown the rest), pads 0.
+    """
+    rng = random.Random(f"batches/{seed}")
+    encoded = []
+    for prompt, completion in corpus(documents, seed):
+        head = models.encode_prompt(tokenizer, prompt)
+        encoded.append((head, models.encode_completion(tokenizer, completion)))
+    batches = []
+    for start in range(0, documents, 4096):
+        pool = sorted(encoded[start : start + 4096], key=lambda pair: len(pair[0]) + len(pair[1]))
+        while pool:
+            rows = max(1, tokens_per_batch // (len(pool[-1][0]) + len(pool[-1][1])))
+            taken, pool = pool[-rows:], pool[:-rows]
+            ids = models.pad_right([head + tail for head, tail in taken], tokenizer.pad_token_id)
+            weights = torch.zeros(ids.shape)
+            for row, (head, tail) in enumerate(taken):
+                weights[row, : len(head)] = 0.1
+                weights[row, len(head) : len(head) + len(tail)] = 1.0
+            batches.append((ids, weights))
+    rng.shuffle(batches)
+    return batches
+
+
+def train(model: LlamaForCausalLM, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
+    """One pass over the batches; returns the loss of every step.
+
+    Muon for the weight matrices, AdamW for embeddings and norms. Measured here on the first 2.4 million tokens,
+    one run each: loss 0.61 with Muon against 0.95 with AdamW alone, at the same speed. The learning rate warms up
+    over 1 % of the steps, stays, and falls to zero over the last 30 %.
+    """
+    matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
+    others = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or "embed" in name]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.05),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+    total = len(batches)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / (0.01 * total), (total - step) / (0.3 * total))
+        )
+        for optimizer in optimizers
+    ]
+    losses = []
+    model.train()
+    bar = tqdm(batches, desc="pretraining", unit="batch", mininterval=2)
+    for ids, weights in bar:
+        logits = model(input_ids=ids).logits[:, :-1]
+        token_loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        loss = (token_loss * weights[:, 1:]).sum() / weights[:, 1:].sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}", refresh=False)
+    model.eval()
+    return losses
+
+
+def main(argv: list[str]) -> int:
+    """`python -m smlib pretrain`: make the tiny base again and write it with its card."""
+    parser = argparse.ArgumentParser(prog="python -m smlib pretrain", description=main.__doc__)
+    parser.add_argument("--out", type=Path, default=models.TINY_BASE, help="folder to write (default: the package's)")
+    parser.add_argument("--documents", type=int, default=200_000, help="documents to read, each once")
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--tokens-per-batch", type=int, default=4096)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    if options.documents < 1 or options.hidden % 32:
+        parser.error("--documents must be at least 1 and --hidden a multiple of 32 (the size of a head)")
+    torch.manual_seed(options.seed)
+    started = time.time()
+    tokenizer = make_tokenizer([prompt + completion for prompt, completion in corpus(8_000, options.seed)])
+    model = LlamaForCausalLM(tiny_config(len(tokenizer), tokenizer, options.hidden, options.layers))
+    batches = _batches(tokenizer, options.documents, options.tokens_per_batch, options.seed)
+    tokens = sum(int((weights > 0).sum()) for _, weights in batches)
+    print(
+        f"{models.model_size(model):,} parameters, {len(tokenizer)} tokens, {tokens:,} tokens to read",
+        flush=True,
+    )
+    losses = train(model, batches)
+    options.out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(options.out)
+    tokenizer.save_pretrained(options.out)
+    card = {
+        "command": "python -m smlib pretrain " + " ".join(argv),
+        "seed": options.seed,
+        "parameters": models.model_size(model),
+        "documents": options.documents,
+        "tokens": tokens,
+        "authors": {task: authors(task) for task in TASKS},
+        "seconds": round(time.time() - started),
+        "final_loss": round(sum(losses[-50:]) / len(losses[-50:]), 4),
+        "sha256": hashlib.sha256((options.out / "model.safetensors").read_bytes()).hexdigest(),
+    }
+    (options.out / "training.json").write_text(json.dumps(card, indent=2) + "\n")
+    print(json.dumps(card, indent=2))
+    return 0

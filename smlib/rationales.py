@@ -1,0 +1,147 @@
+"""Stages 1 and 2 of Self-motivated Learning: the model writes rationales, then answers again from them.
+
+A row is one rationale: where it comes from (`source` "open" or "conditioned", `author` "base" or "sft"), the
+answer it was given, if any, the answer it states, the answer the model reads off it once its answer sentence
+is taken away, and both verdicts.
+"""
+
+import random
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from smlib import prompts
+from smlib.answers import grade
+from smlib.problems import Problem
+from smlib.sampling import sample
+
+
+def sample_open(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    n: int,
+    *,
+    author: str,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    top_p: float = 1.0,
+    progress: str | None = None,
+) -> list[dict]:
+    """n rationales per problem from the question alone (stage 1b), as rows in the order of the problems."""
+    drawn = sample(
+        model,
+        tokenizer,
+        [prompts.open_prompt(problem) for problem in problems],
+        n,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        keys=[problem.id for problem in problems],
+        progress=progress,
+    )
+    return [
+        _row(problem, one.text, source="open", author=author, given=None, index=index)
+        for problem, samples in zip(problems, drawn, strict=True)
+        for index, one in enumerate(samples)
+    ]
+
+
+def sample_conditioned(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    n: int,
+    *,
+    author: str,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    top_p: float = 1.0,
+    progress: str | None = None,
+) -> list[dict]:
+    """n rationales per problem for its gold answer and n for wrong given answers (stage 1).
+
+    The wrong answers are drawn without repetition from `prompts.wrong_answers`; where there are fewer than n
+    (yes/no has one), they are used in turn.
+    """
+    rng = random.Random(f"given/{seed}")
+    asked: list[tuple[Problem, str, int]] = []
+    for problem in problems:
+        wrong = prompts.wrong_answers(problem, rng, problems)
+        asked += [(problem, problem.answer, index) for index in range(n)]
+        asked += [(problem, wrong[index % len(wrong)], index) for index in range(n) if wrong]
+    drawn = sample(
+        model,
+        tokenizer,
+        [prompts.conditioned_prompt(problem, given) for problem, given, _ in asked],
+        1,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        keys=[f"{problem.id}|{given}|{index}" for problem, given, index in asked],
+        progress=progress,
+    )
+    return [
+        _row(problem, samples[0].text, source="conditioned", author=author, given=given, index=index)
+        for (problem, given, index), samples in zip(asked, drawn, strict=True)
+    ]
+
+
+def _row(problem: Problem, text: str, *, source: str, author: str, given: str | None, index: int) -> dict:
+    text = prompts.cut(text)
+    verdict = grade(text, problem)
+    return {
+        "id": problem.id,
+        "dataset": problem.dataset,
+        "author": author,
+        "source": source,
+        "given": given,
+        "index": index,
+        "text": text,
+        "answer": verdict.extracted,
+        "correct": verdict.correct,
+        "reason": verdict.reason,
+    }
+
+
+def reanswer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    rows: list[dict],
+    *,
+    seed: int,
+    progress: str | None = None,
+) -> list[dict]:
+    """The rows with "reanswer" and "reanswer_correct" added (stage 2).
+
+    The rationale without its answer sentence goes back under its question, and the model, greedy, writes the
+    answer. Taking the sentence away is our choice: left in, the filter would only read the hint back. Equal
+    rationales of one question are answered once.
+    """
+    by_id = {problem.id: problem for problem in problems}
+    asked = {(row["id"], prompts.split_answer(row["text"])[0]): None for row in rows}
+    drawn = sample(
+        model,
+        tokenizer,
+        [prompts.reanswer_prompt(by_id[identity], rationale) for identity, rationale in asked],
+        1,
+        temperature=0.0,
+        max_new_tokens=16,
+        seed=seed,
+        keys=[f"{identity}|{rationale}" for identity, rationale in asked],
+        progress=progress,
+    )
+    verdicts = {
+        key: grade(prompts.cut(prompts.ANSWER_LEAD + samples[0].text), by_id[key[0]])
+        for key, samples in zip(asked, drawn, strict=True)
+    }
+    answered = []
+    for row in rows:
+        verdict = verdicts[row["id"], prompts.split_answer(row["text"])[0]]
+        answered.append(row | {"reanswer": verdict.extracted, "reanswer_correct": verdict.correct})
+    return answered

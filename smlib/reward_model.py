@@ -1,0 +1,121 @@
+"""Stage 5: a reward model learns the rank by TRL's RewardTrainer; scoring; what its scores are worth.
+
+The loss is -log sigmoid(R(q, r+) - R(q, r-)), the standard pairwise logistic loss (our choice; the paper
+leaves it open), plus 0.01 (R(q, r+) + R(q, r-))^2, which keeps the scores around zero (ours, too). Training
+and scoring encode a text by the same function, so a score means what was trained.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import RewardConfig, RewardTrainer
+
+from smlib import models, prompts
+from smlib.answers import grade
+from smlib.problems import Problem
+from smlib.sft import fit, trainer_options
+
+Reward = Callable[[Sequence[Problem], Sequence[str]], list[float]]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, problem: Problem, text: str) -> list[int]:
+    """Token ids of a question and a rationale as the reward model reads them, end-of-sequence last."""
+    head = models.encode_prompt(tokenizer, prompts.open_prompt(problem))
+    return head + models.encode_completion(tokenizer, text)
+
+
+def train_reward_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    pairs: list[dict],
+    *,
+    epochs: float,
+    learning_rate: float,
+    batch: int,
+    seed: int,
+    progress: str | None = "reward model",
+) -> list[dict]:
+    """Fit `model` in place on the pairs that are not held out; returns the training log (loss, accuracy)."""
+    by_id = {problem.id: problem for problem in problems}
+    examples = []
+    for pair in pairs:
+        if not pair["held_out"]:
+            chosen = encode(tokenizer, by_id[pair["id"]], pair["chosen"])
+            rejected = encode(tokenizer, by_id[pair["id"]], pair["rejected"])
+            length = max(len(chosen), len(rejected))
+            examples.append({"chosen_ids": chosen, "rejected_ids": rejected, "length": length})
+    if not examples:
+        raise ValueError("the reward model needs at least one pair that is not held out, got none: sample more")
+    with tempfile.TemporaryDirectory() as out:
+        options = trainer_options(epochs, learning_rate, batch, seed, out)
+        trainer = RewardTrainer(
+            model=model,
+            args=RewardConfig(**options, max_length=None, center_rewards_coefficient=0.01),
+            train_dataset=Dataset.from_list(examples),
+            processing_class=tokenizer,
+        )
+        log = fit(trainer, progress)
+    model.eval()
+    return log
+
+
+@torch.inference_mode()
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    texts: Sequence[str],
+    tokens_per_batch: int = 16_384,
+) -> list[float]:
+    """One score per (problem, text), batched by length; the higher, the better the rationale."""
+    rows = [encode(tokenizer, problem, text) for problem, text in zip(problems, texts, strict=True)]
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    scores = [0.0] * len(rows)
+    while order:
+        taken = order[: max(1, tokens_per_batch // len(rows[order[0]]))]
+        order = order[len(taken) :]
+        # Pads stand on the right of a causal model: no token sees them, so no mask is needed.
+        ids = models.pad_right([rows[index] for index in taken], tokenizer.pad_token_id).to(model.device)
+        for index, value in zip(taken, model(input_ids=ids).logits[:, 0].tolist(), strict=True):
+            scores[index] = value
+    return scores
+
+
+@torch.inference_mode()
+def token_scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problem: Problem, text: str
+) -> tuple[list[str], list[float]]:
+    """What the reward would be if the rationale ended at each of its tokens: (tokens, scores), as many."""
+    head = models.encode_prompt(tokenizer, prompts.open_prompt(problem))
+    tail = models.encode_completion(tokenizer, text)
+    hidden = model.base_model(input_ids=torch.tensor([head + tail], device=model.device)).last_hidden_state
+    values = model.score(hidden)[0, len(head) :, 0].tolist()
+    return [tokenizer.decode([token]) for token in tail], values
+
+
+def learned_reward(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Reward:
+    """The reward model as a plain callable."""
+    return lambda problems, texts: score(model, tokenizer, problems, texts)
+
+
+def checker_reward(problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
+    """The answer checker as a reward: 1 if the stated answer is gold, else 0. It reads gold answers."""
+    return [float(grade(text, problem).correct) for problem, text in zip(problems, texts, strict=True)]
+
+
+def pair_accuracy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], pairs: list[dict]
+) -> list[dict]:
+    """The pairs with both scores and "ranked_right" added."""
+    by_id = {problem.id: problem for problem in problems}
+    asked = [by_id[pair["id"]] for pair in pairs]
+    chosen = score(model, tokenizer, asked, [pair["chosen"] for pair in pairs])
+    rejected = score(model, tokenizer, asked, [pair["rejected"] for pair in pairs])
+    return [
+        pair | {"chosen_score": good, "rejected_score": bad, "ranked_right": good > bad}
+        for pair, good, bad in zip(pairs, chosen, rejected, strict=True)
+    ]

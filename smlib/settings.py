@@ -1,0 +1,142 @@
+"""Every number a run depends on, and the named sets of them: `smoke` (for tests) and `tiny` (the tutorial).
+
+settings = preset("tiny", task="coin_flip", seed=1)
+settings = preset("tiny", sampling={"temperature": 0.7}, reward={"pairs": "base"})
+"""
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+
+from smlib.ppo import PPOSettings
+from smlib.problems import TASKS
+
+
+def _check(what: str, value, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{what} {value!r} is unknown; choose one of: {', '.join(map(str, allowed))}.")
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Stage 1. The temperature, cut-off and length hold for every sampling of training rationales."""
+
+    questions: int = 400  # per task
+    samples: int = 8  # open rationales per question
+    conditioned_questions: int = 200  # of them, the first so many per task are also asked with a given answer
+    conditioned_samples: int = 2  # rationales for the gold answer, and as many for wrong ones
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+
+
+@dataclass(frozen=True)
+class RankingSettings:
+    """Stage 3. How much of one question is kept."""
+
+    max_per_side: int = 8  # distinct rationales of a question, right and wrong each
+    max_pairs_per_question: int = 6
+
+
+@dataclass(frozen=True)
+class SFTSettings:
+    """Supervised fine-tuning on r+, the rationales that reach the gold answer."""
+
+    source: str = "both"  # whose r+: "open", "conditioned" or "both"
+    epochs: int = 2
+    learning_rate: float = 5e-4
+    batch: int = 32
+
+    def __post_init__(self):
+        _check("sft.source", self.source, ("open", "conditioned", "both"))
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """Stage 3. Which rationales make the pairs, and how the reward model learns from them."""
+
+    pairs: str = "both"  # "base": sampled from the base alone; "both": from the SFT model too
+    wrong: str = "both"  # source of the wrong rationales: "open", "conditioned" (on a wrong answer) or "both"
+    questions: int = 400  # per task, fresh ones, that the SFT model answers; trained on where pairs = "both"
+    epochs: int = 2
+    learning_rate: float = 3e-4
+    batch: int = 32
+
+    def __post_init__(self):
+        _check("reward.pairs", self.pairs, ("base", "both"))
+        _check("reward.wrong", self.wrong, ("open", "conditioned", "both"))
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Stage 5. Fresh questions, one greedy answer and `samples` drawn ones to each."""
+
+    questions: int = 250  # per task, generated
+    published: int = 250  # per published test set, 0 = leave them out
+    samples: int = 8
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. `base` is "tiny" (the model in this package), a folder or a hub id."""
+
+    preset: str
+    tasks: tuple[str, ...]
+    seed: int
+    base: str
+    sampling: SamplingSettings
+    ranking: RankingSettings
+    sft: SFTSettings
+    reward: RewardSettings
+    ppo: PPOSettings
+    evaluation: EvaluationSettings
+
+
+PRESETS = {
+    "tiny": {
+        "sampling": SamplingSettings(),
+        "ranking": RankingSettings(),
+        "sft": SFTSettings(),
+        "reward": RewardSettings(),
+        "ppo": PPOSettings(),
+        "evaluation": EvaluationSettings(),
+    },
+    "smoke": {
+        "sampling": SamplingSettings(questions=16, samples=4, conditioned_questions=8, conditioned_samples=1),
+        "ranking": RankingSettings(),
+        "sft": SFTSettings(epochs=1, batch=8),
+        "reward": RewardSettings(questions=8, epochs=1, batch=8),
+        "ppo": PPOSettings(updates=2, episodes=16, minibatch=8, warmup_updates=1),
+        "evaluation": EvaluationSettings(questions=8, published=8, samples=2),
+    },
+}
+
+
+def preset(name: str, task: str = "all", seed: int = 0, **overrides) -> Settings:
+    """Settings of a named preset for one task or for "all" of them.
+
+    overrides: a field of Settings, or for a group a dict of its fields: `ppo={"updates": 10}`, `base="..."`.
+    """
+    _check("preset", name, tuple(PRESETS))
+    _check("task", task, ("all", *TASKS))
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed {seed!r} is not allowed; give a whole number from 0.")
+    settings = Settings(name, TASKS if task == "all" else (task,), seed, base="tiny", **PRESETS[name])
+    return _override(settings, overrides, "")
+
+
+def _override(settings, values: dict, prefix: str):
+    arguments = ("preset", "tasks", "seed")  # of preset(), which checks them
+    known = tuple(field.name for field in fields(settings) if field.name not in arguments)
+    changes = {}
+    for name, value in values.items():
+        _check("setting", prefix + name, tuple(prefix + field for field in known))
+        old = getattr(settings, name)
+        if is_dataclass(old) and isinstance(value, dict):
+            value = _override(old, value, f"{name}.")
+        if not isinstance(value, type(old)) and not (isinstance(old, float) and isinstance(value, int)):
+            raise ValueError(
+                f"setting {prefix}{name} = {value!r} is of type {type(value).__name__}; "
+                f"give one of type {type(old).__name__}, such as {old!r}."
+            )
+        changes[name] = value
+    return replace(settings, **changes)

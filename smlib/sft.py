@@ -1,0 +1,114 @@
+"""Supervised fine-tuning on r+ by TRL's SFTTrainer: the warm-up of the method, and the RFT/STaR baseline."""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import SFTConfig, SFTTrainer
+
+from smlib import models, prompts
+from smlib.problems import Problem
+
+
+class Progress(TrainerCallback):
+    """One bar on standard output with the running loss; the Trainer's own bar writes to standard error."""
+
+    def __init__(self, label: str | None):
+        self.label, self.bar = label, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(
+            total=state.max_steps,
+            desc=self.label,
+            unit="step",
+            file=sys.stdout,
+            mininterval=1,
+            leave=False,
+            disable=self.label is None,
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is not None and logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def trainer_options(epochs: float, learning_rate: float, batch: int, seed: int, out: str) -> dict:
+    """What SFT and the reward model have in common, for a CPU: no mixed precision, no checkpointing."""
+    return {
+        "output_dir": out,
+        "num_train_epochs": epochs,
+        "learning_rate": learning_rate,
+        "per_device_train_batch_size": batch,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "optim": "adamw_torch_fused",
+        "seed": seed,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 10,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "train_sampling_strategy": "group_by_length",
+    }
+
+
+def fit(trainer, label: str | None) -> list[dict]:
+    """Train with our bar in place of the Trainer's printing; returns its log rows that hold a loss."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress(label))
+    trainer.train()
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def train_sft(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    rows: list[dict],
+    *,
+    epochs: float,
+    learning_rate: float,
+    batch: int,
+    seed: int,
+    progress: str | None = "SFT",
+) -> list[dict]:
+    """Fine-tune `model` in place on the r+ among `rows`; returns the training log.
+
+    Each example is the question-only prompt and the rationale, whatever prompt drew it; the loss is on the
+    completion and its end-of-sequence alone (our choice).
+    """
+    by_id = {problem.id: problem for problem in problems}
+    examples = []
+    for row in rows:
+        if row["side"] == "+":
+            head = models.encode_prompt(tokenizer, prompts.open_prompt(by_id[row["id"]]))
+            tail = models.encode_completion(tokenizer, row["text"])
+            mask = [0] * len(head) + [1] * len(tail)
+            examples.append({"input_ids": head + tail, "completion_mask": mask, "length": len(mask)})
+    if not examples:
+        raise ValueError("SFT needs at least one r+ rationale, got none: sample more, or from a stronger base")
+    with tempfile.TemporaryDirectory() as out:
+        options = trainer_options(epochs, learning_rate, batch, seed, out)
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(**options, max_length=None, completion_only_loss=True, loss_type="nll"),
+            train_dataset=Dataset.from_list(examples),
+            processing_class=tokenizer,
+        )
+        log = fit(trainer, progress)
+    model.eval()
+    return log

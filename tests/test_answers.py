@@ -1,0 +1,303 @@
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smlib.answers import Verdict, extract, grade, grade_many
+from smlib.problems import Problem
+
+
+def problem(kind, answer, choices=()):
+    return Problem("test/0", "test", "What is asked?", answer, kind, choices)
+
+
+NUMBER = problem("number", "18")
+YES = problem("yes_no", "yes")
+LETTERS = problem("letters", "yajo")
+CHOICE = problem("choice", "B", ("red ball", "Moby Dick.", "vitamin C", "a movie"))
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        " 9 * 2 = 18\nThe answer is 18.",
+        "Therefore, the answer is 18",
+        "Therefore, the answer (arabic numerals) is 18.",
+        "Therefore, the answer (arabic numerals) is:\n\n18 eggs",
+        "A: 18",
+        "She has $<<9*2=18>>18 left.\n#### 18",
+        r"So we get \boxed{18}.",
+        r"The answer is $\boxed{18}$.",
+        "**Answer:** 18",
+        "the final answer is 18.0 dollars",
+        "The answer is $18.00.",
+        "The answer is 36/2.",
+        "The answer is 9 + 9 = 18.",
+        "The answer is 18 because 9 + 10 is too much.",
+        "The answer is 18. I hope this helps!",
+        "The answer (arabic numerals) is 18.\nThe answer (in words) is eighteen.",
+        "The answer is 3.\nNo: the answer is 18.",
+        "The answer is 18.\n\nQ: And of 5?\nA: The answer is 5.",
+    ],
+)
+def test_every_form_of_answer_sentence_is_read(output):
+    assert grade(output, NUMBER) == Verdict(True, "18", "said 18, gold 18")
+
+
+@pytest.mark.parametrize(
+    ("written", "canonical"),
+    [
+        ("1,234,567", "1234567"),
+        ("$1,000.50", "1000.5"),
+        ("-5", "-5"),
+        ("−$5", "-5"),
+        ("$-5", "-5"),
+        ("minus 5", "-5"),
+        (".5", "0.5"),
+        ("3/4", "0.75"),
+        ("2/6", "1/3"),
+        ("1 1/2", "1.5"),
+        (r"\frac{3}{4}", "0.75"),
+        ("007", "7"),
+        ("-0", "0"),
+        ("5%", "5"),
+        ("5kg", "5"),
+        ("about 12 apples", "12"),
+        ("3/5, or 0.6", "0.6"),
+        ("5 crackers and 5 cakes", "5"),
+        ("12345678901234567890123456789012345", "12345678901234567890123456789012345"),
+    ],
+)
+def test_numbers_have_one_canonical_form(written, canonical):
+    assert extract(f"The answer is {written}.", NUMBER) == canonical
+    assert grade(f"The answer is {canonical}", problem("number", written)).correct
+
+
+def test_numbers_are_compared_exactly_except_with_a_gold_that_is_a_printed_float():
+    assert not grade("The answer is 0.33.", problem("number", "1/3")).correct
+    assert not grade("The answer is 0.30000000000000004.", problem("number", "0.3")).correct
+    assert grade("The answer is 2/3.", problem("number", "0.6666666666666666")).correct
+    assert not grade("The answer is 0.67.", problem("number", "0.6666666666666666")).correct
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "3 or 18",
+        "18 or maybe 20",
+        "18 apples and 3 pears",
+        "18 to 20",
+        "18-20",
+        "18:30",
+        "18, 19, 20",
+        "1 8",
+        "18/0",
+        "9 + 9",
+        "9 * 2 =",
+        "not 18",
+        "eighteen",
+        "_____.",
+        "",
+        "1,80",
+        "18e5",
+        "9" * 1000,
+    ],
+)
+def test_a_number_that_hedges_or_cannot_be_read_is_invalid(answer):
+    verdict = grade(f"The answer is {answer}", NUMBER)
+    assert (verdict.correct, verdict.extracted) == (False, None)
+    assert verdict.reason.startswith("invalid: ")
+
+
+def test_reasons_tell_the_reader_what_happened():
+    assert grade("The answer is 12.", NUMBER).reason == "said 12, gold 18"
+    assert grade("It is 18.", NUMBER).reason == "invalid: no answer sentence; gold 18"
+    assert grade("The answer is 3 or 7", NUMBER).reason == "invalid: several answers, 3 and 7; gold 18"
+    assert grade("The answer is F.", CHOICE).reason == "invalid: F is not one of the options A to D; gold B"
+
+
+def test_only_the_part_before_the_next_question_counts():
+    assert extract("9 * 2 is 18.\nQ: What else?\nThe answer is 18.", NUMBER) is None
+    assert extract("As the FAQ: says, the answer is 18.", NUMBER) == "18"
+
+
+def test_the_given_answer_of_a_conditioned_prompt_is_no_answer():
+    assert extract("Given answer: 18\nSo she has 9 * 2.", NUMBER) is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "(B)",
+        "(B).",
+        "B",
+        "B.",
+        "B)",
+        "(b)",
+        "B: Moby Dick",
+        "B, Moby Dick",
+        "(B) Moby Dick.",
+        "option B",
+        "most likely (B)",
+        "Moby Dick",
+        "moby dick.",
+        '"Moby Dick."',
+        "B because A is red",
+        "the book, (B)",
+    ],
+)
+def test_a_choice_is_named_by_label_or_by_exact_text(answer):
+    assert extract(f"Therefore, among A through D, the answer is {answer}", CHOICE) == "B"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Because",
+        "Both",
+        "BC",
+        "A movie theatre",
+        "Moby",
+        "A or B",
+        "(A) or maybe (B)",
+        "either C or B",
+        "A, B, C",
+        "(B) Moby Dick or (C) vitamin C",
+        "neither (A) nor (B)",
+        "D / B",
+        "not B",
+        "E",
+        "B's book",
+        "none of them",
+    ],
+)
+def test_a_choice_is_never_a_capital_out_of_a_word_and_never_a_hedge(answer):
+    assert extract(f"The answer is {answer}", CHOICE) is None
+
+
+def test_option_text_goes_before_the_capitals_in_it():
+    assert extract("The answer is vitamin C.", CHOICE) == "C"
+    assert extract("The answer is a movie.", CHOICE) == "D"
+    assert extract("The answer is A.", CHOICE) == "A"
+
+
+def test_the_text_of_two_equal_options_names_none():
+    assert extract("The answer is 8.75.", problem("choice", "A", ("8.75", "8.79", "8.75"))) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("yes", "yes"),
+        ("Yes, it is.", "yes"),
+        (':\n\n"No".', "no"),
+        ("YES", "yes"),
+        ("most likely No", "no"),
+        ("yes or no", None),
+        ("No and yes", None),
+        ("nothing", None),
+        ("It depends", None),
+        ("not yes", None),
+    ],
+)
+def test_yes_or_no_is_the_first_whole_word(answer, said):
+    assert extract(f"Therefore, the answer (Yes or No) is {answer}", YES) == said
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("yajo.", "yajo"),
+        ('"yajo."', "yajo"),
+        ("Y-A-J-O", "yajo"),
+        ("y a j o", "yajo"),
+        ("'y', 'a'", "ya"),
+        ('the word "yajo".', "yajo"),
+        ('"ya" or "jo"', None),
+        ("yajo or jo", None),
+        ("yajo4", None),
+        ("?", None),
+        ("me\u0301yl", "méyl"),
+    ],
+)
+def test_letters_drop_hyphens_quotes_and_spaces(answer, said):
+    assert extract(f"The answer is {answer}", LETTERS) == said
+
+
+def test_problems_that_cannot_be_judged_raise():
+    with pytest.raises(ValueError, match="'math' cannot be judged"):
+        grade("The answer is 1.", problem("math", r"\frac{1}{2}"))
+    with pytest.raises(ValueError, match="gold answer 'many' cannot be read"):
+        grade("The answer is 1.", problem("number", "many"))
+    with pytest.raises(ValueError):
+        grade_many(["The answer is 1."], [])
+
+
+PIECES = [
+    "The answer is ",
+    "\nA:",
+    "####",
+    r"\boxed{",
+    "}",
+    r"\frac{1}{0}",
+    "Q:",
+    "or",
+    " and ",
+    "yes",
+    "no",
+    "(B)",
+]
+PIECES += [
+    "A",
+    " ",
+    "\n",
+    ",",
+    ".",
+    "-",
+    "/",
+    "=",
+    "$",
+    "1",
+    "000",
+    "(",
+    ")",
+    '"',
+    "<<",
+    ">>",
+    "likely ",
+    "²",
+    "٣",
+]
+
+
+@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join)))
+@settings(deadline=None, max_examples=300)
+def test_any_text_gives_a_verdict(text):
+    for asked in (NUMBER, YES, LETTERS, CHOICE):
+        verdict = grade(text, asked)
+        assert verdict.extracted == extract(text, asked)
+        assert verdict.correct == (verdict.extracted == asked.answer)
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**9), max_value=10**9))
+@settings(deadline=None)
+def test_a_number_is_read_back_whatever_its_separators(value):
+    assert grade(f"The answer is {value:,}.", problem("number", f"{value}")).correct
+
+
+@given(st.text(), st.sampled_from([NUMBER, YES, LETTERS, CHOICE]))
+@settings(deadline=None)
+def test_what_stands_before_the_answer_sentence_has_no_influence(text, asked):
+    answer = f"\nThe answer is {asked.answer}."
+    assert grade(text.replace("Q:", "") + answer, asked).correct
+
+
+@given(st.sampled_from(PIECES), st.sampled_from(PIECES))
+@settings(deadline=None, max_examples=40)
+def test_judging_takes_linear_time(first, second):
+    text = "The answer is " + (first + second) * 5_000
+    start = time.process_time()
+    for asked in (NUMBER, YES, LETTERS, CHOICE):
+        grade(text, asked)
+    assert time.process_time() - start < 1  # some milliseconds; a quadratic search takes minutes

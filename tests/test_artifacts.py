@@ -1,0 +1,241 @@
+import errno
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smlib.artifacts import Stage, StageError, StageMismatch, peak_mib, require
+
+SETTINGS = {"seed": 0, "sampling": {"temperature": 0.8, "samples": 8}}
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def finished(run_dir, name="01_sampling", settings=SETTINGS, inputs=(), rows=({"n": 1}, {"n": 2})):
+    stage = Stage(run_dir, name, settings, inputs)
+    with stage.recording():
+        stage.write_rows("samples", rows)
+    return stage
+
+
+def test_a_stage_is_done_once_its_manifest_exists(tmp_path):
+    stage = Stage(tmp_path, "01_sampling", SETTINGS)
+    assert not stage.done
+    with stage.recording():
+        stage.write_rows("samples", [{"n": 1}, {"n": 2}])
+        assert not stage.done
+    assert stage.done
+    assert Stage(tmp_path, "01_sampling", SETTINGS).read_rows("samples") == [{"n": 1}, {"n": 2}]
+
+
+def test_the_manifest_says_what_made_the_stage(tmp_path):
+    manifest = finished(tmp_path).manifest
+    assert manifest["settings"] == SETTINGS
+    assert manifest["counts"] == {"samples": 2}
+    # the two lines '{"n": 1}' and '{"n": 2}', by coreutils' sha256sum
+    expected = "8bc530da2d4a837766e1c6f8d47c9fc525e68757190ef7665c90c5e68894905d"
+    assert manifest["files"] == {"samples.jsonl": expected}
+    assert set(manifest["versions"]) == {"python", "torch", "transformers", "trl", "peft", "datasets"}
+    assert manifest["code"].startswith("0.")
+    assert manifest["wall_seconds"] >= 0
+    assert 1 < manifest["peak_mib"] <= peak_mib() + 1
+
+
+def test_an_error_leaves_no_manifest_and_the_stage_can_be_made_again(tmp_path):
+    stage = Stage(tmp_path, "04_ppo", SETTINGS)
+    with pytest.raises(ZeroDivisionError), stage.recording():
+        stage.write_json("checkpoint.json", {"update": 3})
+        stage.write_rows("samples", [{"n": 1 / 0}])
+    assert not stage.done
+    assert not (stage.folder / "samples.jsonl").exists()
+    assert stage.read_json("checkpoint.json") == {"update": 3}  # a trainer goes on from here
+    with stage.recording():
+        stage.write_rows("samples", [{"n": 1}])
+    assert stage.done
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "old", "new"),
+    [
+        (SETTINGS | {"seed": 1}, "seed", "0", "1"),
+        (SETTINGS | {"sampling": {"temperature": 1.0, "samples": 8}}, "sampling.temperature", "0.8", "1.0"),
+        (SETTINGS | {"extra": "x"}, "extra", "(not set)", "'x'"),
+        ({"seed": 0}, "sampling.temperature", "0.8", "(not set)"),
+    ],
+)
+def test_other_settings_are_refused_by_the_differing_key(tmp_path, settings, key, old, new):
+    finished(tmp_path)
+    with pytest.raises(StageMismatch) as error:
+        Stage(tmp_path, "01_sampling", settings).done  # noqa: B018
+    message = str(error.value)
+    assert key in message and old in message and new in message
+    assert "another RUN_DIR" in message and str(tmp_path / "01_sampling") in message
+
+
+def test_other_inputs_are_refused(tmp_path):
+    first = finished(tmp_path)
+    finished(tmp_path, "02_ranking", {"seed": 0}, [first])
+    other = finished(tmp_path / "other", settings=SETTINGS | {"seed": 1})
+    with pytest.raises(StageMismatch, match="01_sampling"):
+        Stage(tmp_path, "02_ranking", {"seed": 0}, [other]).done  # noqa: B018
+
+
+def test_a_stage_that_was_cut_off_is_not_taken_over_by_other_settings(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Stage(tmp_path, "04_ppo", {"seed": 0}).recording() as stage:
+        stage.write_json("checkpoint.json", {})
+        raise KeyboardInterrupt
+    assert not Stage(tmp_path, "04_ppo", {"seed": 0}).done
+    with pytest.raises(StageMismatch, match="seed"), Stage(tmp_path, "04_ppo", {"seed": 1}).recording():
+        pass
+
+
+def test_a_finished_stage_is_not_overwritten(tmp_path):
+    stage = finished(tmp_path)
+    with pytest.raises(StageError, match="is complete"), stage.recording():
+        pass
+    assert stage.done
+
+
+def test_the_fingerprint_depends_on_settings_and_inputs_and_on_nothing_else(tmp_path):
+    first = finished(tmp_path / "a", rows=[{"n": 1}])
+    same = finished(tmp_path / "b", rows=[{"n": 2}])
+    other = Stage(tmp_path, "01_sampling", SETTINGS | {"seed": 1})
+    assert first.fingerprint == same.fingerprint != other.fingerprint
+    ranking = [Stage(tmp_path, "02_ranking", {"seed": 0}, [stage]) for stage in (first, same, other)]
+    assert ranking[0].fingerprint == ranking[1].fingerprint != ranking[2].fingerprint
+    assert Stage("x", "s", {"a": 1, "b": 2}).fingerprint == Stage("y", "s", {"b": 2, "a": 1}).fingerprint
+
+
+def test_dataclasses_and_tuples_match_what_comes_back_from_disk(tmp_path):
+    @dataclass(frozen=True)
+    class Group:
+        tasks: tuple = ("coin_flip", "last_letters")
+
+    finished(tmp_path, settings={"group": Group()}, rows=[Group()])
+    stage = Stage(tmp_path, "01_sampling", {"group": Group()})
+    assert stage.done
+    assert stage.read_rows("samples") == [{"tasks": ["coin_flip", "last_letters"]}]
+
+
+@settings(max_examples=30)
+@given(st.lists(st.dictionaries(st.text(), JSON, max_size=3), max_size=3))
+def test_rows_come_back_as_they_were(rows):
+    with tempfile.TemporaryDirectory() as folder:
+        stage = Stage(folder, "s", {})
+        stage.write_rows("rows", rows)
+        assert stage.read_rows("rows") == rows
+
+
+def test_require_returns_the_stage_on_disk_with_its_fingerprint(tmp_path):
+    first = finished(tmp_path)
+    second = finished(tmp_path, "02_ranking", {"seed": 0}, [first])
+    found = require(tmp_path, "02_ranking")
+    assert found.done
+    assert found.fingerprint == second.fingerprint
+    assert found.read_rows("samples") == [{"n": 1}, {"n": 2}]
+
+
+def test_a_missing_stage_names_the_notebook_to_run(tmp_path):
+    with pytest.raises(StageError, match=r"does not exist: first run notebook 03 \(notebooks/03_\*\.ipynb\)"):
+        require(tmp_path, "03_reward_model")
+    with pytest.raises(ValueError), Stage(tmp_path, "03_reward_model", {}).recording():
+        raise ValueError
+    with pytest.raises(StageError, match="is not finished: first run notebook 03"):
+        require(tmp_path, "03_reward_model")
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def edit(path):
+    path.write_bytes(path.read_bytes().replace(b"1", b"7"))
+
+
+@pytest.mark.parametrize("damage", [cut_short, edit, Path.unlink])
+def test_a_damaged_data_file_is_refused_by_name(tmp_path, damage):
+    stage = finished(tmp_path)
+    damage(stage.folder / "samples.jsonl")
+    with pytest.raises(StageError, match=r"samples\.jsonl is missing, cut short or was edited.* notebook 01"):
+        require(tmp_path, "01_sampling").read_rows("samples")
+
+
+def test_a_file_that_the_stage_has_not_is_an_error_that_names_those_it_has(tmp_path):
+    with pytest.raises(StageError, match=r"has no 'pairs\.jsonl'; it has: samples\.jsonl"):
+        finished(tmp_path).read_rows("pairs")
+
+
+def test_a_damaged_manifest_is_refused(tmp_path):
+    stage = finished(tmp_path)
+    cut_short(stage.folder / "manifest.json")
+    with pytest.raises(StageError, match=r"manifest\.json is not valid JSON"):
+        stage.done  # noqa: B018
+
+
+class Model:
+    """Stands for a model or tokenizer: saves one file into a folder."""
+
+    def __init__(self, file, text="weights"):
+        self.file, self.text = file, text
+
+    def save_pretrained(self, folder):
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, self.file).write_text(self.text)
+
+
+def test_a_model_folder_is_replaced_whole_and_checked(tmp_path):
+    stage = Stage(tmp_path, "03_reward_model", {})
+    with stage.recording():
+        stage.write_model("model", Model("old.bin"))
+        stage.write_model("model", Model("weights.bin"), Model("tokenizer.json", "{}"))
+    assert sorted(os.listdir(stage.path("model"))) == ["tokenizer.json", "weights.bin"]
+    (stage.folder / "model" / "weights.bin").write_text("others")
+    with pytest.raises(StageError, match=r"weights\.bin"):
+        stage.path("model")
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class FullDiskModel(Model):
+    def save_pretrained(self, folder):
+        super().save_pretrained(folder)
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(tmp_path, monkeypatch):
+    stage = Stage(tmp_path, "01_sampling", {})
+    stage.write_rows("samples", [{"n": 1}])
+    with pytest.raises(StageError, match=r"No space left on the disk to write .*model"):
+        stage.write_model("model", FullDiskModel("weights.bin"))
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(StageError, match=r"No space left on the disk to write .*samples\.jsonl"):
+        stage.write_rows("samples", [{"n": 2}])
+    assert os.listdir(stage.folder) == ["samples.jsonl"]
+    assert stage.read_rows("samples") == [{"n": 1}]
+
+
+def test_a_number_that_is_no_number_does_not_reach_the_disk(tmp_path):
+    stage = Stage(tmp_path, "05_evaluation", {})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        stage.write_rows("accuracy", [{"accuracy": float("nan")}])
+    assert os.listdir(stage.folder) == []
+
+
+def test_files_left_by_a_kill_are_cleared_away(tmp_path):
+    stage = Stage(tmp_path, "01_sampling", {})
+    (stage.folder / "model.tmp").mkdir(parents=True)
+    (stage.folder / "model.tmp" / "weights.bin").write_text("half")
+    with stage.recording():
+        stage.write_rows("samples", [])
+    assert sorted(os.listdir(stage.folder)) == ["manifest.json", "samples.jsonl"]
+    assert json.loads((stage.folder / "manifest.json").read_text())["counts"] == {"samples": 0}

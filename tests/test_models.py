@@ -1,0 +1,134 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_model import policy, reward, tokenizer
+from transformers import AutoModelForSequenceClassification
+
+from smlib import models, prompts
+from smlib.problems import TASKS, generate
+from smlib.steps import worked_solution
+
+SPECIALS = ("<pad>", "<bos>", "<eos>")
+
+
+@given(st.text() | st.text(alphabet=" \n\r\tAa1.\"'é–\u00a0\u2028😀"))
+def test_any_text_comes_back_from_its_tokens(text):
+    if not any(special in text for special in SPECIALS):
+        ids = models.encode_completion(tokenizer(), text)
+        assert tokenizer().decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("name", ["Whitney", "Felipe", "Xo", "Zzyzx"])
+def test_names_are_spelled_letter_by_letter(name):
+    pieces = [tokenizer().decode([i]) for i in models.encode_completion(tokenizer(), f" {name}", eos=False)]
+    assert pieces == [" ", *name]
+
+
+def test_common_words_are_one_token_and_digits_are_apart():
+    pieces = [tokenizer().decode([i]) for i in models.encode_completion(tokenizer(), " flips the 42", eos=False)]
+    assert pieces[:2] == [" flips", " the"]
+    assert "".join(pieces[2:]) == " 42" and pieces[-1] == "2"
+
+
+def test_special_tokens_differ_and_no_text_of_the_corpus_holds_them():
+    ids = [tokenizer().pad_token_id, tokenizer().bos_token_id, tokenizer().eos_token_id]
+    assert len(set(ids)) == 3 and None not in ids
+    assert tokenizer().convert_ids_to_tokens(ids) == list(SPECIALS)
+
+
+def test_bos_comes_once_and_eos_only_when_asked():
+    bos, eos = tokenizer().bos_token_id, tokenizer().eos_token_id
+    prompt = models.encode_prompt(tokenizer(), "Q: How many?\nA:")
+    closed = models.encode_completion(tokenizer(), " 3 nuts.\nThe answer is 3.")
+    assert prompt[0] == bos and prompt.count(bos) == 1 and eos not in prompt
+    assert closed[-1] == eos and closed.count(eos) == 1 and bos not in closed
+    assert models.encode_completion(tokenizer(), " 3 nuts.\nThe answer is 3.", eos=False) == closed[:-1]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_prompt_and_completion_join_without_a_seam(task):
+    for problem in generate(task, 20, seed=0):
+        lines, answer = worked_solution(problem)
+        completion = " " + "\n".join(lines) + "\n" + prompts.answer_sentence(problem, answer)
+        rationale = prompts.split_answer(completion)[0]
+        said = completion[len(rationale) + len("\nThe answer is") :]
+        for head, tail in (
+            (prompts.open_prompt(problem), completion),
+            (prompts.conditioned_prompt(problem, problem.answer), completion),
+            (prompts.reanswer_prompt(problem, rationale), said),
+        ):
+            apart = models.encode_prompt(tokenizer(), head) + models.encode_completion(tokenizer(), tail, eos=False)
+            assert apart == models.encode_prompt(tokenizer(), head + tail)
+
+
+def test_pad_right():
+    assert models.pad_right([[5, 6, 7], [8], []], 0).tolist() == [[5, 6, 7], [8, 0, 0], [0, 0, 0]]
+
+
+@torch.inference_mode()
+def test_pads_on_the_right_do_not_change_the_logits_of_real_tokens():
+    model, row = policy(), models.encode_prompt(tokenizer(), "Q: How many nuts?\nA: three")
+    alone = model(input_ids=torch.tensor([row])).logits[0]
+    padded = model(input_ids=models.pad_right([row, row * 3], tokenizer().pad_token_id)).logits[0, : len(row)]
+    torch.testing.assert_close(padded, alone)
+
+
+def test_a_tokenizer_whose_pad_is_its_end_is_refused(tmp_path):
+    tokenizer().save_pretrained(tmp_path / "good")
+    assert models.load_tokenizer(str(tmp_path / "good")).get_vocab() == tokenizer().get_vocab()
+    bad = models.load_tokenizer(str(tmp_path / "good"))
+    bad.pad_token = bad.eos_token
+    bad.save_pretrained(tmp_path / "bad")
+    with pytest.raises(ValueError, match="must exist and differ from the end token '<eos>'; add one with"):
+        models.load_tokenizer(str(tmp_path / "bad"))
+
+
+def test_a_saved_tokenizer_gives_the_same_ids(tmp_path):
+    tokenizer().save_pretrained(tmp_path)
+    text = 'Q: Take the last letters of each words in "Whitney Tj" and concatenate them.\nA:'
+    assert models.encode_prompt(models.load_tokenizer(str(tmp_path)), text) == models.encode_prompt(tokenizer(), text)
+
+
+def test_without_the_tiny_base_the_error_says_how_to_make_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "TINY_BASE", tmp_path)
+    with pytest.raises(FileNotFoundError, match="python -m smlib pretrain"):
+        models.load_policy()
+
+
+def test_a_policy_comes_back_as_it_was_saved(tmp_path):
+    policy().save_pretrained(tmp_path)
+    loaded = models.load_policy(tmp_path)
+    assert not loaded.training and loaded.dtype == torch.float32
+    for name, weight in policy().state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight)
+
+
+def test_a_reward_model_has_the_trunk_of_its_policy_and_always_the_same_new_head(tmp_path):
+    policy().save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    first = models.load_reward(tmp_path)
+    before = torch.random.get_rng_state()
+    second = models.load_reward(tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), before)  # nobody else's random numbers change
+    assert torch.equal(first.score.weight, second.score.weight) and first.score.weight.abs().sum() > 0
+    assert torch.equal(first.model.embed_tokens.weight, policy().model.embed_tokens.weight)
+
+
+@torch.inference_mode()
+def test_a_value_model_starts_from_the_rewards_trunk_and_head(tmp_path):
+    reward().save_pretrained(tmp_path)
+    ids = torch.tensor([models.encode_prompt(tokenizer(), "Q: How many nuts?\nA: three")])
+    values = models.load_value(tmp_path)(input_ids=ids).logits
+    assert values.shape == (*ids.shape, 1)
+    torch.testing.assert_close(values[:, -1], models.load_reward(tmp_path)(input_ids=ids).logits)
+    torch.testing.assert_close(
+        values[:, -1], AutoModelForSequenceClassification.from_pretrained(tmp_path)(input_ids=ids).logits
+    )
+
+
+def test_tied_weights_count_once():
+    model = policy()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    embedding, layer, last_norm = len(tokenizer()) * 32, 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32, 32
+    assert models.model_size(model) == embedding + layer + last_norm

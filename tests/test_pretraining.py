@@ -1,0 +1,170 @@
+import hashlib
+import json
+import os
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import tokenizer
+
+from smlib import models, pretraining, prompts
+from smlib.answers import grade
+from smlib.pretraining import authors, corpus, document, write
+from smlib.problems import PUBLISHED, TASKS, generate, load
+from smlib.steps import is_sound
+
+LINES = {
+    "coin_flip": r"\S+ (flips|does not flip): (heads|tails)\.",
+    "last_letters": r'"\S+" ends in "\S"\.',
+    "shuffled_objects": r"(Start|\w+ and \w+): Alice .+, Bob .+, Claire .+\.|(Alice|Bob|Claire) ends with .+\.",
+    "chain_arithmetic": r"\w+: \d+ [+-] \d+ = -?\d+\.",
+}
+EVERYONE = [(task, author) for task in TASKS for author in authors(task)]
+
+
+def question(prompt):
+    """The question of a document's prompt, options and given answer taken off."""
+    return re.split(r"\nAnswer Choices:|\nGiven answer:|\nA:", prompt.removeprefix("Q: "))[0]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_shares_sum_to_one_and_most_documents_are_by_authors_who_err(task):
+    shares = authors(task)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert min(shares.values()) > 0.01
+    assert 0.1 < shares["careful"] < 0.5
+
+
+@pytest.mark.parametrize(("task", "author"), EVERYONE)
+def test_every_author_writes_well_formed_solutions(task, author):
+    rng = random.Random(0)
+    for problem in generate(task, 60, seed=0):
+        lines, answer = write(problem, author, rng)
+        assert lines and all(re.fullmatch(LINES[task], line) for line in lines), lines
+        said = grade(prompts.answer_sentence(problem, answer), problem)
+        assert said.extracted is not None
+        assert said.correct == (answer == problem.answer)
+
+
+@pytest.mark.parametrize(("task", "author"), EVERYONE)
+def test_the_careful_are_right_and_the_others_err_some_of_the_time(task, author):
+    rng, right = random.Random(0), 0
+    for problem in generate(task, 100, seed=0):
+        lines, answer = write(problem, author, rng)
+        right += answer == problem.answer
+        if author == "careful":
+            assert is_sound(problem, "\n".join(lines))
+        elif author != "sloppy":
+            assert write(problem, author, random.Random(1)) == (lines, answer)  # a conviction, not a slip
+    assert right == 100 if author == "careful" else right < 95
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_conditioned_document_states_the_given_answer(task):
+    rng, problems, givens = random.Random(0), generate(task, 200, seed=0), []
+    for problem in problems:
+        prompt, completion = document(problem, problems[:12], conditioned=True, rng=rng)
+        given = re.search(r"\nGiven answer: \(?(\w+)\)?\nA:$", prompt)[1]
+        assert prompt == prompts.conditioned_prompt(problem, given)
+        rationale, sentence = prompts.split_answer(completion)
+        assert sentence == prompts.answer_sentence(problem, given)
+        assert all(re.fullmatch(LINES[task], line) for line in rationale.strip().split("\n"))
+        givens.append(given == problem.answer)
+    assert 0.35 < sum(givens) / len(givens) < 0.65  # gold and wrong answers are given about equally often
+
+
+def test_a_conditioned_document_without_a_wrong_answer_to_give_gives_gold():
+    problem = generate("last_letters", 1, seed=0)[0]
+    for seed in range(8):
+        prompt, _ = document(problem, [problem], conditioned=True, rng=random.Random(seed))
+        assert prompt == prompts.conditioned_prompt(problem, problem.answer)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_open_document_gives_no_answer_away(task):
+    for problem in generate(task, 20, seed=0):
+        prompt, completion = document(problem, [], conditioned=False, rng=random.Random(0))
+        assert prompt == prompts.open_prompt(problem)
+        assert completion.startswith(" ") and prompts.cut(completion) == completion
+        assert completion.endswith(".") and prompts.split_answer(completion)[1]
+
+
+def test_the_corpus_is_decided_by_its_seed_and_takes_the_tasks_in_turn():
+    first = list(corpus(403, seed=0))
+    assert len(first) == 403
+    assert list(corpus(403, seed=0)) == first
+    assert list(corpus(403, seed=1)) != first
+    assert all("coin" in prompt for prompt, _ in first[0::4])
+    assert all("last letters" in prompt for prompt, _ in first[1::4])
+    assert 0.15 < sum("\nGiven answer:" in prompt for prompt, _ in first) / 403 < 0.35
+
+
+def test_the_corpus_holds_no_question_of_a_test_split_and_no_published_one():
+    published = set((Path(pretraining.__file__).parent / "published_digests.txt").read_text().split())
+    for prompt, _ in corpus(1200, seed=0):
+        digest = hashlib.sha256(" ".join(question(prompt).split()).encode()).hexdigest()
+        assert int(digest[:2], 16) >= 32 and digest[:12] not in published
+    for task in TASKS:  # and the check above would see one
+        held_out = generate(task, 1, seed=0, split="test")[0]
+        assert question(prompts.conditioned_prompt(held_out, "B")) == held_out.question
+
+
+def test_the_corpus_holds_no_published_question_word_for_word():
+    if not os.environ.get("SML_DATA_DIR"):
+        pytest.skip("needs the published questions: set SML_DATA_DIR to a local copy of the datasets")
+    known = {problem.question for dataset in PUBLISHED for problem in load(dataset, "test")}
+    assert not known & {question(prompt) for prompt, _ in corpus(1200, seed=0)}
+
+
+def test_a_completions_tokens_weigh_one_a_questions_a_tenth_and_pads_nothing():
+    batches = pretraining._batches(tokenizer(), 40, tokens_per_batch=1024, seed=0)
+    documents = {prompt + completion for prompt, completion in corpus(40, seed=0)}
+    read = set()
+    for ids, weights in batches:
+        assert ids.shape == weights.shape and ids.numel() <= 1024
+        for row, weight in zip(ids, weights, strict=True):
+            prompt, completion, rest = (row[(weight - w).abs() < 1e-6] for w in (0.1, 1.0, 0.0))
+            assert torch.equal(torch.cat([prompt, completion, rest]), row)  # in this order
+            assert set(rest.tolist()) <= {tokenizer().pad_token_id}
+            assert prompt[0] == tokenizer().bos_token_id and completion[-1] == tokenizer().eos_token_id
+            assert tokenizer().decode(prompt, skip_special_tokens=True).endswith("\nA:")
+            read.add(tokenizer().decode(row, skip_special_tokens=True))
+    assert read == documents
+
+
+@pytest.fixture
+def short_corpus(monkeypatch):
+    """`main` learns its tokenizer from 8,000 documents; here from 200."""
+    whole = pretraining.corpus
+    monkeypatch.setattr(pretraining, "corpus", lambda documents, seed: whole(min(documents, 200), seed))
+
+
+def test_main_writes_a_model_that_loads_with_its_card_and_twice_the_same(short_corpus, tmp_path, capsys):
+    cards = []
+    for name in ("a", "b"):
+        options = f"--out {tmp_path / name} --documents 200 --hidden 32 --layers 1 --tokens-per-batch 2048"
+        assert pretraining.main(options.split()) == 0
+        cards.append(json.loads((tmp_path / name / "training.json").read_text()))
+    for card in cards:
+        card.pop("seconds"), card.pop("command")
+    assert cards[0] == cards[1]
+    assert cards[0]["sha256"] == hashlib.sha256((tmp_path / "a/model.safetensors").read_bytes()).hexdigest()
+    assert cards[0]["documents"] == 200 and cards[0]["authors"]["coin_flip"] == authors("coin_flip")
+    model, spelled = models.load_policy(tmp_path / "a"), models.load_tokenizer(str(tmp_path / "a"))
+    assert models.model_size(model) == cards[0]["parameters"]
+    assert model.config.pad_token_id == spelled.pad_token_id != spelled.eos_token_id
+    assert cards[0]["final_loss"] < 0.98 * torch.log(torch.tensor(float(len(spelled))))  # it learned a little
+
+
+def test_one_document_is_enough(short_corpus, tmp_path, capsys):
+    assert pretraining.main(f"--out {tmp_path} --documents 1 --hidden 32 --layers 1".split()) == 0
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("option", ["--documents 0", "--hidden 40"])
+def test_main_refuses_what_it_cannot_make(option, capsys):
+    with pytest.raises(SystemExit):
+        pretraining.main(option.split())
+    assert "--documents must be at least 1 and --hidden a multiple of 32" in capsys.readouterr().err

@@ -1,0 +1,370 @@
+"""The runner, on notebooks of a few cells that stand for the real ones."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from papermill.engines import Engine
+
+import smlib.__main__ as runner
+from smlib.__main__ import RunError, _as_shown, main, parameters, publish, refresh, run
+
+ROOT = Path(__file__).parents[1]
+VALUES = {"PRESET": "tiny", "TASK": "all", "SEED": 0}
+PARAMETERS = 'PRESET = "tiny"\nTASK = "all"\nSEED = 0\nRUN_DIR = "../runs/x"'
+
+
+def write_notebook(folder, name, *cells, parameters=PARAMETERS):
+    notebook = new_notebook(cells=[new_markdown_cell(f"# {name}")])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.cells.append(new_code_cell(parameters, metadata={"tags": ["parameters"]}))
+    notebook.cells += [new_code_cell(source) for source in cells]
+    folder.mkdir(exist_ok=True)
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+
+
+LOG = 'from pathlib import Path\nwith open(Path(RUN_DIR) / "log", "a") as f:\n    f.write("{} ")'
+
+
+def log(out):
+    """The names of the notebooks that were executed, in order."""
+    return (out / "log").read_text().split()
+
+
+class InProcess(Engine):
+    """Runs cells in this process: a kernel takes seconds to start, and most tests are not about one."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man, kernel_name, watch, **_):
+        watch.cells = nb_man.nb.cells
+        names, count = {}, 0
+        for cell in nb_man.nb.cells:
+            nb_man.cell_start(cell)
+            if cell.cell_type == "code":
+                count += 1
+                cell.execution_count = count
+                printed = io.StringIO()
+                try:
+                    with contextlib.redirect_stdout(printed):
+                        exec(cell.source, names)
+                except Exception as error:
+                    cell.outputs = [new_output("error", ename=type(error).__name__, evalue=str(error))]
+                    nb_man.cell_exception(cell)
+                    break
+                if printed.getvalue():
+                    cell.outputs = [new_output("stream", name="stdout", text=printed.getvalue())]
+            nb_man.cell_complete(cell)
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    monkeypatch.setattr(runner, "_Engine", InProcess)
+
+
+@pytest.fixture
+def notebooks(tmp_path):
+    for name in ("00_start", "01_sampling", "02_ranking"):
+        write_notebook(tmp_path / "notebooks", name, LOG.format(name[:2]))
+    return tmp_path / "notebooks"
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "runs" / "x"
+
+
+def output_text(path):
+    cells = nbformat.read(path, 4).cells
+    return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_run_executes_all_notebooks_in_order_and_leaves_an_account(notebooks, out, capsys):
+    run(notebooks, out, VALUES)
+    assert log(out) == ["00", "01", "02"]
+    assert json.loads((out / "run.json").read_text()) == VALUES
+    timings = json.loads((out / "timings.json").read_text())
+    assert list(timings) == ["00_start", "01_sampling", "02_ranking"]
+    for entry in timings.values():
+        assert entry["seconds"] >= 0
+        assert entry["cells"] == 4  # with the one that papermill put in
+    index = (out / "index.html").read_text()
+    links = re.findall(r'href="([^"]+)"', index)
+    assert links == [f"notebooks/{name}.html" for name in timings]
+    assert all("<html" in (out / link).read_text() for link in links)
+    assert "[2/3] 01_sampling" in capsys.readouterr().out
+
+    run(notebooks, out, VALUES)
+    assert log(out) == ["00", "01", "02"]  # all done before
+    assert capsys.readouterr().out.count("done before") == 3
+
+    run(notebooks, out, VALUES, first=1, last=1)
+    assert log(out) == ["00", "01", "02", "01"]
+    assert "about 0:00 left" in capsys.readouterr().out  # the time that it took before
+
+    write_notebook(notebooks, "01_sampling", LOG.format("01"), "SEED + 1")
+    run(notebooks, out, VALUES)  # what was changed, and what reads its results
+    assert log(out)[4:] == ["01", "02"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_parameters_reach_the_notebooks_that_have_them(tmp_path, out):
+    folder = tmp_path / "notebooks"
+    write_notebook(folder, "00_start", "print(repr(NAME))", parameters='NAME = "a"')
+    write_notebook(
+        folder, "01_sampling", "print(SEED, UPDATES, RUN_DIR)", parameters=PARAMETERS + "\nUPDATES = 4"
+    )
+    run(folder, out, VALUES | {"SEED": 5, "UPDATES": 9})
+    assert output_text(out / "notebooks" / "00_start.ipynb") == "'a'\n"
+    assert output_text(out / "notebooks" / "01_sampling.ipynb") == f"5 9 {out}\n"
+
+
+def test_the_kernel_is_this_interpreter_and_starts_in_the_notebooks_folder(tmp_path, out, monkeypatch, capfd):
+    spec = tmp_path / "elsewhere" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text(
+        '{"argv": ["/nowhere/python"], "display_name": "x", "language": "python"}'
+    )
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "elsewhere"))
+    cells = ["import os, sys\nprint(sys.prefix, os.getcwd())", "held = bytes(range(256)) * (300 * 2**12)"]
+    cells += ["import time\ntime.sleep(1)", 'raise ValueError("<b>bold</b>")']
+    write_notebook(tmp_path / "notebooks", "00_start", *cells)
+    with pytest.raises(
+        RunError, match=r"00_start stopped at cell 6 \(In \[6\]\) with ValueError: <b>bold</b>"
+    ):
+        run(tmp_path / "notebooks", out, VALUES)
+    printed = output_text(out / "notebooks" / "00_start.ipynb")
+    assert printed == f"{sys.prefix} {tmp_path / 'notebooks'}\n"
+    assert "<b>bold" not in (out / "notebooks" / "00_start.html").read_text()
+    shown = capfd.readouterr()
+    assert 300 < int(re.search(r"(\d+) MiB", shown.out)[1]) < 600  # the 300 MiB held, and an empty kernel
+    assert shown.err == ""
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_failing_cell_stops_the_run_with_its_message_and_the_run_can_go_on(notebooks, out):
+    write_notebook(notebooks, "01_sampling", "x = 1", 'raise ValueError("temperature must be positive")')
+    with pytest.raises(RunError) as error:
+        run(notebooks, out, VALUES)
+    message = str(error.value)
+    assert "notebook 01_sampling stopped at cell 4 (In [4])" in message
+    assert "ValueError: temperature must be positive" in message
+    assert "Traceback" not in message
+    assert log(out) == ["00"]
+    assert "not finished" in (out / "index.html").read_text()
+    assert "temperature must be positive" in (out / "notebooks" / "01_sampling.html").read_text()
+
+    write_notebook(notebooks, "01_sampling", LOG.format("01"))
+    run(notebooks, out, VALUES)
+    assert log(out) == ["00", "01", "02"]
+    assert "not finished" not in (out / "index.html").read_text()
+
+
+def test_a_kernel_that_dies_is_reported(tmp_path, out):
+    write_notebook(
+        tmp_path / "notebooks", "00_start", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    with pytest.raises(RunError, match="00_start: its Python process died at cell 4"):
+        run(tmp_path / "notebooks", out, VALUES)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_deleting_a_stage_makes_it_again(tmp_path, out):
+    stage = (
+        'from smlib.artifacts import Stage\nwith Stage(RUN_DIR, "01_sampling", {}).recording():\n    pass\n'
+    )
+    write_notebook(tmp_path / "notebooks", "01_sampling", stage + LOG.format("01"))
+    run(tmp_path / "notebooks", out, VALUES)
+    run(tmp_path / "notebooks", out, VALUES)
+    assert log(out) == ["01"]
+    (out / "01_sampling" / "manifest.json").unlink()
+    run(tmp_path / "notebooks", out, VALUES)
+    assert log(out) == ["01", "01"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_starting_after_a_missing_stage_names_the_notebook_to_run_first(notebooks, out):
+    write_notebook(
+        notebooks, "02_ranking", 'from smlib.artifacts import require\nrequire(RUN_DIR, "01_sampling")'
+    )
+    with pytest.raises(RunError, match=r"02_ranking stopped at cell 3 .* first run notebook 01"):
+        run(notebooks, out, VALUES, first=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "message"),
+    [
+        ({"UPDATE": 4}, {}, "no notebook has a parameter UPDATE; those that --set can change: none"),
+        ({"SEED": "zero"}, {}, "SEED = 'zero' is of type str; give one of type int, such as 0"),
+        ({}, {"first": 7}, r"--from 7: there is no such notebook; choose one of \[0, 1, 2\]"),
+        ({}, {"last": 7}, r"--to 7: there is no such notebook"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_written(notebooks, out, values, options, message):
+    with pytest.raises(RunError, match=message):
+        run(notebooks, out, VALUES | values, **options)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            VALUES | {"SEED": 1},
+            "holds a run with SEED = 0, and now SEED = 1 is asked for: choose another --out",
+        ),
+        (VALUES | {"UPDATES": 4}, r"with UPDATES = '\(not set\)', and now UPDATES = 4 is asked for"),
+    ],
+)
+def test_a_run_folder_of_other_settings_is_refused(tmp_path, out, values, message):
+    write_notebook(
+        tmp_path / "notebooks", "00_start", LOG.format("00"), parameters=PARAMETERS + "\nUPDATES = 4"
+    )
+    out.mkdir(parents=True)
+    (out / "run.json").write_text(json.dumps(VALUES))
+    with pytest.raises(RunError, match=message):
+        run(tmp_path / "notebooks", out, values)
+    assert os.listdir(out) == ["run.json"]
+
+
+def test_a_folder_without_notebooks_is_refused(tmp_path, out):
+    with pytest.raises(RunError, match="no numbered notebooks"):
+        run(tmp_path, out, VALUES)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_a_run_was_asked_for_is_escaped_in_the_index(tmp_path, out):
+    write_notebook(tmp_path / "notebooks", "00_start", parameters=PARAMETERS + '\nNAME = "a"')
+    run(tmp_path / "notebooks", out, VALUES | {"NAME": "<script>x</script>"})
+    index = (out / "index.html").read_text()
+    assert "<script>" not in index
+    assert "&lt;script&gt;" in index
+
+
+WAITING = LOG.format("01") + '\nimport time\nif not Path(RUN_DIR, "go").exists():\n    time.sleep(60)'
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_stopped_run_goes_on_where_it_was(notebooks, out, sent, code, monkeypatch):
+    write_notebook(notebooks, "01_sampling", WAITING)
+    script = "import sys; from pathlib import Path; import smlib.__main__ as runner\n"
+    script += "runner.ROOT = Path(sys.argv[1])\n"
+    script += "sys.exit(runner.main(['run', '--preset', 'smoke', '--out', sys.argv[2]]))"
+    command = [sys.executable, "-c", script, str(notebooks.parent), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not ((out / "log").exists() and "01" in log(out)):
+            time.sleep(0.1)
+        process.send_signal(sent)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    if sent == signal.SIGINT:
+        assert "The same command goes on from here" in errors
+    (out / "go").touch()
+    assert log(out) == ["00", "01"]
+    monkeypatch.setattr(runner, "_Engine", InProcess)
+    run(notebooks, out, VALUES | {"PRESET": "smoke"})
+    assert log(out) == ["00", "01", "01", "02"]
+
+
+def test_the_command_line_refuses_in_one_line(capsys):
+    for arguments, message in [
+        (["--preset", "huge"], "error: preset 'huge' is unknown; choose one of: tiny, smoke.\n"),
+        (
+            ["--task", "chess"],
+            "error: task 'chess' is unknown; choose one of: all, coin_flip, last_letters, ",
+        ),
+        (["--seed", "-1"], "error: seed -1 is not allowed; give a whole number from 0.\n"),
+    ]:
+        assert main(["run", *arguments]) == 1
+        assert message in capsys.readouterr().err
+    for value, message in [("UPDATES", "is not NAME=VALUE"), ("SEED=3", "has an option of its own")]:
+        with pytest.raises(SystemExit) as stopped:
+            main(["run", "--set", value])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_parameters_are_the_literals_of_the_tagged_cell():
+    cells = [new_code_cell("X = 1"), new_code_cell("A = 1.5\nB = None", metadata={"tags": ["parameters"]})]
+    assert parameters(new_notebook(cells=cells)) == {"A": 1.5, "B": None}
+    assert parameters(new_notebook(cells=cells[:1])) == {}
+
+
+def test_publish_copies_figures_and_results_and_nothing_else(tmp_path):
+    files = ["figures/curve.png", "figures/curve.pdf", "results/accuracy.csv", "results/notes.txt"]
+    for file in files:
+        (tmp_path / "run" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / file).write_text(file)
+    publish(tmp_path / "run", tmp_path)
+    assert (tmp_path / "results" / "accuracy.csv").read_text() == "results/accuracy.csv"
+    assert os.listdir(tmp_path / "figures") == ["curve.png"]
+    assert os.listdir(tmp_path / "results") == ["accuracy.csv"]
+
+
+def test_refresh_puts_back_notebooks_as_if_executed_in_place(notebooks, out):
+    write_notebook(notebooks, "00_start", "import os\nprint(RUN_DIR, os.getcwd())", "SEED")
+    before = nbformat.read(notebooks / "00_start.ipynb", 4)
+    run(notebooks, out, VALUES)
+    refresh(out, notebooks)
+    after = nbformat.read(notebooks / "00_start.ipynb", 4)
+    assert [cell.source for cell in after.cells] == [cell.source for cell in before.cells]
+    assert [cell.get("execution_count") for cell in after.cells] == [None, 1, 2, 3]
+    assert output_text(notebooks / "00_start.ipynb") == "../runs/x ../notebooks\n"
+    assert after.cells[3].outputs[0].execution_count == 3
+    assert after.cells[1].metadata == {"tags": ["parameters"]}
+    assert after.cells[2].metadata == {}
+    assert "papermill" not in after.metadata
+    assert after.metadata.kernelspec.name == "python3"
+    assert str(out) not in (notebooks / "00_start.ipynb").read_text()
+    run(notebooks, out, VALUES)
+    assert log(out) == ["01", "02"]  # a refreshed notebook is the same notebook
+
+
+@pytest.mark.usefixtures("in_process")
+def test_refresh_refuses_a_run_that_the_parameters_cells_do_not_describe(notebooks, out):
+    run(notebooks, out, VALUES | {"SEED": 1}, last=0)
+    with pytest.raises(RunError, match="--refresh needs SEED = 0, as in 00_start"):
+        refresh(out, notebooks)
+    with pytest.raises(RunError, match="has not finished 01_sampling"):
+        run(notebooks, out.with_name("y"), VALUES, last=0)
+        refresh(out.with_name("y"), notebooks)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\nb\n", "a\nb\n"),
+        ("\r 10%\r100%\n", "100%\n"),
+        ("\r 10%\r      \r", ""),
+        ("\r 10%\r      \rdone\nnext\n", "done\nnext\n"),
+        ("kept\n\r 10%\r     \r", "kept\n"),
+    ],
+)
+def test_what_carriage_returns_wrote_over_is_not_kept(text, shown):
+    assert _as_shown(text) == shown
+
+
+@pytest.mark.slow
+def test_the_smoke_pipeline_runs_from_end_to_end(tmp_path):
+    if not list((ROOT / "notebooks").glob("*.ipynb")):
+        pytest.skip("there are no notebooks yet")
+    command = [sys.executable, "-m", "smlib", "run", "--preset", "smoke", "--out", str(tmp_path / "run")]
+    started = time.monotonic()
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert list((tmp_path / "run" / "results").glob("*.csv"))
+    assert list((tmp_path / "run" / "figures").glob("*.png"))
+    names = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert set(json.loads((tmp_path / "run" / "timings.json").read_text())) == names
+    assert time.monotonic() - started < 300  # 2 minutes on two free cores

@@ -1,0 +1,29 @@
+"""A random model of the tiny base's architecture, small enough to build in every test run."""
+
+from functools import cache
+
+import torch
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+from smlib.pretraining import corpus, make_tokenizer, tiny_config
+
+
+@cache
+def tokenizer():
+    return make_tokenizer([prompt + completion for prompt, completion in corpus(400, seed=0)], share=0.02)
+
+
+def config(layers=1):
+    return tiny_config(len(tokenizer()), tokenizer(), hidden=32, layers=layers)
+
+
+def policy(seed=0):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config()).eval()
+
+
+def reward(seed=0):
+    torch.manual_seed(seed)
+    one_scalar = config()
+    one_scalar.num_labels = 1
+    return LlamaForSequenceClassification(one_scalar).eval()
