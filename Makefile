@@ -2,6 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 export TOKENIZERS_PARALLELISM := false
+export PYTHONWARNINGS := ignore:IProgress not found
 
 run: $(READY)  ## execute all notebooks at the tiny preset; writes runs/, figures/ and results/
 	$(BIN)/python -m smlib run --preset tiny --publish
@@ -28,7 +29,7 @@ clean:  ## delete all runs; what is in figures/, results/ and notebooks/ stays
 	rm -rf runs .pytest_cache .ruff_cache .hypothesis
 
 $(READY): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is not Python 3.11 or newer: install one, then make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is not Python 3.11 or newer: install one, then make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -r requirements.lock
 	$(BIN)/pip install -q --no-deps -e .

@@ -1,4 +1,4 @@
-"""The command line: `python -m smlib run` executes the notebooks, `... pretrain` makes the tiny base model.
+"""The command line: `python -m smlib run` executes the notebooks, `results` pools runs, `pretrain` makes the base.
 
 A run is a folder: `run.json` says what it was asked to do, `notebooks/` holds the executed notebooks and
 their HTML, `timings.json` their time and memory, `index.html` links them, and each stage of the method has a
@@ -32,6 +32,7 @@ KERNEL_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # its threads and a fork in the same process warn and may hang
     "TQDM_DISABLE": "1",  # progress bars would make every run's notebooks differ; the runner shows its own
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm, where there are no widgets
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
@@ -42,16 +43,23 @@ class RunError(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Exit code 0, or 1 after an error (a message, no traceback), or 130 after Ctrl-C."""
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        if args.command == "pretrain":
+        if argv[:1] == ["pretrain"]:  # it reads its own options
             from smlib import pretraining
 
-            return pretraining.main(args.arguments) or 0
-        from smlib.settings import preset  # here, because it imports torch
+            return pretraining.main(argv[1:]) or 0
+        args = _parser().parse_args(argv)
+        if args.command == "results":
+            from smlib import results
+
+            results.main(args.runs, ROOT / "results")
+            return 0
+        from smlib.pipeline import run_folder  # here, because they import torch
+        from smlib.settings import preset
 
         preset(args.preset, args.task, args.seed)  # refuses an unknown name before anything is written
-        out = Path(args.out or ROOT / "runs" / f"{args.preset}-{args.task}-seed{args.seed}").resolve()
+        out = run_folder(args.out or "", args.preset, args.task, args.seed).resolve()
         values = {"PRESET": args.preset, "TASK": args.task, "SEED": args.seed} | dict(args.set)
         run(ROOT / "notebooks", out, values, first=args.first, last=args.last)
         if args.publish:
@@ -83,8 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--set", action="append", default=[], **change)
     run.add_argument("--publish", action="store_true", help="copy figures and results to the repository's")
     run.add_argument("--refresh", action="store_true", help="put the executed notebooks into notebooks/")
-    pretrain = commands.add_parser("pretrain", help="make the tiny base model again", add_help=False)
-    pretrain.add_argument("arguments", nargs=argparse.REMAINDER)
+    results = commands.add_parser("results", help="pool finished runs of several seeds: a table, results/PRESET.csv")
+    results.add_argument("runs", nargs="+", metavar="RUN", help="run folder; the runs differ in their seed alone")
+    commands.add_parser("pretrain", help="make the tiny base model again; see pretrain --help")
     return parser
 
 
@@ -118,33 +127,35 @@ def run(notebooks_dir: Path, out: Path, values: dict, *, first: int | None = Non
     _claim(out, values)
     timings = _read(out / "timings.json")
     expected = _earlier_seconds(out, values)
-    again = False  # once a notebook is executed, those after it have new inputs
     for position, (path, notebook) in enumerate(sources.items(), start=1):
         number, name = int(path.name[:2]), path.stem
         if (first is not None and number < first) or (last is not None and number > last):
             continue
         label = f"[{position}/{len(sources)}] {name}"
         mine = {key: value for key, value in values.items() if key in parameters(notebook)}
-        entry = {"source": _source_hash(notebook), "parameters": mine, "stage": False}
-        stage = out / name / "manifest.json"
-        before = timings.get(name, {})
-        if before.get("stage") and not stage.exists():
-            before = {}  # its results were deleted, to be made again
-        same = all(before.get(key) == entry[key] for key in ("source", "parameters"))
-        if same and not again and first is None:
+        entry = {"source": _source_hash(notebook), "parameters": mine}
+        before = timings.get(name, {"stages": []})
+        same = all(before.get(key) == entry[key] for key in entry)
+        same = same and set(before["stages"]) <= set(_stages(out, number))  # else deleted, to be made again
+        if same and first is None:
             print(f"{label} · done before")
             continue
-        again = True
-        timings.pop(name, None)
+        timings = {stem: entry for stem, entry in timings.items() if stem < name}  # the rest gets new inputs
+        _write(out / "timings.json", timings)
         left = [expected.get(later.stem) for later in list(sources)[position - 1 :] if _within(later, last)]
         given = {"RUN_DIR": str(out)} if "RUN_DIR" in parameters(notebook) else {}
         try:
             with _Watch(label, left) as watch:
                 _execute(path, out / "notebooks" / path.name, mine | given, watch)
-            timings[name] = entry | watch.measured() | {"stage": stage.exists()}
+            timings[name] = entry | watch.measured() | {"stages": _stages(out, number)}
         finally:
             _write(out / "timings.json", timings)
             _write_index(out, values, timings)
+
+
+def _stages(out: Path, number: int) -> list[str]:
+    """The finished stages that a notebook has made: 02 makes 02_ranking and 02_sft."""
+    return sorted(path.parent.name for path in out.glob(f"{number:02d}_*/manifest.json"))
 
 
 def _within(path: Path, last: int | None) -> bool:
@@ -276,11 +287,12 @@ class _Watch:
         return {"seconds": round(self.seconds, 1), "peak_mib": round(self.peak), "cells": len(self.cells)}
 
     def _poll(self) -> None:
-        while not self._stop.wait(0.2):
+        while not self._stop.wait(0.5):
             self.peak = max(self.peak, _children_mib())
             if sys.stdout.isatty():
                 state = f"cell {self.cell}/{len(self.cells)} · {_clock(self.seconds)} · {self.peak:.0f} MiB"
-                print(f"\r\x1b[K{self.label} · {state}{self._time_left()}", end="", flush=True)
+                line = f"{self.label} · {state}{self._time_left()}"
+                print(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
 
     def _time_left(self) -> str:
         if None in self.left:

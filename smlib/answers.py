@@ -93,7 +93,6 @@ _CUE = re.compile(
 )
 _LATEX = re.compile(r"\\(?:text|boxed)\{([^{}\n]{0,100})\}")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{(-?\d{1,40})\}\{(\d{1,40})\}")
-_CALCULATION = re.compile(r"<<[^<>\n]{0,100}>>")  # the calculator notes inside GSM8K's solutions
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\b(?:because|since)\b")
 _NOT = re.compile(r"[\W_]*not\b", re.IGNORECASE)
 _ALPHANUMERIC = re.compile(r"[^\W_]")
@@ -121,7 +120,7 @@ def _answer_line(output: str) -> str:
     line = rest[rest.rfind("\n", 0, first.start()) + 1 :].partition("\n")[0][:300].strip()
     if _NOT.match(line):
         raise _Invalid("the answer sentence only says what the answer is not")
-    return _CALCULATION.sub("", line)
+    return line
 
 
 def _sentence(line: str) -> str:

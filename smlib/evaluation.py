@@ -138,8 +138,8 @@ def paired_test(a: Sequence[float], b: Sequence[float]) -> dict:
         "mean_difference": float(difference.mean()),
         "low": low,
         "high": high,
-        # scipy divides zero by zero where the models agree on every question
-        "p_value": float(stats.ttest_rel(a, b).pvalue) if difference.any() else 1.0,
+        # without any spread scipy would divide by zero
+        "p_value": float(stats.ttest_rel(a, b).pvalue) if np.ptp(difference) else float(not difference.any()),
         "p_exact": p_exact,
     }
 

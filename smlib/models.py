@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 TINY_BASE = Path(__file__).parent / "tiny_base"
 
@@ -49,16 +50,29 @@ def load_reward(name: str | Path) -> PreTrainedModel:
 
     A head that the folder does not hold starts from the same random numbers in every process, resumed or not.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AutoModelForSequenceClassification.from_pretrained(
-            resolve(str(name)), num_labels=1, dtype=torch.float32
-        ).eval()
+    return _with_head(AutoModelForSequenceClassification, name)
 
 
 def load_value(name: str | Path) -> PreTrainedModel:
     """A value model: one scalar per token, started from a reward model's trunk and head."""
-    return AutoModelForTokenClassification.from_pretrained(resolve(str(name)), num_labels=1, dtype=torch.float32).eval()
+    return _with_head(AutoModelForTokenClassification, name)
+
+
+def _with_head(auto_class, name: str | Path) -> PreTrainedModel:
+    """A model with a head of one number. Where the folder has no head, a new one is meant and needs no report."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model, loaded = auto_class.from_pretrained(
+                resolve(str(name)), num_labels=1, dtype=torch.float32, output_loading_info=True
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    if lost := sorted(key for key in loaded["missing_keys"] if key.startswith(f"{model.base_model_prefix}.")):
+        raise ValueError(f"{name} is incomplete, it lacks {', '.join(lost[:3])}: delete it and make it again")
+    return model.eval()
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -18,9 +18,14 @@ from smlib.settings import Settings
 
 # Generated questions of the train split are drawn from these seeds, far apart, plus the run's own seed; the tiny
 # base read seeds from 1,000,003. Test questions are of another split and the same for every run.
-_FIRST, _SECOND, _PPO, _TEST = 10_000, 20_000, 30_000, 40_000
+_FIRST, _SECOND, _PPO, _TEST, _FRESH = 10_000, 20_000, 30_000, 40_000, 50_000
 
 METHODS = {"base": "base", "sft": "SFT on r+", "sml": "SML (PPO)"}
+
+
+def run_folder(run_dir: str, preset: str, task: str, seed: int) -> Path:
+    """The run folder of a notebook: RUN_DIR, or where that is empty, runs/PRESET-TASK-seedSEED of the repository."""
+    return Path(run_dir) if run_dir else Path(__file__).parents[1] / "runs" / f"{preset}-{task}-seed{seed}"
 
 
 def training_problems(settings: Settings) -> list[Problem]:
@@ -51,6 +56,16 @@ def ppo_problems(settings: Settings):
         )
     pools = [generate(task, each * settings.ppo.updates, _PPO + settings.seed) for task in settings.tasks]
     return lambda update: [problem for pool in pools for problem in pool[update * each : (update + 1) * each]]
+
+
+def fresh_problems(settings: Settings, n: int) -> list[Problem]:
+    """n questions per task, of the train split and in none of the run's stages: to look at a model on the way."""
+    used = training_problems(settings) + second_problems(settings)
+    asked = ppo_problems(settings)
+    seen = {problem.id for update in range(settings.ppo.updates) for problem in asked(update)}
+    seen |= {problem.id for problem in used}
+    pools = [generate(task, 2 * n, _FRESH + settings.seed) for task in settings.tasks]
+    return [problem for pool in pools for problem in [p for p in pool if p.id not in seen][:n]]
 
 
 def test_problems(settings: Settings) -> dict[str, list[Problem]]:

@@ -10,6 +10,11 @@ from IPython.display import Code, display
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
+from smlib.answers import grade
+from smlib.problems import Problem
+from smlib.prompts import split_answer
+from smlib.steps import check_steps
+
 # Okabe and Ito's colours can be told apart by colour-blind readers.
 COLOURS = {
     "blue": "#0072B2",
@@ -83,6 +88,17 @@ def source(*functions: Callable) -> None:
         display(Code(inspect.getsource(function), language="python"))
 
 
+def print_steps(problem: Problem, text: str) -> None:
+    """Print a completion line by line with the step checker's finding, then its answer with the verdict."""
+    rationale, sentence = split_answer(text)
+    for check in check_steps(problem, rationale):
+        print(f"  {'right' if check.correct else 'WRONG'}  {check.line}")
+        if not check.correct:
+            print(f"         {check.reason}")
+    verdict = grade(text, problem)
+    print(f"  {'right' if verdict.correct else 'WRONG'}  {sentence or '(no answer sentence)'} [{verdict.reason}]")
+
+
 def save(figure: Figure, run_dir: str | Path, name: str) -> None:
     """Write a figure to the run's figures/ as PNG."""
     folder = Path(run_dir) / "figures"
@@ -113,9 +129,68 @@ def grouped_bars(
     axes.set_xticks(places, groups)
 
 
+def stacked_bars(axes, labels: Sequence[str], parts: dict[str, Sequence[float]], group: int) -> None:
+    """Lying bars that add up to 100 percent: part name -> its percent per label; a gap after every `group` labels."""
+    left = np.zeros(len(labels))
+    places = [index + 0.35 * (index // group) for index in range(len(labels))]
+    for (name, widths), colour in zip(parts.items(), ("blue", "sky", "red", "grey"), strict=True):
+        axes.barh(places, widths, left=left, label=name, color=COLOURS[colour])
+        left += np.asarray(widths)
+    axes.set_yticks(places, labels)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.legend(ncols=len(parts), loc="lower left", bbox_to_anchor=(0, 1), fontsize=8, borderaxespad=0.2)
+
+
 def moving_average(values: Sequence[float], window: int) -> np.ndarray:
     """Mean of the last `window` values (fewer at the start), as long as the input."""
     total = np.cumsum(np.insert(np.asarray(values, dtype=float), 0, 0.0))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
     return (total[ends] - total[starts]) / (ends - starts)
+
+
+def token_strip(axes, tokens: Sequence[str], values: Sequence[float], limit: float, marked: int | None = None):
+    """A text whose tokens are coloured by a value, purple above zero and orange below; `marked` is a line's index.
+
+    limit: the absolute value at which the colour is strongest. Returns the colour scale, for a colour bar.
+    """
+    shades = plt.cm.ScalarMappable(plt.Normalize(-1.6 * limit, 1.6 * limit), "PuOr")  # ink stays legible on these
+    row = column = widest = 0
+    for token, value in zip(tokens, values, strict=True):
+        for letter in token.replace("\n", "↵"):
+            axes.add_patch(plt.Rectangle((column, row), 1, 1, color=shades.to_rgba(np.clip(value, -limit, limit))))
+            axes.text(column + 0.5, row + 0.52, letter, ha="center", va="center", family="monospace", fontsize=9)
+            column += 1
+            widest = max(widest, column)
+        if "\n" in token:
+            row, column = row + 1, 0
+    if marked is not None:
+        axes.add_patch(plt.Rectangle((-0.4, marked), widest + 0.8, 1, fill=False, color=COLOURS["red"], linewidth=2))
+    axes.set(xlim=(-0.6, max(widest, 40) + 0.6), ylim=(row + 1.15, -0.15), aspect=1.7)
+    axes.axis("off")
+    return shades
+
+
+def ablations(rows) -> Figure:
+    """The table of `smlib.ablations` (a DataFrame): one panel per question, one point with its interval per seed."""
+    found = list(dict.fromkeys(rows["metric"]))
+    panels = {
+        "Held-out pairs ranked right (%)": [name for name in found if name.startswith("held-out")],
+        "Right answers (%)": [name for name in found if name.startswith(("best of", "mean of"))],
+        "PPO's gain over SFT (points)": [name for name in found if name.endswith("gain over SFT")],
+    }
+    panels = {title: metrics for title, metrics in panels.items() if metrics}
+    figure, every = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), squeeze=False)
+    for axes, (title, metrics) in zip(every[0], panels.items(), strict=True):
+        values = list(dict.fromkeys(rows.loc[rows["metric"].isin(metrics), "value"]))
+        for index, metric in enumerate(metrics):
+            one = rows[rows["metric"] == metric]
+            seeds = one.groupby("value", sort=False).cumcount()
+            steps = (index - (len(metrics) - 1) / 2) * 0.36 + (seeds - seeds.max() / 2) * 0.09
+            error = 100 * np.array([one["score"] - one["low"], one["high"] - one["score"]])
+            places = [values.index(value) for value in one["value"]] + steps
+            axes.errorbar(100 * one["score"], places, xerr=error, fmt="o", markersize=4, elinewidth=1, label=metric)
+        axes.set(yticks=range(len(values)), yticklabels=values, xlabel=title, ylim=(len(values) - 0.4, -0.6))
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8)
+    return figure

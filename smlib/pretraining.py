@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smlib import models, prompts
-from smlib.problems import LETTERS, TASKS, Problem, generate
+from smlib.problems import TASKS, Problem, generate
 from smlib.steps import WRITERS, compute, parse, swap, turn
 
 # ------------------------------------------------------------------------------------------------- authors
@@ -132,7 +132,7 @@ def _forced(problem: Problem, lines: list[str], given: str) -> list[str]:
     if problem.dataset == "coin_flip":
         last = f"{last.split(':')[0]}: {'heads' if given == 'yes' else 'tails'}."
     elif problem.dataset == "shuffled_objects":
-        last = f"{last.split(' ends with ')[0]} ends with {problem.choices[LETTERS.index(given)]}."
+        last = f"{last.split(' ends with ')[0]} ends with {given}."
     elif problem.dataset == "last_letters":
         last = f'{last.rsplit(" in ", 1)[0]} in "{given[-1]}".'
     else:
@@ -165,16 +165,21 @@ def document(problem: Problem, others: list[Problem], conditioned: bool, rng: ra
     return prompt, f" {steps}\n{prompts.answer_sentence(problem, answer)}"
 
 
+# Of 20 documents so many are of each task: the harder a task is to read, the more.
+_MIX = {"coin_flip": 4, "last_letters": 5, "shuffled_objects": 5, "chain_arithmetic": 6}
+
+
 def corpus(documents: int, seed: int) -> Iterator[tuple[str, str]]:
-    """Documents of the four tasks in turn, one in four answer-conditioned, all of the train split."""
+    """Documents of the four tasks in turn, one in five answer-conditioned, all of the train split."""
     rng = random.Random(f"corpus/{seed}")
-    per_task = -(-documents // len(TASKS))
-    problems = {task: generate(task, per_task, seed=1_000_003 + seed) for task in TASKS}
+    turn_of = [task for task in TASKS for _ in range(_MIX[task])]
+    rounds = -(-documents // len(turn_of))
+    problems = {task: generate(task, rounds * _MIX[task], seed=1_000_003 + seed) for task in TASKS}
+    supply = {task: iter(pool) for task, pool in problems.items()}
     for index in range(documents):
-        pool = problems[TASKS[index % len(TASKS)]]
-        problem = pool[index // len(TASKS)]
-        others = [pool[rng.randrange(len(pool))] for _ in range(12)]
-        yield document(problem, others, rng.random() < 0.25, rng)
+        task = turn_of[index % len(turn_of)]
+        others = [rng.choice(problems[task]) for _ in range(12)]
+        yield document(next(supply[task]), others, rng.random() < 0.2, rng)
 
 
 # ------------------------------------------------------------------------------------------------ tokenizer
@@ -309,9 +314,10 @@ def main(argv: list[str]) -> int:
     """`python -m smlib pretrain`: make the tiny base again and write it with its card."""
     parser = argparse.ArgumentParser(prog="python -m smlib pretrain", description=main.__doc__)
     parser.add_argument("--out", type=Path, default=models.TINY_BASE, help="folder to write (default: the package's)")
-    parser.add_argument("--documents", type=int, default=200_000, help="documents to read, each once")
+    parser.add_argument("--documents", type=int, default=150_000, help="documents to read, each once")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--start-from", type=Path, help="go on from this base instead of random weights")
     parser.add_argument("--tokens-per-batch", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
@@ -319,8 +325,14 @@ def main(argv: list[str]) -> int:
         parser.error("--documents must be at least 1 and --hidden a multiple of 32 (the size of a head)")
     torch.manual_seed(options.seed)
     started = time.time()
-    tokenizer = make_tokenizer([prompt + completion for prompt, completion in corpus(8_000, options.seed)])
-    model = LlamaForCausalLM(tiny_config(len(tokenizer), tokenizer, options.hidden, options.layers))
+    if options.start_from:
+        tokenizer = models.load_tokenizer(str(options.start_from))
+        model = models.load_policy(options.start_from)
+        before = json.loads((options.start_from / "training.json").read_text())["phases"]
+    else:
+        tokenizer = make_tokenizer([prompt + completion for prompt, completion in corpus(8_000, options.seed)])
+        model = LlamaForCausalLM(tiny_config(len(tokenizer), tokenizer, options.hidden, options.layers))
+        before = []
     batches = _batches(tokenizer, options.documents, options.tokens_per_batch, options.seed)
     tokens = sum(int((weights > 0).sum()) for _, weights in batches)
     print(
@@ -331,15 +343,19 @@ def main(argv: list[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
-    card = {
-        "command": "python -m smlib pretrain " + " ".join(argv),
-        "seed": options.seed,
-        "parameters": models.model_size(model),
+    phase = {
         "documents": options.documents,
         "tokens": tokens,
-        "authors": {task: authors(task) for task in TASKS},
+        "seed": options.seed,
+        "tokens_per_batch": options.tokens_per_batch,
         "seconds": round(time.time() - started),
         "final_loss": round(sum(losses[-50:]) / len(losses[-50:]), 4),
+    }
+    card = {
+        "parameters": models.model_size(model),
+        "vocabulary": len(tokenizer),
+        "authors": {task: authors(task) for task in TASKS},
+        "phases": [*before, phase],  # each read fresh documents; a later one went on from the earlier one's weights
         "sha256": hashlib.sha256((options.out / "model.safetensors").read_bytes()).hexdigest(),
     }
     (options.out / "training.json").write_text(json.dumps(card, indent=2) + "\n")

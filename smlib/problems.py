@@ -181,8 +181,9 @@ def _shuffled_objects(rng: random.Random) -> tuple[str, str, tuple[str, ...]]:
     return question, LETTERS[things.index(owned[asked])], tuple(things)
 
 
-# Short names that the arithmetic stories share, so that the tiny tokenizer can hold each as one token.
-_HANDS = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jun", "Kai", "Lea")
+# Short names that the arithmetic stories share and names.txt does not hold: the tiny tokenizer takes each as one
+# token, while the letters of the names in names.txt stay visible.
+_HANDS = ("Ann", "Bo", "Cleo", "Dov", "Finn", "Gus", "Hana", "Ivo", "Jun", "Kai", "Lin", "Noa")
 _THINGS = ("apples", "coins", "marbles", "pens", "shells", "stamps", "eggs", "nuts")
 _HOLDERS = ("basket", "box", "bag", "jar")
 
@@ -205,11 +206,11 @@ def _chain_arithmetic(rng: random.Random) -> tuple[str, str, tuple[str, ...]]:
             total *= 2
             sentences.append(f"{hand} doubles the {things}.")
         elif action == "adds":
-            count = rng.randint(3, min(40, 99 - total))
+            count = rng.randint(2, min(20, 99 - total))
             total += count
             sentences.append(f"{hand} adds {count}.")
         else:
-            count = rng.randint(3, min(40, total - 1))
+            count = rng.randint(2, min(20, total - 1))
             total -= count
             sentences.append(f"{hand} takes {count}.")
     question = f"{' '.join(sentences)} How many {things} are in the {holder}?"

@@ -54,7 +54,12 @@ def train_reward_model(
         options = trainer_options(epochs, learning_rate, batch, seed, out)
         trainer = RewardTrainer(
             model=model,
-            args=RewardConfig(**options, max_length=None, center_rewards_coefficient=0.01),
+            args=RewardConfig(
+                **options,
+                max_length=None,
+                center_rewards_coefficient=0.01,
+                remove_unused_columns=False,  # batches are grouped by "length", which TRL would take away first
+            ),
             train_dataset=Dataset.from_list(examples),
             processing_class=tokenizer,
         )

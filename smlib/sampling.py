@@ -5,19 +5,22 @@
 
 Three ideas make it several times faster than `model.generate` on a small model:
 
-1. a prompt is read once and its keys and values are shared out to its n samples;
-2. keys and values live in memory reserved for the whole completion, where `DynamicCache` copies
-   everything it holds at every token;
-3. finished rows leave the batch, and a step does nothing but the forward pass and the draw.
+1. The n samples of a prompt share its keys and values: they are computed, stored and read once per step
+   (bifurcated attention, Athiwaratkun et al. 2024, arXiv:2403.08845). This is for the models in
+   `SHARED_PROMPT_MODELS`; every other model runs through the same code on a plain `DynamicCache`.
+2. Rows that finished leave the batch.
+3. A step does nothing but the forward pass and one vectorised draw.
 """
 
 import hashlib
 import sys
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,6 +32,7 @@ from transformers.masking_utils import sdpa_mask
 
 MAX_BATCH = 256  # rows that step together; more hardly helps a tiny model on a CPU (benchmarks/sampling.py)
 CHECK_EVERY = 4  # steps between two looks for finished rows
+SHARED_PROMPT_MODELS = ("llama", "mistral", "qwen2", "qwen3")  # plain softmax attention, tested
 
 
 @dataclass(frozen=True)
@@ -123,208 +127,217 @@ def sample_ids(
         keys = [" ".join(map(str, ids)) for ids in prompt_ids]
     _check(model, prompt_ids, n, temperature, max_new_tokens, top_p, top_k, stop, keys, tokenizer, max_batch)
     eos = model.generation_config.eos_token_id if tokenizer is None else tokenizer.eos_token_id
-    eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    draw = partial(_draw, temperature=temperature, top_k=top_k, top_p=top_p)
+    ending = _Ending(eos, tuple(stop), tokenizer)
 
     # Prompts of similar length share a block, so that little is padded; the longest come first, so that a lack of
     # memory shows at once.
     order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
     rows = [(i, j) for i in order for j in range(n)]
     results: list[list[Sample]] = [[None] * n for _ in prompt_ids]
-    with _Bar(len(rows), progress) as bar, _evaluating(model), torch.inference_mode():
+    tokens, started = 0, time.perf_counter()
+    # Bars go to standard output, since notebooks here keep standard error empty.
+    bar = tqdm(desc=progress, total=len(rows), unit="sample", file=sys.stdout, mininterval=1, leave=False,
+               disable=progress is None)  # fmt: skip
+    with bar, _sampling_mode(model), torch.inference_mode():
         for start in range(0, len(rows), max_batch):
             block = rows[start : start + max_batch]
             numbers = list(dict.fromkeys(i for i, _ in block))
+            prompts = [prompt_ids[i] for i in numbers]
             owners = [numbers.index(i) for i, _ in block]
             uniforms = np.stack([_uniforms(seed, keys[i], j, max_new_tokens) for i, j in block])
-            finished = _complete_block(
-                model,
-                [prompt_ids[i] for i in numbers],
-                owners,
-                uniforms,
-                temperature,
-                top_k,
-                top_p,
-                eos,
-                stop,
-                tokenizer,
-            )
-            for row, result in finished:
+            for row, completed in _complete_block(model, prompts, owners, uniforms, draw, ending):
                 i, j = block[row]
-                results[i][j] = result
-                bar.add(result)
+                results[i][j] = completed
+                tokens += len(completed.token_ids)
+                bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
+                bar.update()
     return results
 
 
-def _complete_block(model, prompts, owners, uniforms, temperature, top_k, top_p, eos, stop, tokenizer):
-    """Complete a block of rows with `uniforms` [row, step]; yield (row, Sample) as rows finish.
+def _complete_block(model, prompts, owners, uniforms, draw, ending) -> Iterator[tuple[int, Sample]]:
+    """Complete rows in step, with the random numbers `uniforms` [row, step]; yield (row, Sample) as rows finish.
 
-    Row r continues prompts[owners[r]]; owners are sorted, so the rows of a prompt are neighbours.
+    Row r continues prompts[owners[r]]; owners ascend, so the rows of one prompt are neighbours.
     """
     device, steps = model.device, uniforms.shape[1]
     uniforms = torch.from_numpy(uniforms).to(device)
-    eos = torch.tensor(eos, dtype=torch.long, device=device)
-    owners = torch.tensor(owners, device=device)
-    logits, cache, padding = _prefill(model, prompts, owners)
-    length = cache.get_seq_length()
+    logits, cache, padding = _prefill(model, prompts, torch.tensor(owners, device=device))
+    start = max(map(len, prompts))
 
     rows = torch.arange(len(owners), device=device)  # rows still in the batch
     tokens = torch.zeros(len(rows), steps, dtype=torch.long, device=device)
     logprobs = torch.zeros(len(rows), steps, device=device)
     for step in range(steps):
-        token = _draw(logits, uniforms[:, step], temperature, top_k, top_p)[:, None]
+        token = draw(logits, uniforms[:, step])[:, None]
         tokens[:, step] = token[:, 0]
         logprobs[:, step] = (logits.gather(1, token) - logits.logsumexp(1, keepdim=True))[:, 0]
 
-        done = step + 1
-        if done == steps or done % CHECK_EVERY == 0:
-            finished = torch.isin(tokens[:, :done], eos).any(1)
-            if stop:
-                texts = tokenizer.batch_decode(tokens[:, :done], skip_special_tokens=True)
-                finished |= torch.tensor([any(s in text for s in stop) for text in texts], device=device)
-            if done == steps:
-                finished[:] = True
-            if 8 * finished.sum() >= len(finished):
-                drawn = zip(
-                    rows[finished].tolist(),
-                    tokens[finished, :done].tolist(),
-                    logprobs[finished, :done].tolist(),
-                    strict=True,
-                )
-                for row, ids, values in drawn:
-                    yield row, _finish(ids, values, eos.tolist(), stop, tokenizer)
+        last = step + 1 == steps
+        if last or step % CHECK_EVERY == CHECK_EVERY - 1:
+            finished = ending.reached(tokens[:, : step + 1]) | last
+            if finished.sum() * 8 >= len(rows):  # dropping rows copies the cache, so a few of them wait
+                drawn = (x[finished, : step + 1].tolist() for x in (tokens, logprobs))
+                for row, ids, values in zip(rows[finished].tolist(), *drawn, strict=True):
+                    yield row, ending.cut(ids, values)
                 keep = (~finished).nonzero()[:, 0]
                 if len(keep) == 0:
                     return
                 rows, tokens, logprobs, uniforms = rows[keep], tokens[keep], logprobs[keep], uniforms[keep]
                 token, padding = token[keep], padding[keep]
                 cache.batch_select_indices(keep)
-        logits = _forward(model, token, cache, padding, length + step)
+        logits = _forward(model, token, cache, padding, start + step)
 
 
 def _prefill(model, prompts, owners):
-    """Read each prompt once; return logits [row, vocabulary], the cache of the rows, and the padding [row]."""
+    """Read each prompt once; return logits [row, vocabulary], the cache of the rows, and left padding [row]."""
     length = max(map(len, prompts))
-    padding = torch.tensor([length - len(prompt) for prompt in prompts], device=model.device)
     ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    padding = torch.tensor([length - len(prompt) for prompt in prompts], device=model.device)
     cache = DynamicCache(config=model.config)
-    logits = _forward(model, ids, cache, padding, 0)[owners]
-    if model.config._attn_implementation == "shared_prompt":
+    logits = _forward(model, ids, cache, padding, 0)
+    if _shares_prompts(model):
         cache = _SharedPromptCache(cache, padding, owners)
     else:
         cache.batch_select_indices(owners)
-    return logits, cache, padding[owners]
+    return logits[owners], cache, padding[owners]
 
 
 def _forward(model, ids, cache, padding, start):
-    """Feed ids [row, new tokens] at columns from `start`; return float32 logits [row, vocabulary] after the last."""
-    arguments = {}
+    """Feed ids [row, token] as columns from `start` on; return the float32 logits [row, vocabulary] at the end."""
     columns = torch.arange(start + ids.shape[1], device=ids.device)
+    positions = (columns[start:] - padding[:, None]).clamp(min=0)
     if isinstance(cache, _SharedPromptCache):
-        arguments["shared"] = cache  # reaches `_shared_prompt_attention`
-        arguments["position_ids"] = columns[start:] - padding[:, None]
+        arguments = {"position_ids": positions, "shared": cache}  # transformers hands `shared` to the attention
     elif padding.any():
-        arguments["attention_mask"] = (columns >= padding[:, None]).long()
-        arguments["position_ids"] = (columns[start:] - padding[:, None]).clamp(min=0)
+        arguments = {"position_ids": positions, "attention_mask": (columns >= padding[:, None]).long()}
+    else:
+        arguments = {}
     output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments)
     return output.logits[:, -1].float()
 
 
 class _SharedPromptCache(Cache):
-    """Keys and values of each prompt once, beside those of the tokens that each row has drawn.
+    """Keys and values of every prompt once, and of the drawn tokens per row.
 
-    `slots` [row] places the rows in a grid [prompt, width], with the rows of one prompt side by side.
+    `slots` [row] places the rows in a grid [prompt, width], in which the rows of one prompt are neighbours: all
+    of them meet the keys of their prompt in one matrix product. Places of rows that left stay empty.
     """
 
     def __init__(self, cache, padding, owners):
         super().__init__(layers=[_SharedPromptLayer(layer) for layer in cache.layers])
-        length = cache.get_seq_length()
-        visible = torch.arange(length, device=padding.device) >= padding[:, None]
-        bias = torch.zeros(visible.shape, dtype=cache.layers[0].keys.dtype, device=padding.device)
-        self.bias = bias.masked_fill(~visible, -torch.inf)[:, None, None] if padding.any() else None
+        columns = torch.arange(cache.get_seq_length(), device=padding.device)
+        hidden = columns < padding[:, None]
+        self.bias = torch.zeros(hidden.shape, device=padding.device).masked_fill(hidden, -torch.inf)[:, None, None]
         self._place(owners)
 
     def _place(self, owners):
-        self.owners = owners
-        counts = torch.bincount(owners, minlength=0)
-        self.width = int(counts.max())
-        first = counts.cumsum(0) - counts
+        counts = owners.bincount()
+        first = counts.cumsum(0) - counts  # rows ascend by prompt
+        self.owners, self.width = owners, int(counts.max())
         self.slots = owners * self.width + torch.arange(len(owners), device=owners.device) - first[owners]
 
     def batch_select_indices(self, indices):
-        super().batch_select_indices(indices)
         alive, owners = self.owners[indices].unique(return_inverse=True)
-        if self.bias is not None:
-            self.bias = self.bias[alive]
-        if len(alive) < len(self.layers[0].prompt_keys):
-            for layer in self.layers:
-                layer.prompt_keys, layer.prompt_values = layer.prompt_keys[alive], layer.prompt_values[alive]
+        for layer in self.layers:
+            layer.batch_select_indices(indices)
+            layer.select_prompts(alive)
+        self.bias = self.bias[alive]
         self._place(owners)
 
-    def to_grid(self, x):
-        """[row, head, group, f] -> [prompt, head, width * group, f]"""
-        _, heads, group, features = x.shape
-        prompts = len(self.layers[0].prompt_keys)
-        grid = x
-        if prompts * self.width != len(x):
-            grid = x.new_zeros(prompts * self.width, heads, group, features)
-            grid[self.slots] = x
-        grid = grid.view(prompts, self.width, heads, group, features).transpose(1, 2)
-        return grid.reshape(prompts, heads, self.width * group, features)
+    def to_grid(self, rows):
+        """[row, head, query, feature] -> [prompt, head, width * query, feature]."""
+        _, heads, queries, features = rows.shape
+        places = len(self.bias) * self.width
+        if places > len(rows):
+            rows = rows.new_zeros(places, heads, queries, features).index_copy_(0, self.slots, rows)
+        grid = rows.reshape(-1, self.width, heads, queries, features).transpose(1, 2)
+        return grid.reshape(-1, heads, self.width * queries, features)
 
     def from_grid(self, grid):
+        """The inverse of `to_grid`."""
         prompts, heads, size, features = grid.shape
-        grid = grid.view(prompts, heads, self.width, size // self.width, features).transpose(1, 2)
-        grid = grid.reshape(prompts * self.width, heads, size // self.width, features)
-        return grid if len(grid) == len(self.slots) else grid[self.slots]
+        rows = grid.reshape(prompts, heads, self.width, -1, features).transpose(1, 2)
+        rows = rows.reshape(prompts * self.width, heads, size // self.width, features)
+        return rows if len(rows) == len(self.slots) else rows[self.slots]
 
 
 class _SharedPromptLayer(DynamicLayer):
+    """One layer of it: `prompt_keys` and `prompt_values` [prompt, head, token, feature], and as `keys` and `values`
+    [row, head, token, feature] the drawn tokens, in memory that grows by 16 tokens at a time, not at every token.
+    """
+
     def __init__(self, layer):
         super().__init__()
         self.prompt_keys, self.prompt_values = layer.keys, layer.values
-        self.length = 0
+        self.length, self.store = 0, None
 
     def update(self, key_states, value_states, *args, **kwargs):
-        if self.length == 0:
-            self.store = [x.new_empty(*x.shape[:2], CHUNK, x.shape[3]) for x in (key_states, value_states)]
-        elif self.length == self.store[0].shape[2]:
-            self.store = [torch.cat([x, torch.empty_like(x[:, :, :CHUNK])], 2) for x in self.store]
-        self.store[0][:, :, self.length] = key_states[:, :, 0]
-        self.store[1][:, :, self.length] = value_states[:, :, 0]
+        new = torch.stack((key_states, value_states))  # [2, row, head, 1, feature]
+        if self.length % 16 == 0:
+            room = torch.empty_like(new).expand(-1, -1, -1, 16, -1)
+            self.store = room.clone() if self.store is None else torch.cat((self.store, room), 3)
+        self.store[:, :, :, self.length : self.length + 1] = new
         self.length += 1
-        self.keys, self.values = (store[:, :, : self.length] for store in self.store)
+        self.keys, self.values = self.store[:, :, :, : self.length]
         return self.keys, self.values
 
     def get_seq_length(self):
         return self.prompt_keys.shape[2] + self.length
 
     def batch_select_indices(self, indices):
-        if self.length:
-            self.store = [x[indices] for x in self.store]
+        self.store = self.store[:, indices]
+
+    def select_prompts(self, indices):
+        if len(indices) < len(self.prompt_keys):
+            self.prompt_keys, self.prompt_values = self.prompt_keys[indices], self.prompt_values[indices]
 
 
-def _shared_prompt_attention(module, query, key, value, attention_mask, scaling=None, shared=None, **kwargs):
+def _shared_prompt_attention(module, query, key, value, attention_mask, scaling, shared=None, **kwargs):
+    """Attention of one new token per row to its prompt and to its own drawn tokens (`key`, `value`).
+
+    Both parts go through one softmax, so this is ordinary attention, in another order of summation. Without
+    `shared`, which is when prompts are read, it is the SDPA attention of transformers.
+    """
     if shared is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     rows, heads, _, features = query.shape
     layer = shared.layers[module.layer_idx]
-    query = (query * scaling).view(rows, key.shape[1], -1, features)
-    prompt = shared.to_grid(query) @ layer.prompt_keys.transpose(2, 3)
-    if shared.bias is not None:
-        prompt += shared.bias
-    prompt = shared.from_grid(prompt)
-    own = query @ key.transpose(2, 3)
-    weights = torch.cat([prompt, own], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
-    length = prompt.shape[-1]
-    output = weights[..., length:] @ value
-    output += shared.from_grid(shared.to_grid(weights[..., :length]) @ layer.prompt_values)
-    return output.view(rows, 1, heads, features), None
+    length = layer.prompt_keys.shape[2]
+    query = (query * scaling).view(rows, key.shape[1], -1, features)  # query heads in groups, one per key head
+    prompt = shared.to_grid(query) @ layer.prompt_keys.transpose(2, 3) + shared.bias
+    scores = torch.cat((shared.from_grid(prompt), query @ key.transpose(2, 3)), 3)
+    weights = scores.softmax(3, dtype=torch.float32).to(value.dtype)
+    output = shared.from_grid(shared.to_grid(weights[..., :length]) @ layer.prompt_values)
+    output = output + weights[..., length:] @ value
+    return output.reshape(rows, 1, heads, features), None
 
 
 AttentionInterface.register("shared_prompt", _shared_prompt_attention)
 AttentionMaskInterface.register("shared_prompt", sdpa_mask)
-CHUNK = 16
-SHARED = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def _shares_prompts(model) -> bool:
+    layers = DynamicCache(config=model.config).layers
+    return model.config.model_type in SHARED_PROMPT_MODELS and all(type(x) is DynamicLayer for x in layers)
+
+
+@contextmanager
+def _sampling_mode(model) -> Iterator[None]:
+    """No dropout, and attention with shared prompts if possible; everything as it was again afterwards."""
+    training = [(module, module.training) for module in model.modules()]
+    attention, shares = model.config._attn_implementation, _shares_prompts(model)
+    model.eval()
+    if shares:
+        model.set_attn_implementation("shared_prompt")
+    try:
+        yield
+    finally:
+        if shares:
+            model.set_attn_implementation(attention)
+        for module, flag in training:
+            module.training = flag
 
 
 def _draw(logits, uniforms, temperature, top_k, top_p):
@@ -341,7 +354,7 @@ def _truncate(probs, top_k, top_p):
     """Zero out the tokens that top-k and then top-p (on what top-k left) drop. Not renormalised."""
     if top_k == 0 and top_p == 1:
         return probs
-    ranked, tokens = probs.sort(1, descending=True, stable=True)
+    ranked, tokens = probs.sort(dim=1, descending=True, stable=True)
     if top_k:
         ranked[:, top_k:] = 0
     before = ranked.cumsum(1) - ranked  # mass of the tokens that rank higher
@@ -359,21 +372,41 @@ def _uniforms(seed: int, key: str, number: int, length: int) -> np.ndarray:
     return (np.frombuffer(data, dtype="<u8") >> 12) / 2.0**52
 
 
-def _finish(ids, logprobs, eos, stop, tokenizer) -> Sample:
-    """Cut the drawn tokens after the first end-of-sequence token or stop string, whichever comes first."""
+@dataclass(frozen=True)
+class _Ending:
+    """What ends a sample: a token of `eos`, or a string of `stop` in its text."""
 
-    def text_of(count):
-        return tokenizer.decode(ids[:count], skip_special_tokens=True)
+    eos: tuple[int, ...]
+    stop: tuple[str, ...]
+    tokenizer: object
 
-    end = next((t + 1 for t, token in enumerate(ids) if token in eos), None)
-    reason, count = ("length", len(ids)) if end is None else ("stop", end)
-    text = "" if tokenizer is None else text_of(count)
-    if any(s in text for s in stop):
-        # The first token with which a stop string is there; it is there with every later one, so halve.
-        reason = "stop"
-        count = 1 + bisect_left(range(1, count), True, key=lambda c: any(s in text_of(c) for s in stop))
-        text = text[: min(text.find(s) for s in stop if s in text)]
-    return Sample(text, tuple(ids[:count]), tuple(logprobs[:count]), reason)
+    def reached(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Whether the tokens [row, step] drawn so far hold an ending; [row]."""
+        ended = torch.isin(tokens, torch.tensor(self.eos, dtype=torch.long, device=tokens.device)).any(1)
+        if self.stop:
+            stopped = [self._stopped(self._text(ids)) for ids in tokens.tolist()]
+            ended |= torch.tensor(stopped, device=tokens.device)
+        return ended
+
+    def cut(self, ids: list[int], logprobs: list[float]) -> Sample:
+        """The sample up to its first ending; tokens behind it are dropped."""
+        count = next((t + 1 for t, token in enumerate(ids) if token in self.eos), None)
+        reason, count = ("length", len(ids)) if count is None else ("stop", count)
+        text = self._text(ids[:count])
+        if self._stopped(text):
+            # A stop string that is there after c tokens is there after c + 1, so halving finds the first such c.
+            count = 1 + bisect_left(range(1, count), True, key=lambda c: self._stopped(self._text(ids[:c])))
+            text = self._text(ids[:count])
+            reason, text = "stop", text[: min(text.find(s) for s in self.stop if s in text)]
+        return Sample(text, tuple(ids[:count]), tuple(logprobs[:count]), reason)
+
+    def _text(self, ids):
+        if self.tokenizer is None:
+            return ""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _stopped(self, text):
+        return any(s in text for s in self.stop)
 
 
 def _check(model, prompt_ids, n, temperature, max_new_tokens, top_p, top_k, stop, keys, tokenizer, max_batch):
@@ -408,42 +441,3 @@ def _check(model, prompt_ids, n, temperature, max_new_tokens, top_p, top_k, stop
                 f"prompt {key!r} has {len(ids)} tokens, which with max_new_tokens={max_new_tokens} is beyond the "
                 f"model's {limit} positions; shorten the prompt or lower max_new_tokens."
             )
-
-
-@contextmanager
-def _evaluating(model) -> Iterator[None]:
-    """Evaluation mode (no dropout) inside, and every module's own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    implementation = model.config._attn_implementation
-    model.eval()
-    if model.config.model_type in SHARED:
-        model.set_attn_implementation("shared_prompt")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(implementation)
-        for module, training in modes:
-            module.training = training
-
-
-class _Bar:
-    """Progress bar with samples, time left and tokens per second; on stdout, since notebooks forbid stderr."""
-
-    def __init__(self, total, label):
-        self.tokens = 0
-        self.bar = tqdm(
-            total=total, desc=label, unit="sample", file=sys.stdout, mininterval=1, leave=False, disable=label is None
-        )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
-
-    def add(self, finished):
-        self.tokens += len(finished.token_ids)
-        elapsed = self.bar.format_dict["elapsed"] if not self.bar.disable else 0
-        if elapsed:
-            self.bar.set_postfix_str(f"{self.tokens / elapsed:,.0f} tokens/s", refresh=False)
-        self.bar.update()

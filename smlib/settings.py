@@ -41,7 +41,7 @@ class SFTSettings:
     """Supervised fine-tuning on r+, the rationales that reach the gold answer."""
 
     source: str = "both"  # whose r+: "open", "conditioned" or "both"
-    epochs: int = 2
+    epochs: float = 2.0
     learning_rate: float = 5e-4
     batch: int = 32
 
@@ -56,7 +56,7 @@ class RewardSettings:
     pairs: str = "both"  # "base": sampled from the base alone; "both": from the SFT model too
     wrong: str = "both"  # source of the wrong rationales: "open", "conditioned" (on a wrong answer) or "both"
     questions: int = 400  # per task, fresh ones, that the SFT model answers; trained on where pairs = "both"
-    epochs: int = 2
+    epochs: float = 2.0
     learning_rate: float = 3e-4
     batch: int = 32
 
@@ -103,8 +103,8 @@ PRESETS = {
     "smoke": {
         "sampling": SamplingSettings(questions=16, samples=4, conditioned_questions=8, conditioned_samples=1),
         "ranking": RankingSettings(),
-        "sft": SFTSettings(epochs=1, batch=8),
-        "reward": RewardSettings(questions=8, epochs=1, batch=8),
+        "sft": SFTSettings(epochs=1.0, batch=8),
+        "reward": RewardSettings(questions=8, epochs=1.0, batch=8),
         "ppo": PPOSettings(updates=2, episodes=16, minibatch=8, warmup_updates=1),
         "evaluation": EvaluationSettings(questions=8, published=8, samples=2),
     },

@@ -29,7 +29,7 @@ def parse(problem: Problem) -> dict:
     if problem.dataset == "last_letters" and (words := _WORDS.search(text)):
         return {"words": words[1].split()}
     if problem.dataset == "shuffled_objects" and (asked := _ASKED.search(text)):
-        return {"things": problem.choices, "swaps": _SWAP.findall(text), "asked": asked[1]}
+        return {"swaps": _SWAP.findall(text), "asked": asked[1]}
     if problem.dataset == "chain_arithmetic" and (start := re.search(r"holds (\d+) ", text)):
         operations = [(who, verb or double, int(count or 2)) for who, verb, count, double in _CHAIN.findall(text)]
         return {"start": int(start[1]), "operations": operations}
@@ -68,10 +68,11 @@ def write_last_letters(facts: dict, pick: Callable = lambda word: word[-1]) -> t
 
 
 def write_shuffled_objects(facts: dict, swap: Callable = swap) -> tuple[list[str], str]:
-    owned = dict(zip(PLAYERS, facts["things"], strict=True))
+    """Objects go by their option letters; the options stand in the order of the players at the start."""
+    owned = dict(zip(PLAYERS, LETTERS, strict=False))
 
     def state() -> str:
-        return ", ".join(f"{who} {thing}" for who, thing in owned.items()) + "."
+        return ", ".join(f"{who} {letter}" for who, letter in owned.items()) + "."
 
     lines = [f"Start: {state()}"]
     for a, b in facts["swaps"]:
@@ -79,7 +80,7 @@ def write_shuffled_objects(facts: dict, swap: Callable = swap) -> tuple[list[str
         lines.append(f"{a} and {b}: {state()}")
     last = owned[facts["asked"]]
     lines.append(f"{facts['asked']} ends with {last}.")
-    return lines, LETTERS[facts["things"].index(last)]
+    return lines, last
 
 
 def write_chain_arithmetic(facts: dict, compute: Callable = compute) -> tuple[list[str], str]:

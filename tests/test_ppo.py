@@ -210,9 +210,7 @@ def test_padding_changes_nothing(spans, left, right, seed):
 
     wide_mask = torch.nn.functional.pad(mask, (left, right))
     tensors = (logp, old, ref, values, old_values)
-    for plain, wide in zip(
-        everything(mask, *tensors), everything(wide_mask, *map(widen, tensors)), strict=True
-    ):
+    for plain, wide in zip(everything(mask, *tensors), everything(wide_mask, *map(widen, tensors)), strict=True):
         torch.testing.assert_close(plain, wide, rtol=0, atol=0)
 
 
@@ -327,6 +325,28 @@ def test_rollout_carries_the_log_probabilities_of_a_training_forward():
     again, _ = ppo.reference_and_values(policy, policy, ppo.value_head(policy), batch, size=8)
     torch.testing.assert_close(batch.logp, again, rtol=1e-5, atol=1e-5)
     assert batch.mask.sum(1).tolist() == [len(drawn.token_ids) for drawn in samples]
+
+
+def test_every_token_weighs_the_same_however_the_minibatches_fall():
+    policy = make_policy()
+    value = ppo.value_head(policy)
+    batch, *_ = some_batch(policy)  # 3 and 4 real tokens
+    batch.logp, batch.values = ppo.reference_and_values(policy, policy, value, batch, size=2)
+    batch.advantages, batch.returns = torch.randn(2, *batch.mask.shape, generator=torch.Generator().manual_seed(0))
+
+    class Recorder(torch.optim.SGD):
+        total = 0
+
+        def step(self):
+            self.total = self.total + policy.lm_head.weight.grad
+
+    gradients = []
+    for minibatch in (1, 2):
+        plan = PPOSettings(epochs=1, minibatch=minibatch, max_grad_norm=1e9)
+        recorder = Recorder([*policy.parameters(), *value.parameters()], lr=0.1)
+        steps = ppo.optimize(policy, value, recorder, batch, plan, torch.Generator())["steps"]
+        gradients.append(recorder.total / steps)
+    torch.testing.assert_close(*gradients)
 
 
 # ---- training ----------------------------------------------------------------------------------------------

@@ -59,4 +59,4 @@ def test_a_python_that_is_too_old_is_refused(tmp_path):
     command = ["make", f"PYTHON={old}", f"READY={tmp_path / 'ready'}", "test"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode != 0
-    assert "is not Python 3.11 or newer: install one, then make PYTHON=python3.11 test" in shown.stdout
+    assert "is not Python 3.11 or newer: install one, then make PYTHON=python3.11 test" in shown.stderr

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import nbformat
@@ -108,22 +109,25 @@ def test_a_run_executes_all_notebooks_in_order_and_leaves_an_account(notebooks, 
     assert log(out) == ["00", "01", "02"]  # all done before
     assert capsys.readouterr().out.count("done before") == 3
 
+    timings["01_sampling"]["seconds"] = 75.9
+    (out / "timings.json").write_text(json.dumps(timings))
     run(notebooks, out, VALUES, first=1, last=1)
     assert log(out) == ["00", "01", "02", "01"]
-    assert "about 0:00 left" in capsys.readouterr().out  # the time that it took before
+    assert re.search("about 1:1[0-5] left", capsys.readouterr().out)  # the time that it took before
+
+    run(notebooks, out, VALUES)  # 02 read what 01 has made anew
+    assert log(out)[4:] == ["02"]
 
     write_notebook(notebooks, "01_sampling", LOG.format("01"), "SEED + 1")
-    run(notebooks, out, VALUES)  # what was changed, and what reads its results
-    assert log(out)[4:] == ["01", "02"]
+    run(notebooks, out, VALUES)
+    assert log(out)[5:] == ["01", "02"]
 
 
 @pytest.mark.usefixtures("in_process")
 def test_parameters_reach_the_notebooks_that_have_them(tmp_path, out):
     folder = tmp_path / "notebooks"
     write_notebook(folder, "00_start", "print(repr(NAME))", parameters='NAME = "a"')
-    write_notebook(
-        folder, "01_sampling", "print(SEED, UPDATES, RUN_DIR)", parameters=PARAMETERS + "\nUPDATES = 4"
-    )
+    write_notebook(folder, "01_sampling", "print(SEED, UPDATES, RUN_DIR)", parameters=PARAMETERS + "\nUPDATES = 4")
     run(folder, out, VALUES | {"SEED": 5, "UPDATES": 9})
     assert output_text(out / "notebooks" / "00_start.ipynb") == "'a'\n"
     assert output_text(out / "notebooks" / "01_sampling.ipynb") == f"5 9 {out}\n"
@@ -132,19 +136,18 @@ def test_parameters_reach_the_notebooks_that_have_them(tmp_path, out):
 def test_the_kernel_is_this_interpreter_and_starts_in_the_notebooks_folder(tmp_path, out, monkeypatch, capfd):
     spec = tmp_path / "elsewhere" / "kernels" / "python3"
     spec.mkdir(parents=True)
-    (spec / "kernel.json").write_text(
-        '{"argv": ["/nowhere/python"], "display_name": "x", "language": "python"}'
-    )
+    (spec / "kernel.json").write_text('{"argv": ["/nowhere/python"], "display_name": "x", "language": "python"}')
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "elsewhere"))
     cells = ["import os, sys\nprint(sys.prefix, os.getcwd())", "held = bytes(range(256)) * (300 * 2**12)"]
-    cells += ["import time\ntime.sleep(1)", 'raise ValueError("<b>bold</b>")']
+    cells += [
+        "import time\nfrom tqdm.auto import tqdm\nfor _ in tqdm([1]):\n    time.sleep(1)",
+        'raise ValueError("<b>bold</b>")',
+    ]
     write_notebook(tmp_path / "notebooks", "00_start", *cells)
-    with pytest.raises(
-        RunError, match=r"00_start stopped at cell 6 \(In \[6\]\) with ValueError: <b>bold</b>"
-    ):
+    with pytest.raises(RunError, match=r"00_start stopped at cell 6 \(In \[6\]\) with ValueError: <b>bold</b>"):
         run(tmp_path / "notebooks", out, VALUES)
     printed = output_text(out / "notebooks" / "00_start.ipynb")
-    assert printed == f"{sys.prefix} {tmp_path / 'notebooks'}\n"
+    assert printed == f"{sys.prefix} {tmp_path / 'notebooks'}\n"  # no bar, no warning of tqdm's
     assert "<b>bold" not in (out / "notebooks" / "00_start.html").read_text()
     shown = capfd.readouterr()
     assert 300 < int(re.search(r"(\d+) MiB", shown.out)[1]) < 600  # the 300 MiB held, and an empty kernel
@@ -171,32 +174,26 @@ def test_a_failing_cell_stops_the_run_with_its_message_and_the_run_can_go_on(not
 
 
 def test_a_kernel_that_dies_is_reported(tmp_path, out):
-    write_notebook(
-        tmp_path / "notebooks", "00_start", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
-    )
+    write_notebook(tmp_path / "notebooks", "00_start", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(RunError, match="00_start: its Python process died at cell 4"):
         run(tmp_path / "notebooks", out, VALUES)
 
 
 @pytest.mark.usefixtures("in_process")
 def test_deleting_a_stage_makes_it_again(tmp_path, out):
-    stage = (
-        'from smlib.artifacts import Stage\nwith Stage(RUN_DIR, "01_sampling", {}).recording():\n    pass\n'
-    )
+    stage = 'from smlib.artifacts import Stage\nwith Stage(RUN_DIR, "01_rationales", {}).recording():\n    pass\n'
     write_notebook(tmp_path / "notebooks", "01_sampling", stage + LOG.format("01"))
     run(tmp_path / "notebooks", out, VALUES)
     run(tmp_path / "notebooks", out, VALUES)
     assert log(out) == ["01"]
-    (out / "01_sampling" / "manifest.json").unlink()
+    (out / "01_rationales" / "manifest.json").unlink()
     run(tmp_path / "notebooks", out, VALUES)
     assert log(out) == ["01", "01"]
 
 
 @pytest.mark.usefixtures("in_process")
 def test_starting_after_a_missing_stage_names_the_notebook_to_run_first(notebooks, out):
-    write_notebook(
-        notebooks, "02_ranking", 'from smlib.artifacts import require\nrequire(RUN_DIR, "01_sampling")'
-    )
+    write_notebook(notebooks, "02_ranking", 'from smlib.artifacts import require\nrequire(RUN_DIR, "01_sampling")')
     with pytest.raises(RunError, match=r"02_ranking stopped at cell 3 .* first run notebook 01"):
         run(notebooks, out, VALUES, first=2)
 
@@ -227,9 +224,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(notebooks, out
     ],
 )
 def test_a_run_folder_of_other_settings_is_refused(tmp_path, out, values, message):
-    write_notebook(
-        tmp_path / "notebooks", "00_start", LOG.format("00"), parameters=PARAMETERS + "\nUPDATES = 4"
-    )
+    write_notebook(tmp_path / "notebooks", "00_start", LOG.format("00"), parameters=PARAMETERS + "\nUPDATES = 4")
     out.mkdir(parents=True)
     (out / "run.json").write_text(json.dumps(VALUES))
     with pytest.raises(RunError, match=message):
@@ -293,6 +288,15 @@ def test_the_command_line_refuses_in_one_line(capsys):
             main(["run", "--set", value])
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_pretrain_passes_its_options_on(monkeypatch):
+    asked = []
+    pretraining = types.SimpleNamespace(main=asked.append)
+    monkeypatch.setitem(sys.modules, "smlib.pretraining", pretraining)
+    monkeypatch.setattr("smlib.pretraining", pretraining, raising=False)
+    assert main(["pretrain", "--seed", "1"]) == 0
+    assert asked == [["--seed", "1"]]
 
 
 def test_parameters_are_the_literals_of_the_tagged_cell():

@@ -1,0 +1,57 @@
+"""The three questions that readers of notebook 03 ask, measured: writes results/ablations.csv.
+
+    python benchmarks/ablations.py --seeds 0 1 2
+
+For every seed it takes the finished run runs/PRESET-all-seedSEED (`make run`), and in folders of their own trains
+a reward model for each choice of pairs, and PPO with the answer checker as reward. A stopped run goes on.
+"""
+
+import argparse
+import csv
+import io
+from pathlib import Path
+
+from smlib import ablations, models, pipeline
+from smlib.artifacts import StageError, replacing, require
+from smlib.settings import preset
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--task", default="all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--questions", type=int, default=100, help="fresh questions per task (default 100)")
+    parser.add_argument("--runs", default="", help="one run folder, in place of runs/PRESET-TASK-seedSEED")
+    parser.add_argument("--out", type=Path, default=ablations.TABLE)
+    args = parser.parse_args()
+    rows = []
+    for seed in args.seeds:
+        settings = preset(args.preset, args.task, seed)
+        run = pipeline.run_folder(args.runs, args.preset, args.task, seed)
+        try:
+            tuned = models.load_policy(require(run, "02_sft").path("model"))
+            require(run, "04_ppo")
+        except StageError as error:
+            raise SystemExit(str(error)) from None
+        answered = ablations.answers(settings, tuned, args.questions)
+        for pairs in ("base", "both"):
+            for wrong in ("open", "conditioned", "both"):
+                rows += ablations.reward_rows(run, settings, pairs, wrong, answered)
+        for reward in ("learned", "checker"):
+            rows += ablations.ppo_rows(run, settings, reward, answered)
+        write(rows, args.out)
+        print(f"seed {seed}: {len(rows)} rows in all", flush=True)
+
+
+def write(rows: list[dict], out: Path) -> None:
+    text = io.StringIO()
+    table = csv.DictWriter(text, ablations.COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    with replacing(out) as tmp:
+        tmp.write_text(text.getvalue(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""From the answers of stage 05 to tables: one run's results/evaluation.csv, and several seeds in one table.
+
+Everything starts from one number per question and metric, so that two methods can be compared question by
+question. Accuracies are shares between 0 and 1.
+"""
+
+import csv
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from smlib import evaluation
+from smlib.answers import grade
+from smlib.artifacts import replacing, require
+from smlib.pipeline import METHODS, test_problems
+from smlib.problems import Problem
+from smlib.prompts import split_answer
+from smlib.settings import Settings, preset
+from smlib.steps import is_sound
+
+CONTRASTS = (("sft", "base"), ("sml", "sft"))  # who is compared with whom
+MEAN = "mean of tasks"  # the generated test sets, which have equally many questions, taken together
+OUTCOMES = ("right, every step", "right by luck", "wrong", "no answer")
+COLUMNS = ("preset", "seed", "method", "test_set", "metric", "n", "value", "low", "high")
+POOLED_COLUMNS = ("preset", "seeds", *COLUMNS[2:], "seeds_low", "seeds_high")
+_SHARES = ("greedy", "greedy_invalid", "pass_at", "majority_at")  # one yes or no per question: Wilson's interval
+
+
+def outcome(problem: Problem, text: str) -> str:
+    """Which of OUTCOMES a completion is: the answer is judged by `grade`, the steps by the step checker."""
+    verdict = grade(text, problem)
+    if verdict.extracted is None:
+        return "no answer"
+    if not verdict.correct:
+        return "wrong"
+    return "right, every step" if is_sound(problem, split_answer(text)[0]) else "right by luck"
+
+
+def outcome_shares(problems: Sequence[Problem], rows: Sequence[dict]) -> dict[str, float]:
+    """Outcome -> its percent of the sampled completions; rows[i] answers problems[i]."""
+    found = Counter(
+        outcome(problem, text) for problem, row in zip(problems, rows, strict=True) for text in row["sampled_texts"]
+    )
+    return {name: 100 * found[name] / found.total() for name in OUTCOMES}
+
+
+def question_values(row: dict, problem: Problem | None = None) -> dict[str, float]:
+    """Metric -> this question's value, from one row of answers.jsonl.
+
+    greedy, greedy_invalid; with k samples also avg_at_k, pass_at_k, majority_at_k and sampled_invalid; with their
+    scores, best_of_k (the sample that the reward scores highest); with the problem of a generated task, sound_at_k,
+    the share of samples that are right in the answer and in every step.
+    """
+    values = {"greedy": float(row["greedy_correct"]), "greedy_invalid": float(row["greedy_invalid"])}
+    right = row["sampled_correct"]
+    if k := len(right):
+        winner = row["sampled_answers"].index(evaluation.majority_vote(row["sampled_answers"]))
+        values |= {
+            f"avg_at_{k}": sum(right) / k,
+            f"pass_at_{k}": float(any(right)),
+            f"majority_at_{k}": float(right[winner]),
+            "sampled_invalid": row["sampled_invalid"] / k,
+        }
+        if "scores" in row:
+            values[f"best_of_{k}"] = evaluation.best_of_n(row["scores"], right)
+        if problem:
+            values[f"sound_at_{k}"] = sum(outcome(problem, text) == OUTCOMES[0] for text in row["sampled_texts"]) / k
+    return values
+
+
+def table_of(answers: list[dict], settings: Settings) -> dict[tuple[str, str, str], dict[str, float]]:
+    """(method, test set, metric) -> {question id: value}; the generated sets together are test set MEAN."""
+    problems = {problem.id: problem for group in test_problems(settings).values() for problem in group}
+    table = defaultdict(dict)
+    for row in answers:
+        for metric, value in question_values(row, problems.get(row["id"])).items():
+            table[row["method"], row["test_set"], metric][row["id"]] = value
+            if len(settings.tasks) > 1 and row["test_set"] in settings.tasks:
+                table[row["method"], MEAN, metric][row["id"]] = value
+    return dict(table)
+
+
+def contrasts(table: dict) -> dict[tuple[str, str, str], dict[str, float]]:
+    """("sml - sft", test set, metric) -> {question id: difference}, for every pair of CONTRASTS."""
+    return {
+        (f"{better} - {method}", test_set, metric): {
+            identity: table[better, test_set, metric][identity] - value for identity, value in values.items()
+        }
+        for better, worse in CONTRASTS
+        for (method, test_set, metric), values in table.items()
+        if method == worse
+    }
+
+
+def rows_from_answers(answers: list[dict], settings: Settings) -> list[dict]:
+    """The rows of results/evaluation.csv (COLUMNS) from one run's answers.jsonl: methods, then differences.
+
+    n counts questions. low, high: 95 % interval, Wilson's where every question gives a yes or no, else Student's
+    t over questions; for differences, t over the questions' differences.
+    """
+    table = table_of(answers, settings)
+    rows = []
+    for (method, test_set, metric), values in (table | contrasts(table)).items():
+        values = list(values.values())
+        if method in METHODS and metric.startswith(_SHARES):
+            low, high = evaluation.accuracy_interval(int(sum(values)), len(values))
+        else:
+            low, high = _interval(method, values)
+        cell = (settings.preset, settings.seed, method, test_set, metric, len(values))
+        rows.append(dict(zip(COLUMNS, (*cell, float(np.mean(values)), low, high), strict=True)))
+    return rows
+
+
+def _interval(method: str, values: Sequence[float]) -> tuple[float, float]:
+    """Student's t interval, for a method kept within 0 and 1, where its share must be; a difference may be below 0."""
+    low, high = evaluation.mean_interval(values)
+    return (max(low, 0.0), min(high, 1.0)) if method in METHODS else (low, high)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows as csv in one atomic step, numbers with four decimals."""
+    with replacing(path) as tmp, tmp.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def read_run(run_dir: str | Path) -> tuple[list[dict], Settings]:
+    """The answers of a finished run, and the settings that they depend on."""
+    stage = require(run_dir, "05_evaluation")
+    kept = stage.manifest["settings"]
+    task = kept["tasks"][0] if len(kept["tasks"]) == 1 else "all"
+    return stage.read_rows("answers"), preset(kept["preset"], task, kept["seed"], evaluation=kept["evaluation"])
+
+
+def combine(paths: Sequence[str | Path]) -> list[dict]:
+    """Pool finished runs that differ in their seed alone; returns rows with POOLED_COLUMNS.
+
+    value: mean over seeds. low, high: questions are the draws, each with its mean over the seeds (all seeds
+    answer the same questions, so they are no draws of their own): about the models trained here. seeds_low,
+    seeds_high: seeds are the draws: about training once more; None for a single run and for the base, which
+    is not trained. Raises ValueError for runs that do not belong together.
+    """
+    tables = {}
+    for path in paths:
+        answers, settings = read_run(path)
+        if settings.seed in tables:
+            raise ValueError(f"{path} has seed {settings.seed}, as another of the runs has: give each seed once.")
+        same = dataclasses.replace(settings, seed=0)
+        if not tables:
+            first = same
+        elif same != first:
+            raise ValueError(f"{path} has another preset, task or evaluation than {paths[0]}: these cannot be pooled.")
+        table = table_of(answers, settings)
+        tables[settings.seed] = table | contrasts(table)
+    cells = list(next(iter(tables.values())))
+    if any(list(table) != cells for table in tables.values()):
+        raise ValueError(
+            "the runs were evaluated on different test sets: evaluate all with the published sets, or none."
+        )
+    rows = []
+    for method, test_set, metric in cells:
+        by_seed = {seed: table[method, test_set, metric] for seed, table in tables.items()}
+        ids = list(next(iter(by_seed.values())))
+        means = [float(np.mean([values[identity] for values in by_seed.values()])) for identity in ids]
+        row = (first.preset, " ".join(map(str, tables)), method, test_set, metric, len(ids), float(np.mean(means)))
+        low, high = _interval(method, means)
+        seeds = {"low": None, "high": None}
+        if len(by_seed) > 1 and method != "base":
+            seeds = evaluation.paired_over_seeds({seed: list(v.values()) for seed, v in by_seed.items()})["seeds"]
+        rows.append(dict(zip(POOLED_COLUMNS, (*row, low, high, seeds["low"], seeds["high"]), strict=True)))
+    return rows
+
+
+def markdown(rows: list[dict]) -> str:
+    """The README's tables from `combine`'s rows, in percent: greedy and avg@k, then the paired differences."""
+    cells = {(row["method"], row["test_set"], row["metric"]): row for row in rows}
+    sets = list(dict.fromkeys(row["test_set"] for row in rows))
+    metrics = [m for m in dict.fromkeys(row["metric"] for row in rows) if m == "greedy" or m.startswith("avg_at")]
+    parts = []
+    for metric in metrics:
+        shown = [name for name in sets if ("base", name, metric) in cells]
+        lines = [f"| {metric.replace('_at_', '@')}, % | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]
+        for method, label in METHODS.items():
+            lines.append(f"| {label} | {' | '.join(_percent(cells[method, name, metric]) for name in shown)} |")
+        if metric == "greedy" and any(name.endswith("(published)") for name in shown):
+            known = [evaluation.TEXT_DAVINCI_002.get(name.removesuffix(" (published)")) for name in shown]
+            line = [f"{k:.1f}" if n.endswith("(published)") else "" for n, k in zip(shown, known, strict=True)]
+            lines.append(f"| text-davinci-002, zero-shot | {' | '.join(line)} |")
+        for better, worse in CONTRASTS:
+            name = f"{better} - {worse}"
+            line = [_percent(cells[name, test_set, metric], sign="+") for test_set in shown]
+            lines.append(f"| {METHODS[better]} minus {METHODS[worse]} | {' | '.join(line)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _percent(row: dict, sign: str = "") -> str:
+    text = f"{100 * row['value']:{sign}.1f} [{100 * row['low']:{sign}.1f}, {100 * row['high']:{sign}.1f}]"
+    if sign and row["seeds_low"] is not None:
+        text += f", seeds [{100 * row['seeds_low']:+.1f}, {100 * row['seeds_high']:+.1f}]"
+    return text
+
+
+def main(paths: Sequence[str], folder: Path) -> None:
+    """Print the tables of several runs and write folder/PRESET.csv."""
+    rows = combine(paths)
+    target = folder / f"{rows[0]['preset']}.csv"
+    write_csv(target, rows)
+    print(f"{markdown(rows)}\n\n{len(paths)} run(s), seeds {rows[0]['seeds']}; [ ]: 95 % intervals. Written: {target}")

@@ -1,0 +1,132 @@
+"""The whole pipeline on a handful of questions: what each stage leaves, that it repeats, and what it refuses."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from smlib import models, pipeline
+from smlib.artifacts import StageError, StageMismatch, require
+from smlib.problems import TASKS
+from smlib.settings import preset
+
+SMALL = {
+    "sampling": {"questions": 8, "samples": 4, "conditioned_questions": 4, "conditioned_samples": 1},
+    "reward": {"questions": 8, "epochs": 1.0},
+    "ppo": {"updates": 1, "episodes": 16, "minibatch": 8, "warmup_updates": 1, "max_new_tokens": 48},
+    "evaluation": {"questions": 4, "published": 4, "samples": 2},
+}
+
+
+def small(**overrides):
+    return preset("smoke", **(SMALL | overrides))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    pipeline.run(run, small(), progress=False)
+    return run
+
+
+def test_every_stage_leaves_its_folder_with_a_manifest(finished):
+    names = ["01_sampling", "02_ranking", "02_sft", "03_second_sampling", "03_reward_model", "04_ppo", "05_evaluation"]
+    for name in names:
+        manifest = require(finished, name).manifest
+        assert manifest["settings"]["seed"] == 0
+        assert manifest["wall_seconds"] >= 0 and manifest["peak_mib"] > 100
+    assert sorted(path.name for path in finished.iterdir()) == sorted(names)
+
+
+def test_sampling_asks_each_task_openly_and_with_right_and_wrong_answers(finished):
+    rows = require(finished, "01_sampling").read_rows("rationales")
+    for task in TASKS:
+        mine = [row for row in rows if row["dataset"] == task]
+        assert sum(row["source"] == "open" for row in mine) == 8 * 4
+        given = [row["given"] for row in mine if row["source"] == "conditioned"]
+        assert len(given) == 4 * 1 * 2
+        assert all("reanswer_correct" in row for row in mine)
+
+
+def test_training_second_sampling_ppo_and_test_questions_never_meet():
+    settings = small()
+    asked = pipeline.ppo_problems(settings)
+    groups = [
+        pipeline.training_problems(settings),
+        pipeline.second_problems(settings),
+        [problem for update in range(settings.ppo.updates) for problem in asked(update)],
+    ]
+    tests = {problem.id for problems in pipeline.test_problems(settings).values() for problem in problems}
+    questions = {problem.question for problems in pipeline.test_problems(settings).values() for problem in problems}
+    for group in groups:
+        assert not tests & {problem.id for problem in group}
+        assert not questions & {problem.question for problem in group}
+
+
+def test_ppo_draws_fresh_questions_from_every_task_in_every_update():
+    settings = small(ppo={"updates": 5, "episodes": 32, "samples_per_question": 4})
+    asked = pipeline.ppo_problems(settings)
+    seen = [problem.id for update in range(5) for problem in asked(update)]
+    assert len(seen) == len(set(seen)) == 5 * 8
+    for update in range(5):
+        assert [problem.dataset for problem in asked(update)] == [task for task in TASKS for _ in range(2)]
+
+
+def test_the_same_seed_gives_the_same_policy_and_another_seed_another(finished, tmp_path):
+    pipeline.run(tmp_path / "again", small(), progress=False)
+    other = replace(small(), seed=1)
+    pipeline.sample_rationales(tmp_path / "other", other, progress=False)
+
+    def weights(run):
+        return models.load_policy(require(run, "04_ppo").path("model")).state_dict()
+
+    ours, theirs = weights(finished), weights(tmp_path / "again")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    first = require(finished, "01_sampling").read_rows("rationales")
+    assert first != require(tmp_path / "other", "01_sampling").read_rows("rationales")
+
+
+def test_ppo_moved_the_policy_away_from_the_sft_model(finished):
+    before = models.load_policy(require(finished, "02_sft").path("model")).state_dict()
+    after = models.load_policy(require(finished, "04_ppo").path("model")).state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_evaluation_holds_every_method_on_every_test_set(finished):
+    stage = require(finished, "05_evaluation")
+    rows = stage.read_rows("answers")
+    sets = {row["test_set"] for row in rows}
+    assert set(TASKS) <= sets
+    for method in pipeline.METHODS:
+        for name in sets:
+            mine = [row for row in rows if (row["method"], row["test_set"]) == (method, name)]
+            assert len(mine) == 4
+            assert all(len(row["scores"]) == len(row["sampled_correct"]) for row in mine)
+
+
+def test_a_finished_stage_is_loaded_and_other_settings_are_refused(finished):
+    before = (finished / "02_sft" / "manifest.json").read_bytes()
+    pipeline.train_sft(finished, small(), progress=False)
+    assert (finished / "02_sft" / "manifest.json").read_bytes() == before
+    with pytest.raises(StageMismatch, match=r"sft\.learning_rate"):
+        pipeline.train_sft(finished, small(sft={"learning_rate": 1e-5}), progress=False)
+    with pytest.raises(StageMismatch, match="reward"):
+        pipeline.train_ppo(finished, small(), reward="checker", progress=False)
+
+
+def test_a_missing_stage_names_the_notebook_to_run_first(tmp_path):
+    with pytest.raises(StageError, match="first run notebook 01"):
+        pipeline.rank_rationales(tmp_path / "nothing", small())
+
+
+def test_an_unknown_reward_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'learned' or 'checker', not 'human'"):
+        pipeline.train_ppo(tmp_path, small(), reward="human")
+
+
+def test_missing_published_sets_are_named_and_left_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("SML_DATA_DIR", str(tmp_path))
+    found, missing = pipeline.published_problems(small())
+    assert found == {}
+    assert "SML_DATA_DIR" in missing and json.dumps(missing)

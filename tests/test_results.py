@@ -1,0 +1,224 @@
+"""Tables of results, from rows made by hand: values per question, intervals, pooling over seeds."""
+
+import csv
+
+import pytest
+
+from smlib import results
+from smlib.__main__ import main
+from smlib.artifacts import Stage
+from smlib.evaluation import accuracy_interval, mean_interval, paired_test
+from smlib.pipeline import test_problems as questions_of
+from smlib.prompts import answer_sentence
+from smlib.settings import preset
+from smlib.steps import worked_solution
+
+# ---------------------------------------------------------------------------------------------- one completion
+
+
+@pytest.fixture
+def problem():
+    return questions_of(settings())["coin_flip"][0]
+
+
+def settings(seed=0, task="coin_flip", questions=2):
+    return preset("smoke", task, seed, evaluation={"questions": questions, "samples": 2, "published": 0})
+
+
+def solution(problem, *, wrong_step=False, answer=None):
+    lines, _ = worked_solution(problem)
+    if wrong_step:
+        lines[0] = "Nobody flips: heads."
+    return " " + "\n".join([*lines, answer_sentence(problem, answer or problem.answer)])
+
+
+def other(problem):
+    return "no" if problem.answer == "yes" else "yes"
+
+
+def test_outcome_judges_answer_and_steps(problem):
+    assert results.outcome(problem, solution(problem)) == "right, every step"
+    assert results.outcome(problem, solution(problem, wrong_step=True)) == "right by luck"
+    assert results.outcome(problem, solution(problem, answer=other(problem))) == "wrong"
+    assert results.outcome(problem, " Nobody knows.") == "no answer"
+
+
+def test_outcome_shares_add_up(problem):
+    texts = [solution(problem), solution(problem), solution(problem, wrong_step=True), ""]
+    shares = results.outcome_shares([problem], [{"sampled_texts": texts}])
+    assert shares == {"right, every step": 50, "right by luck": 25, "wrong": 0, "no answer": 25}
+
+
+# ------------------------------------------------------------------------------------------ values of a question
+
+
+def row(problem, greedy, right, *, answers=None, scores=None, texts=None, method="base", test_set="coin_flip"):
+    """A row of answers.jsonl; right: verdicts of the samples."""
+    answers = answers or [problem.answer if good else other(problem) for good in right]
+    return {
+        "method": method,
+        "test_set": test_set,
+        "id": problem.id,
+        "greedy_correct": greedy,
+        "greedy_invalid": False,
+        "sampled_texts": texts or [solution(problem, answer=answer) for answer in answers],
+        "sampled_answers": answers,
+        "sampled_correct": right,
+        "sampled_invalid": answers.count(None),
+        "scores": scores or [0.0] * len(right),
+    }
+
+
+def test_question_values_by_hand(problem):
+    texts = [solution(problem), solution(problem, wrong_step=True), " ...", solution(problem, answer=other(problem))]
+    one = row(
+        problem, False, [True, True, False, False], texts=texts, scores=[0.1, 0.9, 0.5, 0.2],
+        answers=[problem.answer, problem.answer, None, other(problem)],
+    )  # fmt: skip
+    assert results.question_values(one, problem) == {
+        "greedy": 0,
+        "greedy_invalid": 0,
+        "avg_at_4": 0.5,
+        "pass_at_4": 1,
+        "majority_at_4": 1,  # two votes against one; no answer, no vote
+        "best_of_4": 1,  # the score 0.9
+        "sampled_invalid": 0.25,
+        "sound_at_4": 0.25,  # right in the answer twice, in every step once
+    }
+
+
+def test_without_any_valid_answer_the_majority_is_wrong(problem):
+    values = results.question_values(row(problem, False, [False] * 2, answers=[None] * 2, texts=["", ""]))
+    assert values["majority_at_2"] == 0 and values["sampled_invalid"] == 1
+    assert "sound_at_2" not in values  # no problem given: its steps cannot be judged
+
+
+def test_without_samples_only_the_greedy_metrics_are_there(problem):
+    assert set(results.question_values(row(problem, True, []))) == {"greedy", "greedy_invalid"}
+
+
+# ------------------------------------------------------------------------------------------------- one run
+
+RIGHT = {  # method -> (greedy verdict, verdicts of the samples) per question
+    "base": [(False, [False, False]), (True, [True, True])],
+    "sft": [(True, [True, False]), (True, [True, True])],
+    "sml": [(True, [True, True]), (True, [True, True])],
+}
+
+
+def answers(run, right=RIGHT, published=False):
+    names = {task: group[:2] for task, group in questions_of(run).items()}
+    rows = [
+        row(problem, greedy, sampled, method=method, test_set=name, answers=[problem.answer] * 2)
+        for method, verdicts in right.items()
+        for name, group in names.items()
+        for problem, (greedy, sampled) in zip(group, verdicts, strict=True)
+    ]
+    if published:
+        rows += [r | {"test_set": "coin_flip (published)", "sampled_correct": [], "sampled_answers": []} for r in rows]
+    return rows
+
+
+def cell(rows, method, metric, test_set="coin_flip"):
+    (found,) = [r for r in rows if (r["method"], r["metric"], r["test_set"]) == (method, metric, test_set)]
+    return found
+
+
+def test_rows_from_answers_by_hand():
+    rows = results.rows_from_answers(answers(settings()), settings())
+    assert {tuple(r) for r in rows} == {results.COLUMNS}
+    base = cell(rows, "base", "greedy")
+    assert (base["preset"], base["seed"], base["n"], base["value"]) == ("smoke", 0, 2, 0.5)
+    assert (base["low"], base["high"]) == accuracy_interval(1, 2)
+    avg = cell(rows, "base", "avg_at_2")
+    assert (avg["value"], avg["low"], avg["high"]) == (0.5, 0, 1)  # t would reach from -5.9 to 6.9
+    gain = cell(rows, "sft - base", "avg_at_2")
+    test = paired_test([0.5, 1], [0, 1])
+    assert (gain["value"], gain["low"], gain["high"]) == (0.25, test["low"], test["high"])
+    assert cell(rows, "sml - sft", "avg_at_2")["value"] == 0.25
+    assert cell(rows, "sml - sft", "greedy")["value"] == 0
+
+
+def test_a_published_set_has_greedy_rows_only_and_stays_out_of_the_mean():
+    run = settings(task="all")
+    rows = results.rows_from_answers(answers(run, published=True), run)
+    assert {r["metric"] for r in rows if r["test_set"] == "coin_flip (published)"} == {"greedy", "greedy_invalid"}
+    mean = cell(rows, "sml - sft", "avg_at_2", results.MEAN)
+    assert (mean["n"], mean["value"]) == (8, 0.25)
+
+
+def test_one_task_has_no_mean_of_tasks():
+    rows = results.rows_from_answers(answers(settings()), settings())
+    assert {r["test_set"] for r in rows} == {"coin_flip"}
+
+
+# ------------------------------------------------------------------------------------------------ several seeds
+
+
+def write_run(folder, run, rows):
+    stage = Stage(
+        folder, "05_evaluation",
+        {"preset": run.preset, "tasks": run.tasks, "seed": run.seed, "base": run.base, "evaluation": run.evaluation},
+    )  # fmt: skip
+    with stage.recording():
+        stage.write_rows("answers", rows)
+    return folder
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    worse = RIGHT | {"sml": [(False, [False, False]), (True, [True, True])]}
+    return [
+        write_run(tmp_path / "a", settings(0), answers(settings(0))),
+        write_run(tmp_path / "b", settings(1), answers(settings(1), worse)),
+    ]
+
+
+def test_combine_pools_questions_and_seeds(two_runs):
+    rows = results.combine(two_runs)
+    gain = cell(rows, "sml - sft", "avg_at_2")
+    # seed 0: differences 0.5 and 0; seed 1: -0.5 and 0. So per question 0 and 0, per seed 0.25 and -0.25
+    assert (gain["seeds"], gain["n"], gain["value"], gain["low"], gain["high"]) == ("0 1", 2, 0, 0, 0)
+    assert (gain["seeds_low"], gain["seeds_high"]) == mean_interval([0.25, -0.25])
+
+
+def test_the_same_answers_in_every_seed_do_not_narrow_the_interval(two_runs):
+    """The base is one model: asked the same questions again, it tells nothing new."""
+    base = cell(results.combine(two_runs), "base", "avg_at_2")
+    alone = cell(results.combine(two_runs[:1]), "base", "avg_at_2")
+    assert (base["low"], base["high"]) == (alone["low"], alone["high"])
+    assert base["seeds_low"] is None
+
+
+def test_runs_that_do_not_belong_together_are_refused(two_runs, tmp_path):
+    with pytest.raises(ValueError, match="has seed 0, as another"):
+        results.combine([two_runs[0], two_runs[0]])
+    more = settings(2, questions=3)
+    write_run(tmp_path / "c", more, answers(more))
+    with pytest.raises(ValueError, match="another preset, task or evaluation"):
+        results.combine([*two_runs, tmp_path / "c"])
+    write_run(tmp_path / "d", settings(3), answers(settings(3), published=True))
+    with pytest.raises(ValueError, match="different test sets"):
+        results.combine([*two_runs, tmp_path / "d"])
+
+
+def test_main_prints_a_table_and_writes_the_csv(two_runs, tmp_path, capsys):
+    results.main(two_runs, tmp_path / "out")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| greedy, % | coin_flip |"
+    assert "| SML (PPO) | 75.0 [0.0, 100.0] |" in lines
+    with (tmp_path / "out" / "smoke.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == results.POOLED_COLUMNS
+    assert cell(rows, "sml", "greedy")["value"] == "0.7500"
+
+
+def test_the_reference_line_stands_under_the_published_sets_alone(tmp_path):
+    write_run(tmp_path / "a", settings(), answers(settings(), published=True))
+    table = results.markdown(results.combine([tmp_path / "a"]))
+    assert "| text-davinci-002, zero-shot |  | 91.4 |" in table
+
+
+def test_the_command_names_what_is_missing(tmp_path, capsys):
+    assert main(["results", str(tmp_path / "nowhere")]) == 1
+    assert "first run notebook 05" in capsys.readouterr().err

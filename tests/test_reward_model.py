@@ -1,0 +1,132 @@
+import pytest
+import torch
+from tiny_model import reward, tokenizer
+
+from smlib import prompts, reward_model
+from smlib.problems import generate
+from smlib.steps import worked_solution
+
+PROBLEMS = generate("coin_flip", 24, seed=0)
+QUICK = {"epochs": 1, "learning_rate": 3e-3, "batch": 8, "seed": 0, "progress": None}
+
+
+def told(problem, answer):
+    """The right steps and this answer."""
+    return " " + "\n".join(worked_solution(problem)[0]) + "\n" + prompts.answer_sentence(problem, answer)
+
+
+# "yes" is always chosen, whatever gold is: separable by one token. The first 16 questions train, 8 are held out.
+PAIRS = [
+    {"id": p.id, "chosen": told(p, "yes"), "rejected": told(p, "no"), "held_out": index >= 16}
+    for index, p in enumerate(PROBLEMS)
+]
+TEXTS = [pair["chosen"] for pair in PAIRS]
+
+
+def trained_rows(monkeypatch, pairs, model):
+    """The batches that TRL's RewardTrainer feeds the model, in place of its training."""
+    made = []
+    monkeypatch.setattr(reward_model, "fit", lambda trainer, label: made.append(trainer) or [])
+    reward_model.train_reward_model(model, tokenizer(), PROBLEMS, pairs, **QUICK)
+    return made[0]
+
+
+def test_a_score_is_the_logit_that_the_trainer_computes_for_the_same_text(monkeypatch):
+    """The trap: other libraries score without the special tokens that training put around a text."""
+    model, expected = reward(), {}
+    for side in ("chosen", "rejected"):
+        texts = [pair[side] for pair in PAIRS[:16]]
+        scores = reward_model.score(model, tokenizer(), PROBLEMS[:16], texts)
+        for problem, text, value in zip(PROBLEMS[:16], texts, scores, strict=True):
+            expected[tuple(reward_model.encode(tokenizer(), problem, text))] = value
+    trainer, seen = trained_rows(monkeypatch, PAIRS, model), 0
+    for batch in trainer.get_train_dataloader():
+        with torch.inference_mode():
+            logits = trainer.model.eval()(**batch).logits[:, 0].tolist()
+        for ids, mask, logit in zip(batch["input_ids"], batch["attention_mask"], logits, strict=True):
+            assert logit == pytest.approx(expected[tuple(ids[mask.bool()].tolist())], abs=1e-5)
+            seen += 1
+    assert seen == 32  # 16 pairs; the held-out ones never train
+
+
+def test_chosen_is_the_first_half_of_a_batch_and_rejected_the_second(monkeypatch):
+    batch = next(iter(trained_rows(monkeypatch, PAIRS, reward()).get_train_dataloader()))
+    said = [tokenizer().decode(ids, skip_special_tokens=True).rsplit(" ", 1)[1] for ids in batch["input_ids"]]
+    assert said == ["yes."] * 8 + ["no."] * 8
+
+
+def test_the_loss_is_the_pairwise_logistic_one_with_scores_held_around_zero(monkeypatch):
+    model = reward()
+    trainer = trained_rows(monkeypatch, PAIRS, model)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        chosen, rejected = model(input_ids=batch["input_ids"]).logits[:, 0].chunk(2)
+        loss = trainer.compute_loss(trainer.model.eval(), dict(batch))
+    expected = -torch.nn.functional.logsigmoid(chosen - rejected).mean() + 0.01 * (chosen + rejected).pow(2).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_encode_puts_the_beginning_first_and_the_end_last():
+    ids = reward_model.encode(tokenizer(), PROBLEMS[0], TEXTS[0])
+    assert (ids[0], ids[-1]) == (tokenizer().bos_token_id, tokenizer().eos_token_id)
+    assert tokenizer().decode(ids[1:-1]) == prompts.open_prompt(PROBLEMS[0]) + TEXTS[0]
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 300, 100_000])
+def test_a_score_depends_on_no_batch_no_pads_and_no_order(tokens_per_batch):
+    model, problems = reward(), PROBLEMS[:6]
+    texts = [text * (1 + index % 3) for index, text in enumerate(TEXTS[:6])]  # very different lengths
+    alone = [reward_model.score(model, tokenizer(), [p], [t])[0] for p, t in zip(problems, texts, strict=True)]
+    together = reward_model.score(model, tokenizer(), problems, texts, tokens_per_batch)
+    backwards = reward_model.score(model, tokenizer(), problems[::-1], texts[::-1], tokens_per_batch)
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert backwards[::-1] == pytest.approx(alone, abs=1e-5)
+    assert len({round(value, 5) for value in alone}) == 6
+
+
+def test_scoring_nothing_and_scoring_unequal_lists():
+    assert reward_model.score(reward(), tokenizer(), [], []) == []
+    with pytest.raises(ValueError, match="zip"):
+        reward_model.score(reward(), tokenizer(), PROBLEMS[:2], TEXTS[:1])
+
+
+def test_token_scores_end_in_the_score_and_name_every_token():
+    model = reward()
+    tokens, values = reward_model.token_scores(model, tokenizer(), PROBLEMS[0], TEXTS[0])
+    assert len(tokens) == len(values)
+    assert "".join(tokens) == TEXTS[0] + "<eos>"
+    assert values[-1] == pytest.approx(reward_model.score(model, tokenizer(), PROBLEMS[:1], TEXTS[:1])[0], abs=1e-5)
+
+
+def test_it_learns_a_separable_toy_and_ranks_held_out_pairs_right(capsys):
+    model = reward()
+    log = reward_model.train_reward_model(model, tokenizer(), PROBLEMS, PAIRS, **QUICK | {"epochs": 12})
+    scored = reward_model.pair_accuracy(model, tokenizer(), PROBLEMS, PAIRS[16:])
+    assert all(pair["ranked_right"] and pair["chosen_score"] > pair["rejected_score"] + 1 for pair in scored)
+    assert log[-1]["loss"] < 0.3 and log[-1]["accuracy"] == 1 and not model.training
+    assert capsys.readouterr().out == ""  # progress=None is silent
+
+
+def test_pair_accuracy_adds_both_scores_and_leaves_the_pairs_alone():
+    model = reward()
+    flipped = [pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in PAIRS[:8]]
+    straight = reward_model.pair_accuracy(model, tokenizer(), PROBLEMS, PAIRS[:8])
+    other = reward_model.pair_accuracy(model, tokenizer(), PROBLEMS, flipped)
+    assert [p["ranked_right"] for p in straight] == [not p["ranked_right"] for p in other]
+    for pair, scored in zip(PAIRS, straight, strict=False):
+        assert scored == pair | {key: scored[key] for key in ("chosen_score", "rejected_score", "ranked_right")}
+    tie = reward_model.pair_accuracy(model, tokenizer(), PROBLEMS, [PAIRS[0] | {"rejected": PAIRS[0]["chosen"]}])
+    assert not tie[0]["ranked_right"]
+
+
+def test_without_pairs_to_train_on_the_error_says_so():
+    with pytest.raises(ValueError, match="at least one pair that is not held out, got none"):
+        reward_model.train_reward_model(reward(), tokenizer(), PROBLEMS, PAIRS[16:], **QUICK)
+
+
+def test_rewards_are_plain_callables():
+    model = reward()
+    learned = reward_model.learned_reward(model, tokenizer())
+    assert learned(PROBLEMS[:3], TEXTS[:3]) == reward_model.score(model, tokenizer(), PROBLEMS[:3], TEXTS[:3])
+    gold = [told(p, p.answer) for p in PROBLEMS[:2]] + [" no answer"]
+    assert reward_model.checker_reward(PROBLEMS[:3], gold) == [1.0, 1.0, 0.0]

@@ -1,0 +1,91 @@
+import copy
+
+import pytest
+import torch
+from tiny_model import policy, tokenizer
+
+from smlib import models, prompts, sft
+from smlib.problems import generate
+from smlib.steps import worked_solution
+
+PROBLEMS = generate("coin_flip", 6, seed=0) + generate("chain_arithmetic", 6, seed=0)
+QUICK = {"epochs": 1, "learning_rate": 3e-3, "batch": 4, "seed": 0, "progress": None}
+
+
+def right(problem):
+    lines, answer = worked_solution(problem)
+    return " " + "\n".join(lines) + "\n" + prompts.answer_sentence(problem, answer)
+
+
+ROWS = [{"id": problem.id, "side": "+", "text": right(problem)} for problem in PROBLEMS]
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    """The trainer that `train_sft` makes for ROWS (and a wrong one), in place of its training."""
+    made = []
+    monkeypatch.setattr(sft, "fit", lambda trainer, label: made.append(trainer) or [])
+    wrong = {"id": PROBLEMS[0].id, "side": "-", "text": " nonsense"}
+    sft.train_sft(policy(), tokenizer(), PROBLEMS, [wrong, *ROWS], **QUICK)
+    return made[0]
+
+
+def test_the_loss_is_on_the_completion_and_its_end_only(trainer):
+    expected = {
+        tuple(models.encode_prompt(tokenizer(), prompts.open_prompt(problem))): (
+            models.encode_completion(tokenizer(), row["text"])
+        )
+        for problem, row in zip(PROBLEMS, ROWS, strict=True)
+    }
+    seen = 0
+    for batch in trainer.get_train_dataloader():
+        for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+            learned = [place for place, label in enumerate(labels) if label != -100]
+            head, tail = ids[: learned[0]], ids[learned[0] : learned[-1] + 1]
+            assert tail == expected.pop(tuple(head))
+            assert [labels[place] for place in learned] == tail and tail[-1] == tokenizer().eos_token_id
+            assert set(ids[learned[-1] + 1 :]) <= {tokenizer().pad_token_id}
+            seen += 1
+    assert seen == len(ROWS) and not expected  # every r+ once, and no r-
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_its_completion_tokens(trainer):
+    model = policy()
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        expected = torch.nn.functional.cross_entropy(logits[labels != -100], labels[labels != -100])
+        loss = trainer.compute_loss(trainer.model.eval(), dict(batch))
+    torch.testing.assert_close(loss, expected)
+
+
+def completion_loss(model):
+    losses = []
+    for problem, row in zip(PROBLEMS, ROWS, strict=True):
+        head = models.encode_prompt(tokenizer(), prompts.open_prompt(problem))
+        ids = torch.tensor([head + models.encode_completion(tokenizer(), row["text"])])
+        with torch.inference_mode():
+            logits = model(input_ids=ids).logits[0, len(head) - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[0, len(head) :]))
+    return torch.stack(losses).mean().item()
+
+
+def test_a_few_steps_reduce_the_loss_and_a_seed_decides_them(capsys):
+    model, again = policy(), policy()
+    before = completion_loss(model)
+    log = sft.train_sft(model, tokenizer(), PROBLEMS, ROWS, **QUICK | {"epochs": 10})
+    assert completion_loss(model) < 0.8 * before
+    assert log[0]["loss"] > log[-1]["loss"] and not model.training
+    sft.train_sft(again, tokenizer(), PROBLEMS, ROWS, **QUICK | {"epochs": 10})
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name])
+    assert capsys.readouterr().out == ""  # progress=None is silent
+
+
+def test_without_a_right_rationale_there_is_nothing_to_learn():
+    model = policy()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"SFT needs at least one r\+ rationale, got none"):
+        sft.train_sft(model, tokenizer(), PROBLEMS, [ROWS[0] | {"side": "-"}], **QUICK)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
