@@ -1,4 +1,4 @@
-"""Loading and encoding: the tokenizer, the policy, the reward model and the value model.
+"""Loading and encoding: the tokenizer, the policy and the reward model.
 
 Tokens of a text are bos + tokens(prompt) + tokens(completion) + eos, prompt and completion tokenised apart
 and joined, here and nowhere else, so that sampling, training and scoring see the same boundary.
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -46,32 +46,27 @@ def load_policy(name: str | Path = "tiny") -> PreTrainedModel:
 
 
 def load_reward(name: str | Path) -> PreTrainedModel:
-    """A reward model: one scalar per sequence, read at its last token that is not padding.
+    """A reward model: one scalar per token, summed over a rationale by `reward_model.score`.
 
-    A head that the folder does not hold starts from the same random numbers in every process, resumed or not.
+    A folder that holds a language model gives its trunk, and a head that starts at zero, so that every rationale
+    starts with the same score. The head has no trainable bias: it would pay for length alone.
     """
-    return _with_head(AutoModelForSequenceClassification, name)
-
-
-def load_value(name: str | Path) -> PreTrainedModel:
-    """A value model: one scalar per token, started from a reward model's trunk and head."""
-    return _with_head(AutoModelForTokenClassification, name)
-
-
-def _with_head(auto_class, name: str | Path) -> PreTrainedModel:
-    """A model with a head of one number. Where the folder has no head, a new one is meant and needs no report."""
+    config = AutoConfig.from_pretrained(resolve(str(name)), num_labels=1)
+    config.classifier_dropout = 0.0
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # a new head is meant, and needs no report
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model, loaded = auto_class.from_pretrained(
-                resolve(str(name)), num_labels=1, dtype=torch.float32, output_loading_info=True
-            )
+        model, loaded = AutoModelForTokenClassification.from_pretrained(
+            resolve(str(name)), config=config, dtype=torch.float32, output_loading_info=True
+        )
     finally:
         logging.set_verbosity(verbosity)
     if lost := sorted(key for key in loaded["missing_keys"] if key.startswith(f"{model.base_model_prefix}.")):
         raise ValueError(f"{name} is incomplete, it lacks {', '.join(lost[:3])}: delete it and make it again")
+    if "score.weight" in loaded["missing_keys"]:
+        torch.nn.init.zeros_(model.score.weight)
+        torch.nn.init.zeros_(model.score.bias)
+    model.score.bias.requires_grad_(False)
     return model.eval()
 
 

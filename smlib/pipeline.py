@@ -224,10 +224,9 @@ def train_ppo(run_dir: Path, settings: Settings, reward: str = "learned", progre
     with stage.recording():
         tokenizer = models.load_tokenizer(settings.base)
         policy, reference = (models.load_policy(tuned.path("model")) for _ in range(2))
-        value = models.load_value(rewarder.path("model"))
         judge = reward_model.learned_reward(models.load_reward(rewarder.path("model")), tokenizer)
         ppo.train(
-            policy, reference, value, judge if reward == "learned" else reward_model.checker_reward,
+            policy, reference, ppo.value_head(policy), judge if reward == "learned" else reward_model.checker_reward,
             ppo_problems(settings), tokenizer, settings.ppo, stage.folder / "training", seed=settings.seed,
             progress="PPO" if progress else None,
         )  # fmt: skip

@@ -396,7 +396,7 @@ def train(
 
     policy, reference: causal language models of one class; the reference is frozen here. What has
         requires_grad is what trains, so LoRA roles work as full models do.
-    value: a token classifier with one label (`load_value`), or `value_head(policy)`.
+    value: `value_head(policy)`, or a token classifier with one label (such as `models.load_reward` of the SFT model).
     reward: any callable(problems, completion texts) -> scores. The checker (`grade_many`) is called too, but
         its accuracy goes to the log only and never into training.
     problems: update number (from 0) -> `settings.questions` problems. A pure function, so that resuming is

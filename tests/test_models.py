@@ -3,7 +3,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import policy, reward, tokenizer
-from transformers import AutoModelForSequenceClassification
 
 from smlib import models, prompts
 from smlib.problems import TASKS, generate
@@ -104,27 +103,23 @@ def test_a_policy_comes_back_as_it_was_saved(tmp_path):
         assert torch.equal(loaded.state_dict()[name], weight)
 
 
-def test_a_reward_model_has_the_trunk_of_its_policy_and_always_the_same_new_head(tmp_path):
+def test_a_reward_model_has_the_trunk_of_its_policy_and_a_head_that_starts_at_zero(tmp_path):
     policy().save_pretrained(tmp_path)
-    torch.manual_seed(1)
-    first = models.load_reward(tmp_path)
-    before = torch.random.get_rng_state()
-    second = models.load_reward(tmp_path)
-    assert torch.equal(torch.random.get_rng_state(), before)  # nobody else's random numbers change
-    assert torch.equal(first.score.weight, second.score.weight) and first.score.weight.abs().sum() > 0
-    assert torch.equal(first.model.embed_tokens.weight, policy().model.embed_tokens.weight)
+    model = models.load_reward(tmp_path)
+    assert torch.equal(model.model.embed_tokens.weight, policy().model.embed_tokens.weight)
+    assert model.score.weight.shape == (1, 32) and not model.score.weight.any() and not model.score.bias.any()
+    assert not model.score.bias.requires_grad  # it would pay for length
+    assert model.dropout.p == 0
 
 
 @torch.inference_mode()
-def test_a_value_model_starts_from_the_rewards_trunk_and_head(tmp_path):
-    reward().save_pretrained(tmp_path)
+def test_a_trained_reward_model_comes_back_with_its_head(tmp_path):
+    model = reward()
+    model.save_pretrained(tmp_path)
     ids = torch.tensor([models.encode_prompt(tokenizer(), "Q: How many nuts?\nA: three")])
-    values = models.load_value(tmp_path)(input_ids=ids).logits
-    assert values.shape == (*ids.shape, 1)
-    torch.testing.assert_close(values[:, -1], models.load_reward(tmp_path)(input_ids=ids).logits)
-    torch.testing.assert_close(
-        values[:, -1], AutoModelForSequenceClassification.from_pretrained(tmp_path)(input_ids=ids).logits
-    )
+    values = models.load_reward(tmp_path)(input_ids=ids).logits
+    assert values.shape == (*ids.shape, 1) and values.any()
+    torch.testing.assert_close(values, model(input_ids=ids).logits)
 
 
 def test_tied_weights_count_once():

@@ -19,9 +19,7 @@ HEADINGS = [
     "Exercises",
     "Next",
 ]
-LOCAL_PATH = re.compile(
-    r"(?<![\w.])/(?:home|Users|root|work|tmp|private|opt|mnt|var|usr)/\w+|[A-Z]:\\\\Users"
-)
+LOCAL_PATH = re.compile(r"(?<![\w.])/(?:home|Users|root|work|tmp|private|opt|mnt|var|usr)/\w+|[A-Z]:\\\\Users")
 
 
 @pytest.fixture(params=PATHS, ids=lambda path: path.stem)
@@ -53,9 +51,7 @@ def test_it_opens_with_a_title_and_a_promise(notebook):
     title, *rest = first.source.splitlines()
     assert re.match(r"# \S", title)
     promise = " ".join(rest).strip()
-    assert promise.endswith(".") and len(promise) < 400, (
-        "one sentence under the title says what the reader gets"
-    )
+    assert promise.endswith(".") and len(promise) < 400, "one sentence under the title says what the reader gets"
 
 
 def test_the_headings_of_the_template_come_in_order(notebook):
@@ -72,9 +68,7 @@ def test_its_parameters_are_literals_and_none_is_injected(notebook):
     nodes = ast.parse(cell.source).body
     assert nodes
     for node in nodes:
-        assert isinstance(node, ast.Assign), (
-            "a value derived in the parameters cell would ignore an injected one"
-        )
+        assert isinstance(node, ast.Assign), "a value derived in the parameters cell would ignore an injected one"
         ast.literal_eval(node.value)
         assert re.fullmatch("[A-Z][A-Z0-9_]*", node.targets[0].id)
     names = {node.targets[0].id for node in nodes}

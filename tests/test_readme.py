@@ -18,9 +18,7 @@ def readme():
 
 
 def test_its_make_commands_are_targets(readme):
-    asked = re.findall(
-        r"\bmake (?:\w+=\S+ )*(\w+)", "\n".join(re.findall(r"```.*?```|`[^`\n]+`", readme, re.DOTALL))
-    )
+    asked = re.findall(r"\bmake (?:\w+=\S+ )*(\w+)", "\n".join(re.findall(r"```.*?```|`[^`\n]+`", readme, re.DOTALL)))
     assert {"run", "test"} <= set(asked)
     assert set(asked) <= set(TARGETS)
 

@@ -3,7 +3,7 @@
 from functools import cache
 
 import torch
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForTokenClassification
 
 from smlib.pretraining import corpus, make_tokenizer, tiny_config
 
@@ -26,4 +26,5 @@ def reward(seed=0):
     torch.manual_seed(seed)
     one_scalar = config()
     one_scalar.num_labels = 1
-    return LlamaForSequenceClassification(one_scalar).eval()
+    one_scalar.classifier_dropout = 0.0
+    return LlamaForTokenClassification(one_scalar).eval()
