@@ -17,6 +17,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+logging.disable_progress_bar()  # its bars about files of a few megabytes go to standard error
+
 TINY_BASE = Path(__file__).parent / "tiny_base"
 
 

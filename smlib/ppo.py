@@ -21,7 +21,6 @@ import csv
 import json
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -34,11 +33,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from smlib.answers import grade_many
 from smlib.models import encode_prompt
 from smlib.problems import Problem
+from smlib.progress import progress_bar
 from smlib.prompts import open_prompt
 from smlib.sampling import Sample, sample_ids
 
@@ -422,10 +421,7 @@ def train(
     run = asdict(settings) | {"seed": seed}
     state = load_checkpoint(out, policy, value, optimizer, run) or State(kl_coef=settings.kl_coef)
     _start_logs(out, state)
-    bar = tqdm(
-        desc=progress, total=settings.updates, initial=state.update, unit="update", file=sys.stdout,
-        leave=False, disable=progress is None,
-    )  # fmt: skip
+    bar = progress_bar(progress, settings.updates, "update", initial=state.update)
     try:
         while state.update < settings.updates:
             clock = [time.perf_counter()]

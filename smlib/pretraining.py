@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smlib import models, prompts
+from smlib.evaluation import evaluate, summarise
 from smlib.problems import TASKS, Problem, generate
 from smlib.steps import WRITERS, compute, parse, swap, turn
 
@@ -113,7 +114,7 @@ def _sloppy(dataset: str, rng: random.Random) -> Callable:
 def authors(dataset: str) -> dict[str, float]:
     """Author -> share of the documents of one task; what is missing to 1 is the sloppy author's."""
     shares = {name: share for name, (share, _, _) in _AUTHORS[dataset].items()}
-    return shares | {"sloppy": 1 - sum(shares.values())}
+    return shares | {"sloppy": round(1 - sum(shares.values()), 4)}
 
 
 def write(problem: Problem, author: str, rng: random.Random) -> tuple[list[str], str]:
@@ -343,6 +344,13 @@ def main(argv: list[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
+    accuracy = {}
+    for task in TASKS:
+        asked = generate(task, 200, seed=2_000_003)
+        rows = evaluate(model, tokenizer, asked, k=8, temperature=0.8, max_new_tokens=128, seed=0)
+        numbers = summarise(rows)
+        names = {"greedy": "greedy", "sampled at T = 0.8": "avg_at_k", "pass@8 at T = 0.8": "pass_at_k"}
+        accuracy[task] = {name: round(numbers[key]["value"], 3) for name, key in names.items()}
     phase = {
         "documents": options.documents,
         "tokens": tokens,
@@ -356,6 +364,7 @@ def main(argv: list[str]) -> int:
         "vocabulary": len(tokenizer),
         "authors": {task: authors(task) for task in TASKS},
         "phases": [*before, phase],  # each read fresh documents; a later one went on from the earlier one's weights
+        "accuracy": accuracy,  # 200 questions per task, of the train split
         "sha256": hashlib.sha256((options.out / "model.safetensors").read_bytes()).hexdigest(),
     }
     (options.out / "training.json").write_text(json.dumps(card, indent=2) + "\n")

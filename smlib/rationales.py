@@ -121,10 +121,11 @@ def reanswer(
 
     The rationale without its answer sentence goes back under its question, and the model, greedy, writes the
     answer. Taking the sentence away is our choice: left in, the filter would only read the hint back. Equal
-    rationales of one question are answered once.
+    rationales of one question are answered once. Open rationales were given no answer that they could repeat:
+    what they state counts as what can be read off them.
     """
     by_id = {problem.id: problem for problem in problems}
-    asked = {(row["id"], prompts.split_answer(row["text"])[0]): None for row in rows}
+    asked = {(row["id"], prompts.split_answer(row["text"])[0]): None for row in rows if row["given"] is not None}
     drawn = sample(
         model,
         tokenizer,
@@ -142,6 +143,9 @@ def reanswer(
     }
     answered = []
     for row in rows:
-        verdict = verdicts[row["id"], prompts.split_answer(row["text"])[0]]
-        answered.append(row | {"reanswer": verdict.extracted, "reanswer_correct": verdict.correct})
+        read, right = row["answer"], row["correct"]
+        if row["given"] is not None:
+            verdict = verdicts[row["id"], prompts.split_answer(row["text"])[0]]
+            read, right = verdict.extracted, verdict.correct
+        answered.append(row | {"reanswer": read, "reanswer_correct": right})
     return answered

@@ -13,7 +13,6 @@ Three ideas make it several times faster than `model.generate` on a small model:
 """
 
 import hashlib
-import sys
 import time
 from bisect import bisect_left
 from collections import Counter
@@ -24,11 +23,12 @@ from functools import partial
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from smlib.progress import progress_bar
 
 MAX_BATCH = 256  # rows that step together; more hardly helps a tiny model on a CPU (benchmarks/sampling.py)
 CHECK_EVERY = 4  # steps between two looks for finished rows
@@ -138,8 +138,7 @@ def sample_ids(
     results: list[list[Sample]] = [[None] * n for _ in prompt_ids]
     tokens, started = 0, time.perf_counter()
     # Bars go to standard output, since notebooks here keep standard error empty.
-    bar = tqdm(desc=progress, total=len(rows), unit="sample", file=sys.stdout, mininterval=1, leave=False,
-               disable=progress is None)  # fmt: skip
+    bar = progress_bar(progress, len(rows), "sample")
     with bar, _sampling_mode(model), torch.inference_mode():
         for start in range(0, len(rows), max_batch):
             block = rows[start : start + max_batch]

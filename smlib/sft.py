@@ -1,17 +1,16 @@
 """Supervised fine-tuning on r+ by TRL's SFTTrainer: the warm-up of the method, and the RFT/STaR baseline."""
 
-import sys
 import tempfile
 from collections.abc import Sequence
 
 from datasets import Dataset
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from smlib import models, prompts
 from smlib.problems import Problem
+from smlib.progress import progress_bar
 
 
 class Progress(TrainerCallback):
@@ -21,15 +20,7 @@ class Progress(TrainerCallback):
         self.label, self.bar = label, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(
-            total=state.max_steps,
-            desc=self.label,
-            unit="step",
-            file=sys.stdout,
-            mininterval=1,
-            leave=False,
-            disable=self.label is None,
-        )
+        self.bar = progress_bar(self.label, state.max_steps, "step")
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(1)

@@ -101,7 +101,17 @@ def test_a_question_without_another_answer_of_its_kind_gets_gold_only(model):
 
 
 def rows_of(*texts, problem=COIN):
-    return [{"id": problem.id, "text": text, "answer": "kept as it was"} for text in texts]
+    return [
+        {"id": problem.id, "text": text, "given": "some answer", "answer": "kept as it was", "correct": True}
+        for text in texts
+    ]
+
+
+def test_open_rationales_are_not_answered_again(model):
+    rows = [row | {"given": None, "answer": "no", "correct": False} for row in rows_of(" a.\nThe answer is no.")]
+    assert rationales.reanswer(None, None, [COIN], rows, seed=0) == [
+        rows[0] | {"reanswer": "no", "reanswer_correct": False}
+    ]
 
 
 def test_reanswer_takes_the_answer_sentence_away_and_asks_for_it_again(model):
