@@ -49,7 +49,7 @@ def reward_rows(
     settings = replace(settings, reward=replace(settings.reward, pairs=pairs, wrong=wrong))
     folder = branch(run_dir, f"reward-{pairs}-{wrong}", SAMPLED)
     stage = pipeline.train_reward_model(folder, settings, progress=progress)
-    row = _labelled(settings, "reward model's pairs", f"{pairs}, {wrong} wrong")
+    row = _labelled(settings, "reward model's pairs", f"pairs {pairs}, wrong {wrong}")
     rows = []
     for author, name in (("base", "base"), ("sft", "SFT model")):
         ranked = [pair["ranked_right"] for pair in stage.read_rows("held_out") if pair["author"] == author]

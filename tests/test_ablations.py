@@ -53,7 +53,7 @@ def test_variants_are_measured_and_the_run_stays_as_it_was(tmp_path):
     assert all(row["low"] <= row["score"] <= row["high"] and row["n"] > 0 for row in rows)
     best, mean = ([row for row in rows if row["metric"] == f"{name} of 4"] for name in ("best", "mean"))
     assert len(best) == len(mean) == 1 and best[0]["n"] == 6
-    assert {row["value"] for row in rows} == {"base, open wrong", "learned", "checker"}
+    assert {row["value"] for row in rows} == {"pairs base, wrong open", "learned", "checker"}
     after = {name: require(tmp_path, name).fingerprint for name in before}
     assert after == before
     made = require(tmp_path / "ablations" / "reward-base-open", "03_reward_model")
