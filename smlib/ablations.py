@@ -84,7 +84,11 @@ def ppo_rows(
     row = _labelled(settings, "PPO's reward", reward)
     rows = []
     for metric, values in _accuracies(after).items():
-        rows.append(row(metric, sum(values) / len(values), evaluation.mean_interval(values), len(values)))
+        share = metric == "greedy"
+        interval = (
+            evaluation.accuracy_interval(int(sum(values)), len(values)) if share else evaluation.mean_interval(values)
+        )
+        rows.append(row(metric, sum(values) / len(values), interval, len(values)))
         test = evaluation.paired_test(values, _accuracies(answered)[metric])
         rows.append(row(f"{metric}, gain over SFT", test["mean_difference"], (test["low"], test["high"]), test["n"]))
     return rows

@@ -6,6 +6,7 @@ A stage that is already on disk with the same settings is loaded, one with other
 `smlib.artifacts`). Notebooks call these functions and explain what they do; nothing else writes to a run folder.
 """
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -303,6 +304,9 @@ def _pairs(rows: list[dict], settings: Settings) -> list[dict]:
 def _keys(settings: Settings, *groups: str) -> dict:
     """What a stage's result depends on, besides its inputs."""
     common = {"preset": settings.preset, "tasks": settings.tasks, "seed": settings.seed, "base": settings.base}
+    card = models.TINY_BASE / "training.json"
+    if settings.base == "tiny" and card.is_file():  # another base under the same name makes other runs
+        common["base_sha256"] = json.loads(card.read_text())["sha256"]
     return common | {group: asdict(getattr(settings, group)) for group in groups}
 
 

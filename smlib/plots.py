@@ -191,6 +191,8 @@ def ablations(rows) -> Figure:
             error = 100 * np.array([one["score"] - one["low"], one["high"] - one["score"]])
             places = [values.index(value) for value in one["value"]] + steps
             axes.errorbar(100 * one["score"], places, xerr=error, fmt="o", markersize=4, elinewidth=1, label=metric)
+        if title.startswith("PPO's gain"):
+            axes.axvline(0, color=COLOURS["grey"], linewidth=0.8)
         axes.set(yticks=range(len(values)), yticklabels=values, xlabel=title, ylim=(len(values) - 0.4, -0.6))
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8)
     return figure

@@ -260,7 +260,7 @@ def test_a_stopped_run_goes_on_where_it_was(notebooks, out, sent, code, monkeypa
         while process.poll() is None and not ((out / "log").exists() and "01" in log(out)):
             time.sleep(0.1)
         process.send_signal(sent)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == code
     assert "Traceback" not in errors
     if sent == signal.SIGINT:
