@@ -56,7 +56,7 @@ def reward_rows(
         if ranked:
             interval = evaluation.accuracy_interval(sum(ranked), len(ranked))
             rows.append(row(f"held-out pairs of the {name}", sum(ranked) / len(ranked), interval, len(ranked)))
-    judge, tokenizer = models.load_reward(stage.path("model")), models.load_tokenizer(settings.base)
+    judge, tokenizer = models.load_policy(stage.path("model")), models.load_tokenizer(settings.base)
     fresh = pipeline.fresh_problems(settings, len(answered) // len(settings.tasks))
     problems = {problem.id: problem for problem in fresh}
     best, mean = [], []

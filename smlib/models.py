@@ -1,4 +1,4 @@
-"""Loading and encoding: the tokenizer, the policy and the reward model.
+"""Loading and encoding: the tokenizer, the models.
 
 Tokens of a text are bos + tokens(prompt) + tokens(completion) + eos, prompt and completion tokenised apart
 and joined, here and nowhere else, so that sampling, training and scoring see the same boundary.
@@ -8,9 +8,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -45,31 +43,6 @@ def load_tokenizer(name: str = "tiny") -> PreTrainedTokenizerBase:
 def load_policy(name: str | Path = "tiny") -> PreTrainedModel:
     """A causal language model in float32, in eval mode."""
     return AutoModelForCausalLM.from_pretrained(resolve(str(name)), dtype=torch.float32).eval()
-
-
-def load_reward(name: str | Path) -> PreTrainedModel:
-    """A reward model: one scalar per token, summed over a rationale by `reward_model.score`.
-
-    A folder that holds a language model gives its trunk, and a head that starts at zero, so that every rationale
-    starts with the same score. The head has no trainable bias: it would pay for length alone.
-    """
-    config = AutoConfig.from_pretrained(resolve(str(name)), num_labels=1)
-    config.classifier_dropout = 0.0
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a new head is meant, and needs no report
-    try:
-        model, loaded = AutoModelForTokenClassification.from_pretrained(
-            resolve(str(name)), config=config, dtype=torch.float32, output_loading_info=True
-        )
-    finally:
-        logging.set_verbosity(verbosity)
-    if lost := sorted(key for key in loaded["missing_keys"] if key.startswith(f"{model.base_model_prefix}.")):
-        raise ValueError(f"{name} is incomplete, it lacks {', '.join(lost[:3])}: delete it and make it again")
-    if "score.weight" in loaded["missing_keys"]:
-        torch.nn.init.zeros_(model.score.weight)
-        torch.nn.init.zeros_(model.score.bias)
-    model.score.bias.requires_grad_(False)
-    return model.eval()
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -190,7 +190,7 @@ def train_reward_model(run_dir: Path, settings: Settings, progress: bool = True)
     if stage.done:
         return stage
     with stage.recording():
-        tokenizer, model = models.load_tokenizer(settings.base), models.load_reward(tuned.path("model"))
+        tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(tuned.path("model"))
         problems = training_problems(settings) + second_problems(settings)
         everything = ranked.read_rows("pairs") + second.read_rows("pairs")
         used = [
@@ -202,7 +202,7 @@ def train_reward_model(run_dir: Path, settings: Settings, progress: bool = True)
         log = reward_model.train_reward_model(
             model, tokenizer, problems, used,
             epochs=settings.reward.epochs, learning_rate=settings.reward.learning_rate, batch=settings.reward.batch,
-            seed=settings.seed, progress="reward model" if progress else None,
+            beta=settings.reward.beta, seed=settings.seed, progress="reward model" if progress else None,
         )  # fmt: skip
         held_out = [pair for pair in everything if pair["held_out"]]
         stage.write_rows("log", log)
@@ -225,7 +225,7 @@ def train_ppo(run_dir: Path, settings: Settings, reward: str = "learned", progre
     with stage.recording():
         tokenizer = models.load_tokenizer(settings.base)
         policy, reference = (models.load_policy(tuned.path("model")) for _ in range(2))
-        judge = reward_model.learned_reward(models.load_reward(rewarder.path("model")), tokenizer)
+        judge = reward_model.learned_reward(models.load_policy(rewarder.path("model")), tokenizer)
         ppo.train(
             policy, reference, ppo.value_head(policy), judge if reward == "learned" else reward_model.checker_reward,
             ppo_problems(settings), tokenizer, settings.ppo, stage.folder / "training", seed=settings.seed,
@@ -249,7 +249,7 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     if stage.done:
         return stage
     with stage.recording():
-        tokenizer, judge = models.load_tokenizer(settings.base), models.load_reward(rewarder.path("model"))
+        tokenizer, judge = models.load_tokenizer(settings.base), models.load_policy(rewarder.path("model"))
         paths = {"base": settings.base, "sft": tuned.path("model"), "sml": trained.path("model")}
         rows = []
         for method, path in paths.items():

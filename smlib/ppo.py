@@ -49,12 +49,12 @@ SECONDS = ("rollout_seconds", "score_seconds", "update_seconds")  # phases in th
 class PPOSettings:
     """Rollouts are always drawn at temperature 1: PPO's ratio is about the distribution that was sampled."""
 
-    updates: int = 60
+    updates: int = 40
     episodes: int = 128  # completions per update
     samples_per_question: int = 4  # of them, from the same question
     epochs: int = 2  # passes over the completions of one update
-    minibatch: int = 32  # completions per optimizer step
-    learning_rate: float = 1e-4
+    minibatch: int = 16  # completions per optimizer step
+    learning_rate: float = 2e-4
     value_learning_rate: float = 5e-4  # of the value model, or of the value head
     warmup_updates: int = 3  # linear warm-up, then linear decay to zero
     kl_coef: float = 0.05  # reward lost per nat of KL to the reference
@@ -395,7 +395,7 @@ def train(
 
     policy, reference: causal language models of one class; the reference is frozen here. What has
         requires_grad is what trains, so LoRA roles work as full models do.
-    value: `value_head(policy)`, or a token classifier with one label (such as `models.load_reward` of the SFT model).
+    value: `value_head(policy)`, or a model of its own: a transformers token classifier with one label.
     reward: any callable(problems, completion texts) -> scores. The checker (`grade_many`) is called too, but
         its accuracy goes to the log only and never into training.
     problems: update number (from 0) -> `settings.questions` problems. A pure function, so that resuming is

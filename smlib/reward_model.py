@@ -1,11 +1,16 @@
 """Stage 5: a reward model learns the rank by TRL's RewardTrainer; scoring; what its scores are worth.
 
-The loss is -log sigmoid(R(q, r+) - R(q, r-)), the standard pairwise logistic loss (our choice; the paper leaves
-it open). R is the sum over the rationale's tokens of one learned scalar per token, end-of-sequence included, where
-the usual choice reads a single scalar at the last token (ours, too). A mistake is local, so the sum learns from far
-fewer pairs: measured on 1,900 to 2,400 pairs of a small model, one run each, it ranked 85 % of coin-flip pairs
-right against 59 %, and 91 % against 81 % of last-letter pairs. It also says where a rationale loses its score.
-Training and scoring encode a text by the same function, so a score means what was trained.
+The loss is -log sigmoid(R(q, r+) - R(q, r-)), the standard pairwise logistic loss (our choice; the paper leaves it
+open). R itself is our choice too: the reward model is a copy of the SFT model, and
+
+    R(q, r) = beta * sum over the rationale's tokens of log p(token | q, tokens before),
+
+end-of-sequence included: a language model whose likelihood is bent by the rank (the reward of SimPO, 2405.14734,
+not averaged over the length). The usual scalar head on the last token has to find out from pairs alone what a wrong
+step is, and a tiny model's few thousand pairs do not suffice for that; the language model expects the right token
+already, so that R starts as a useful score and the pairs correct where it is wrong (docs/log.md has the numbers of
+both). R also says at which token a rationale loses its score. Training and scoring encode a text by the same
+function, so a score means what was trained.
 """
 
 import tempfile
@@ -13,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from datasets import Dataset
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
@@ -31,19 +36,30 @@ def encode(tokenizer: PreTrainedTokenizerBase, problem: Problem, text: str) -> l
     return head + models.encode_completion(tokenizer, text)
 
 
-class _SumTrainer(RewardTrainer):
-    """TRL's trainer with the sum over tokens as the reward.
+def _token_logprobs(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probability of every token but the first, given those before: ids [B, L] -> [B, L - 1].
+
+    Pads stand on the right of a causal model: no token sees them, so no attention mask is needed.
+    """
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return -cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+class _LikelihoodTrainer(RewardTrainer):
+    """TRL's trainer with beta times the log-likelihood as the reward.
 
     It sums over the question's tokens too: in a pair they are the same and, in a causal model, have the same
-    scalars, so they cancel in the difference and never train.
+    probabilities, so they cancel in the difference and never train.
     """
 
+    beta: float
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        chosen, rejected = (outputs.logits[..., 0] * inputs["attention_mask"]).sum(dim=1).chunk(2)
+        logprobs = _token_logprobs(model, inputs["input_ids"])
+        chosen, rejected = self.beta * (logprobs * inputs["attention_mask"][:, 1:]).sum(dim=1).view(2, -1)
         self._metrics["train"]["accuracy"].append((chosen > rejected).float().mean().item())
         loss = -logsigmoid(chosen - rejected).mean()
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {"rewards": (chosen, rejected)}) if return_outputs else loss
 
 
 def train_reward_model(
@@ -55,6 +71,7 @@ def train_reward_model(
     epochs: float,
     learning_rate: float,
     batch: int,
+    beta: float,
     seed: int,
     progress: str | None = "reward model",
 ) -> list[dict]:
@@ -69,9 +86,10 @@ def train_reward_model(
             examples.append({"chosen_ids": chosen, "rejected_ids": rejected, "length": length})
     if not examples:
         raise ValueError("the reward model needs at least one pair that is not held out, got none: sample more")
+    model.config.num_labels = 1  # what TRL knows a reward model by
     with tempfile.TemporaryDirectory() as out:
         options = trainer_options(epochs, learning_rate, batch, seed, out)
-        trainer = _SumTrainer(
+        trainer = _LikelihoodTrainer(
             model=model,
             args=RewardConfig(
                 **options,
@@ -81,6 +99,7 @@ def train_reward_model(
             train_dataset=Dataset.from_list(examples),
             processing_class=tokenizer,
         )
+        trainer.beta = beta
         log = fit(trainer, progress)
     model.eval()
     return log
@@ -94,7 +113,7 @@ def score(
     texts: Sequence[str],
     tokens_per_batch: int = 16_384,
 ) -> list[float]:
-    """One score per (problem, text), batched by length; the higher, the better the rationale."""
+    """R / beta of every (problem, text), in nats, batched by length; the higher, the better the rationale."""
     rows = [encode(tokenizer, problem, text) for problem, text in zip(problems, texts, strict=True)]
     starts = [len(models.encode_prompt(tokenizer, prompts.open_prompt(problem))) for problem in problems]
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
@@ -102,10 +121,9 @@ def score(
     while order:
         taken = order[: max(1, tokens_per_batch // len(rows[order[0]]))]
         order = order[len(taken) :]
-        # Pads stand on the right of a causal model: no token sees them, so no mask is needed.
         ids = models.pad_right([rows[index] for index in taken], tokenizer.pad_token_id).to(model.device)
-        for index, values in zip(taken, model(input_ids=ids).logits[..., 0], strict=True):
-            scores[index] = values[starts[index] : len(rows[index])].sum().item()
+        for index, values in zip(taken, _token_logprobs(model, ids), strict=True):
+            scores[index] = values[starts[index] - 1 : len(rows[index]) - 1].sum().item()
     return scores
 
 
@@ -113,10 +131,10 @@ def score(
 def token_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problem: Problem, text: str
 ) -> tuple[list[str], list[float]]:
-    """What each token of a rationale adds to its score: (tokens, scalars), as many; the scalars sum to the score."""
+    """What each token of a rationale adds to its score, in nats: (tokens, values), as many; they sum to the score."""
     head = models.encode_prompt(tokenizer, prompts.open_prompt(problem))
     tail = models.encode_completion(tokenizer, text)
-    values = model(input_ids=torch.tensor([head + tail], device=model.device)).logits[0, len(head) :, 0].tolist()
+    values = _token_logprobs(model, torch.tensor([head + tail], device=model.device))[0, len(head) - 1 :].tolist()
     return [tokenizer.decode([token]) for token in tail], values
 
 

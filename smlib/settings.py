@@ -19,9 +19,9 @@ def _check(what: str, value, allowed: tuple) -> None:
 class SamplingSettings:
     """Stage 1. The temperature, cut-off and length hold for every sampling of training rationales."""
 
-    questions: int = 400  # per task
+    questions: int = 300  # per task
     samples: int = 8  # open rationales per question
-    conditioned_questions: int = 200  # of them, the first so many per task are also asked with a given answer
+    conditioned_questions: int = 100  # of them, the first so many per task are also asked with a given answer
     conditioned_samples: int = 2  # rationales for the gold answer, and as many for wrong ones
     temperature: float = 1.0
     top_p: float = 1.0
@@ -55,10 +55,11 @@ class RewardSettings:
 
     pairs: str = "both"  # "base": sampled from the base alone; "both": from the SFT model too
     wrong: str = "both"  # source of the wrong rationales: "open", "conditioned" (on a wrong answer) or "both"
-    questions: int = 400  # per task, fresh ones, that the SFT model answers; trained on where pairs = "both"
-    epochs: float = 2.0
-    learning_rate: float = 3e-4
-    batch: int = 32
+    questions: int = 350  # per task, fresh ones, that the SFT model answers; trained on where pairs = "both"
+    epochs: float = 1.0
+    learning_rate: float = 2e-4
+    batch: int = 16
+    beta: float = 0.5  # of the log-likelihood that is the reward (smlib/reward_model.py)
 
     def __post_init__(self):
         _check("reward.pairs", self.pairs, ("base", "both"))

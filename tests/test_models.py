@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_model import policy, reward, tokenizer
+from tiny_model import policy, tokenizer
 
 from smlib import models, prompts
 from smlib.problems import TASKS, generate
@@ -101,25 +101,6 @@ def test_a_policy_comes_back_as_it_was_saved(tmp_path):
     assert not loaded.training and loaded.dtype == torch.float32
     for name, weight in policy().state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight)
-
-
-def test_a_reward_model_has_the_trunk_of_its_policy_and_a_head_that_starts_at_zero(tmp_path):
-    policy().save_pretrained(tmp_path)
-    model = models.load_reward(tmp_path)
-    assert torch.equal(model.model.embed_tokens.weight, policy().model.embed_tokens.weight)
-    assert model.score.weight.shape == (1, 32) and not model.score.weight.any() and not model.score.bias.any()
-    assert not model.score.bias.requires_grad  # it would pay for length
-    assert model.dropout.p == 0
-
-
-@torch.inference_mode()
-def test_a_trained_reward_model_comes_back_with_its_head(tmp_path):
-    model = reward()
-    model.save_pretrained(tmp_path)
-    ids = torch.tensor([models.encode_prompt(tokenizer(), "Q: How many nuts?\nA: three")])
-    values = models.load_reward(tmp_path)(input_ids=ids).logits
-    assert values.shape == (*ids.shape, 1) and values.any()
-    torch.testing.assert_close(values, model(input_ids=ids).logits)
 
 
 def test_tied_weights_count_once():

@@ -3,7 +3,7 @@
 from functools import cache
 
 import torch
-from transformers import LlamaForCausalLM, LlamaForTokenClassification
+from transformers import LlamaForCausalLM
 
 from smlib.pretraining import corpus, make_tokenizer, tiny_config
 
@@ -20,11 +20,3 @@ def config(layers=1):
 def policy(seed=0):
     torch.manual_seed(seed)
     return LlamaForCausalLM(config()).eval()
-
-
-def reward(seed=0):
-    torch.manual_seed(seed)
-    one_scalar = config()
-    one_scalar.num_labels = 1
-    one_scalar.classifier_dropout = 0.0
-    return LlamaForTokenClassification(one_scalar).eval()
