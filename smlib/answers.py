@@ -94,7 +94,7 @@ _CUE = re.compile(
 _LATEX = re.compile(r"\\(?:text|boxed)\{([^{}\n]{0,100})\}")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{(-?\d{1,40})\}\{(\d{1,40})\}")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\b(?:because|since)\b")
-_NOT = re.compile(r"[\W_]*not\b", re.IGNORECASE)
+_NOT = re.compile(r"[\W_]*not\b(?=\W+\w)", re.IGNORECASE)  # "not 5", but "not" alone may be last letters
 _ALPHANUMERIC = re.compile(r"[^\W_]")
 
 

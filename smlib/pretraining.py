@@ -311,6 +311,25 @@ def train(model: LlamaForCausalLM, batches: list[tuple[torch.Tensor, torch.Tenso
     return losses
 
 
+def accuracy_by_task(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, dict[str, float]]:
+    """Greedy and sampled accuracy of a base on 200 questions per task of the train split, for its card."""
+    accuracy = {}
+    for task in TASKS:
+        rows = evaluate(
+            model,
+            tokenizer,
+            generate(task, 200, seed=2_000_003),
+            k=8,
+            temperature=0.8,
+            max_new_tokens=128,
+            seed=0,
+        )
+        numbers = summarise(rows)
+        names = {"greedy": "greedy", "sampled at T = 0.8": "avg_at_k", "pass@8 at T = 0.8": "pass_at_k"}
+        accuracy[task] = {name: round(numbers[key]["value"], 3) for name, key in names.items()}
+    return accuracy
+
+
 def main(argv: list[str]) -> int:
     """`python -m smlib pretrain`: make the tiny base again and write it with its card."""
     parser = argparse.ArgumentParser(prog="python -m smlib pretrain", description=main.__doc__)
@@ -344,13 +363,6 @@ def main(argv: list[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
-    accuracy = {}
-    for task in TASKS:
-        asked = generate(task, 200, seed=2_000_003)
-        rows = evaluate(model, tokenizer, asked, k=8, temperature=0.8, max_new_tokens=128, seed=0)
-        numbers = summarise(rows)
-        names = {"greedy": "greedy", "sampled at T = 0.8": "avg_at_k", "pass@8 at T = 0.8": "pass_at_k"}
-        accuracy[task] = {name: round(numbers[key]["value"], 3) for name, key in names.items()}
     phase = {
         "documents": options.documents,
         "tokens": tokens,
@@ -364,7 +376,7 @@ def main(argv: list[str]) -> int:
         "vocabulary": len(tokenizer),
         "authors": {task: authors(task) for task in TASKS},
         "phases": [*before, phase],  # each read fresh documents; a later one went on from the earlier one's weights
-        "accuracy": accuracy,  # 200 questions per task, of the train split
+        "accuracy": accuracy_by_task(model, tokenizer),
         "sha256": hashlib.sha256((options.out / "model.safetensors").read_bytes()).hexdigest(),
     }
     (options.out / "training.json").write_text(json.dumps(card, indent=2) + "\n")

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Sequence
 
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
@@ -11,6 +11,8 @@ from trl import SFTConfig, SFTTrainer
 from smlib import models, prompts
 from smlib.problems import Problem
 from smlib.progress import progress_bar
+
+disable_progress_bars()  # the datasets library's own bars, about a second's work, go to standard error
 
 
 class Progress(TrainerCallback):

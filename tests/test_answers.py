@@ -303,3 +303,10 @@ def test_judging_takes_linear_time(first, second):
     for asked in (NUMBER, YES, LETTERS, CHOICE):
         grade(text, asked)
     assert time.process_time() - start < 1  # some milliseconds; a quadratic search takes minutes
+
+
+def test_last_letters_may_spell_not():
+    """A question of the published set has this gold."""
+    problem = Problem("last_letters/published/x", "last_letters", "Take the last letters", "not", "letters")
+    assert grade("The answer is not.", problem).correct
+    assert grade("The answer is not yet clear.", problem).extracted is None
