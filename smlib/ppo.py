@@ -68,6 +68,7 @@ class PPOSettings:
     max_grad_norm: float = 1.0  # of the policy and of the value, each by itself
     max_new_tokens: int = 128
     missing_end_penalty: float = 1.0  # taken from the reward of a completion that was cut by its length
+    center_by_question: bool = True  # score minus the mean score of the question's other samples (as in RLOO)
     normalize_reward: bool = True  # by the running mean and deviation of all scores so far
     max_update_kl: float = 0.05  # nats per token between the sampling policy and the new one; then stop early
 
@@ -79,6 +80,8 @@ class PPOSettings:
                 f"episodes = {self.episodes} is no multiple of samples_per_question = "
                 f"{self.samples_per_question}; make it one, so that every question gets all its samples."
             )
+        if self.center_by_question and self.samples_per_question < 2:
+            raise ValueError("center_by_question needs samples_per_question of at least 2; raise it or switch it off.")
 
     @property
     def questions(self) -> int:
@@ -115,6 +118,17 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str = "k1") -> Tensor:
     """
     log_r = ref_logp - logp
     return -log_r if kind == "k1" else log_r.exp() - 1 - log_r
+
+
+def center(scores: Tensor, samples: int) -> Tensor:
+    """Each score minus the mean of the other samples' scores of its question: scores [B], neighbours by question.
+
+    What remains says which rationale is better, not which question is easier, so that the value need not learn the
+    latter first. The mean leaves the sample itself out, hence no bias (RLOO, Ahmadian et al. 2024, 2402.14740).
+    """
+    groups = scores.view(-1, samples)
+    others = (groups.sum(dim=1, keepdim=True) - groups) / (samples - 1)
+    return (groups - others).flatten()
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
@@ -433,8 +447,9 @@ def train(
             asked = [problem for problem in asked for _ in range(settings.samples_per_question)]
             texts = [drawn.text for drawn in samples]
             scores = _scores(reward, asked, texts).to(policy.device)
-            moments = state.moments.add(scores)
-            shaped = moments.normalize(scores) if settings.normalize_reward else scores
+            shaped = center(scores, settings.samples_per_question) if settings.center_by_question else scores
+            moments = state.moments.add(shaped)
+            shaped = moments.normalize(shaped) if settings.normalize_reward else shaped
             cut = torch.tensor([drawn.finish_reason == "length" for drawn in samples], device=policy.device)
             shaped = shaped - settings.missing_end_penalty * cut
 

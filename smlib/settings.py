@@ -70,7 +70,7 @@ class RewardSettings:
 class EvaluationSettings:
     """Stage 5. Fresh questions, one greedy answer and `samples` drawn ones to each."""
 
-    questions: int = 250  # per task, generated
+    questions: int = 200  # per task, generated
     published: int = 750  # of each published test set at most, 0 = leave them out
     samples: int = 8
     temperature: float = 1.0

@@ -18,8 +18,8 @@ from smlib.steps import is_sound
 LINES = {
     "coin_flip": r"\S+ (flips|does not flip): (heads|tails)\.",
     "last_letters": r'"\S+" ends in "\S"\.',
-    "shuffled_objects": r"(Start|\w+ and \w+): Alice .+, Bob .+, Claire .+\.|(Alice|Bob|Claire) ends with .+\.",
-    "chain_arithmetic": r"\w+: \d+ [+-] \d+ = -?\d+\.",
+    "shuffled_objects": r"(Start|\w+ and \w+): Alice [A-C], Bob [A-C], Claire [A-C]\.|\w+ ends with [A-C]\.",
+    "chain_arithmetic": r"\w+: -?\d+ [+-] -?\d+ = -?\d+\.",  # an author who errs may get below zero
 }
 EVERYONE = [(task, author) for task in TASKS for author in authors(task)]
 
@@ -91,13 +91,16 @@ def test_an_open_document_gives_no_answer_away(task):
         assert completion.endswith(".") and prompts.split_answer(completion)[1]
 
 
-def test_the_corpus_is_decided_by_its_seed_and_takes_the_tasks_in_turn():
+def test_the_corpus_is_decided_by_its_seed_and_mixes_the_tasks_by_their_shares():
     first = list(corpus(403, seed=0))
     assert len(first) == 403
     assert list(corpus(403, seed=0)) == first
     assert list(corpus(403, seed=1)) != first
-    assert all("coin" in prompt for prompt, _ in first[0::4])
-    assert all("last letters" in prompt for prompt, _ in first[1::4])
+    told = {"coin_flip": "Q: A coin is", "last_letters": "Take the last letters", "shuffled_objects": "Alice, Bob, and"}
+    told |= {"chain_arithmetic": r"Q: A \w+ holds \d+"}
+    turn = ["coin_flip"] * 4 + ["last_letters"] * 5 + ["shuffled_objects"] * 5 + ["chain_arithmetic"] * 6
+    for index, (prompt, _) in enumerate(first):
+        assert [task for task in TASKS if re.search(told[task], prompt)] == [turn[index % 20]]
     assert 0.15 < sum("\nGiven answer:" in prompt for prompt, _ in first) / 403 < 0.35
 
 
@@ -148,14 +151,15 @@ def test_main_writes_a_model_that_loads_with_its_card_and_twice_the_same(short_c
         assert pretraining.main(options.split()) == 0
         cards.append(json.loads((tmp_path / name / "training.json").read_text()))
     for card in cards:
-        card.pop("seconds"), card.pop("command")
+        (phase,) = card["phases"]
+        phase.pop("seconds")
     assert cards[0] == cards[1]
     assert cards[0]["sha256"] == hashlib.sha256((tmp_path / "a/model.safetensors").read_bytes()).hexdigest()
-    assert cards[0]["documents"] == 200 and cards[0]["authors"]["coin_flip"] == authors("coin_flip")
+    assert phase["documents"] == 200 and cards[0]["authors"]["coin_flip"] == authors("coin_flip")
     model, spelled = models.load_policy(tmp_path / "a"), models.load_tokenizer(str(tmp_path / "a"))
     assert models.model_size(model) == cards[0]["parameters"]
     assert model.config.pad_token_id == spelled.pad_token_id != spelled.eos_token_id
-    assert cards[0]["final_loss"] < 0.98 * torch.log(torch.tensor(float(len(spelled))))  # it learned a little
+    assert phase["final_loss"] < 0.98 * torch.log(torch.tensor(float(len(spelled))))  # it learned a little
 
 
 def test_one_document_is_enough(short_corpus, tmp_path, capsys):

@@ -136,7 +136,7 @@ def test_the_other_solver_on_examples_solved_by_hand():
     assert ask("last_letters", 'Take the last letters of each words in "Whitney Tj" and') == "yj"
     swaps = "First, Alice and Bob swap. Then, Bob and Claire swap. Finally, Alice and Bob swap. At the end, "
     assert ask("shuffled_objects", f"\n\n{swaps}Alice has the") == "C"
-    assert ask("chain_arithmetic", "A box holds 5 nuts. Ann adds 7. Ben doubles the nuts. How many?") == "24"
+    assert ask("chain_arithmetic", "A box holds 5 nuts. Ann adds 7. Bo doubles the nuts. How many?") == "24"
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

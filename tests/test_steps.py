@@ -35,7 +35,7 @@ OBJECTS = problem(
 )
 CHAIN = problem(
     "chain_arithmetic",
-    "A basket holds 27 apples. Ann adds 15. Ben takes 8. Cleo doubles the apples. How many apples are in the basket?",
+    "A basket holds 27 apples. Ann adds 15. Bo takes 8. Cleo doubles the apples. How many apples are in the basket?",
     "68",
 )
 BY_HAND = {
@@ -46,13 +46,13 @@ BY_HAND = {
     "last_letters": (LETTERS, '"Whitney" ends in "y".|"Felipe" ends in "e".|"Tj" ends in "j".'),
     "shuffled_objects": (
         OBJECTS,
-        "Start: Alice red ball, Bob blue ball, Claire green ball."
-        "|Alice and Bob: Alice blue ball, Bob red ball, Claire green ball."
-        "|Claire and Alice: Alice green ball, Bob red ball, Claire blue ball."
-        "|Bob and Claire: Alice green ball, Bob blue ball, Claire red ball."
-        "|Bob ends with blue ball.",
+        "Start: Alice A, Bob B, Claire C."
+        "|Alice and Bob: Alice B, Bob A, Claire C."
+        "|Claire and Alice: Alice C, Bob A, Claire B."
+        "|Bob and Claire: Alice C, Bob B, Claire A."
+        "|Bob ends with B.",
     ),
-    "chain_arithmetic": (CHAIN, "Ann: 27 + 15 = 42.|Ben: 42 - 8 = 34.|Cleo: 34 + 34 = 68."),
+    "chain_arithmetic": (CHAIN, "Ann: 27 + 15 = 42.|Bo: 42 - 8 = 34.|Cleo: 34 + 34 = 68."),
 }  # fmt: skip
 
 # (problem, author, the rationale that this author writes, the first wrong step)
@@ -81,36 +81,36 @@ MISCONCEPTIONS = [
     (
         OBJECTS,
         "wrong pair",
-        "Start: Alice red ball, Bob blue ball, Claire green ball."
-        "|Alice and Bob: Alice blue ball, Bob red ball, Claire green ball."
-        "|Claire and Alice: Alice red ball, Bob blue ball, Claire green ball."
-        "|Bob and Claire: Alice red ball, Bob green ball, Claire blue ball."
-        "|Bob ends with green ball.",
+        "Start: Alice A, Bob B, Claire C."
+        "|Alice and Bob: Alice B, Bob A, Claire C."
+        "|Claire and Alice: Alice A, Bob B, Claire C."
+        "|Bob and Claire: Alice A, Bob C, Claire B."
+        "|Bob ends with C.",
         2,
     ),
     (
         OBJECTS,
         "last swap ignored",
-        "Start: Alice red ball, Bob blue ball, Claire green ball."
-        "|Alice and Bob: Alice blue ball, Bob red ball, Claire green ball."
-        "|Claire and Alice: Alice green ball, Bob red ball, Claire blue ball."
-        "|Bob ends with red ball.",
+        "Start: Alice A, Bob B, Claire C."
+        "|Alice and Bob: Alice B, Bob A, Claire C."
+        "|Claire and Alice: Alice C, Bob A, Claire B."
+        "|Bob ends with A.",
         3,
     ),
     (
         OBJECTS,
         "one-way swaps",
-        "Start: Alice red ball, Bob blue ball, Claire green ball."
-        "|Alice and Bob: Alice blue ball, Bob blue ball, Claire green ball."
-        "|Claire and Alice: Alice blue ball, Bob blue ball, Claire blue ball."
-        "|Bob and Claire: Alice blue ball, Bob blue ball, Claire blue ball."
-        "|Bob ends with blue ball.",
+        "Start: Alice A, Bob B, Claire C."
+        "|Alice and Bob: Alice B, Bob B, Claire C."
+        "|Claire and Alice: Alice B, Bob B, Claire B."
+        "|Bob and Claire: Alice B, Bob B, Claire B."
+        "|Bob ends with B.",
         1,
     ),
-    (CHAIN, "no carry", "Ann: 27 + 15 = 32.|Ben: 32 - 8 = 24.|Cleo: 24 + 24 = 48.", 0),
-    (CHAIN, "takes means adds", "Ann: 27 + 15 = 42.|Ben: 42 + 8 = 50.|Cleo: 50 + 50 = 100.", 1),
-    (CHAIN, "doubling adds two", "Ann: 27 + 15 = 42.|Ben: 42 - 8 = 34.|Cleo: 34 + 2 = 36.", 2),
-    (CHAIN, "last one ignored", "Ann: 27 + 15 = 42.|Ben: 42 - 8 = 34.", 2),
+    (CHAIN, "no carry", "Ann: 27 + 15 = 32.|Bo: 32 - 8 = 24.|Cleo: 24 + 24 = 48.", 0),
+    (CHAIN, "takes means adds", "Ann: 27 + 15 = 42.|Bo: 42 + 8 = 50.|Cleo: 50 + 50 = 100.", 1),
+    (CHAIN, "doubling adds two", "Ann: 27 + 15 = 42.|Bo: 42 - 8 = 34.|Cleo: 34 + 2 = 36.", 2),
+    (CHAIN, "last one ignored", "Ann: 27 + 15 = 42.|Bo: 42 - 8 = 34.", 2),
 ]  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def test_a_step_too_many_is_wrong_though_all_others_are_right():
 
 
 def test_spaces_letter_case_and_empty_lines_do_not_count():
-    assert is_sound(CHAIN, "\n  ann:  27 + 15 = 42.\n\n Ben: 42 - 8 = 34. \nCLEO: 34 + 34 = 68.\n")
+    assert is_sound(CHAIN, "\n  ann:  27 + 15 = 42.\n\n Bo: 42 - 8 = 34. \nCLEO: 34 + 34 = 68.\n")
 
 
 def test_an_empty_rationale_leaves_out_the_first_step():
@@ -206,11 +206,10 @@ def test_parse_gives_the_facts():
     assert parse(COIN) == {"acts": [("Whitney", True), ("Erika", False), ("Tj", False), ("Benito", True)]}
     assert parse(LETTERS) == {"words": ["Whitney", "Felipe", "Tj"]}
     assert parse(OBJECTS) == {
-        "things": ("red ball", "blue ball", "green ball"),
         "swaps": [("Alice", "Bob"), ("Claire", "Alice"), ("Bob", "Claire")],
         "asked": "Bob",
     }
     assert parse(CHAIN) == {
         "start": 27,
-        "operations": [("Ann", "adds", 15), ("Ben", "takes", 8), ("Cleo", "doubles", 2)],
+        "operations": [("Ann", "adds", 15), ("Bo", "takes", 8), ("Cleo", "doubles", 2)],
     }
