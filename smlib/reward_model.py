@@ -113,9 +113,13 @@ def score(
     texts: Sequence[str],
     tokens_per_batch: int = 16_384,
 ) -> list[float]:
-    """R / beta of every (problem, text), in nats, batched by length; the higher, the better the rationale."""
-    rows = [encode(tokenizer, problem, text) for problem, text in zip(problems, texts, strict=True)]
-    starts = [len(models.encode_prompt(tokenizer, prompts.open_prompt(problem))) for problem in problems]
+    """R / beta of every (problem, text), in nats, batched by length; the higher, the better the rationale.
+
+    Equal texts of one problem, which a trained policy writes often, are scored once.
+    """
+    asked = {(problem.id, text): problem for problem, text in zip(problems, texts, strict=True)}
+    starts = [len(models.encode_prompt(tokenizer, prompts.open_prompt(problem))) for problem in asked.values()]
+    rows = [encode(tokenizer, problem, text) for (_, text), problem in asked.items()]
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     scores = [0.0] * len(rows)
     while order:
@@ -124,7 +128,8 @@ def score(
         ids = models.pad_right([rows[index] for index in taken], tokenizer.pad_token_id).to(model.device)
         for index, values in zip(taken, _token_logprobs(model, ids), strict=True):
             scores[index] = values[starts[index] - 1 : len(rows[index]) - 1].sum().item()
-    return scores
+    found = dict(zip(asked, scores, strict=True))
+    return [found[problem.id, text] for problem, text in zip(problems, texts, strict=True)]
 
 
 @torch.inference_mode()
