@@ -271,13 +271,17 @@ def test_dropout_is_off_while_sampling(tokenizer):
     assert draw(model.train(), tokenizer) == draw(model.eval(), tokenizer)
 
 
-def test_a_bar_is_drawn_on_standard_output_only_when_asked_for(model, tokenizer, capsys):
+def test_a_bar_is_drawn_on_standard_output_only_when_asked_for(model, tokenizer, capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
     draw(model, tokenizer, max_new_tokens=2)
     assert capsys.readouterr() == ("", "")
     draw(model, tokenizer, max_new_tokens=2, progress="sampling")
     out, err = capsys.readouterr()
     assert "sampling" in out
     assert err == ""
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # as the runner does
+    draw(model, tokenizer, max_new_tokens=2, progress="sampling")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_no_prompts_give_no_samples(model, tokenizer):
