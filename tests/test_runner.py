@@ -252,7 +252,9 @@ WAITING = LOG.format("01") + '\nimport time\nif not Path(RUN_DIR, "go").exists()
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_a_stopped_run_goes_on_where_it_was(notebooks, out, sent, code, monkeypatch):
     write_notebook(notebooks, "01_sampling", WAITING)
-    script = "import sys; from pathlib import Path; import smlib.__main__ as runner\n"
+    script = "import signal, sys; from pathlib import Path; import smlib.__main__ as runner\n"
+    # a shell that starts tests in the background has them ignore Ctrl-C, which a child would inherit
+    script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     script += "runner.ROOT = Path(sys.argv[1])\n"
     script += "sys.exit(runner.main(['run', '--preset', 'smoke', '--out', sys.argv[2]]))"
     command = [sys.executable, "-c", script, str(notebooks.parent), str(out)]
