@@ -7,13 +7,17 @@ verdict is "invalid": a reward that accepts a wrong answer teaches it.
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 
 from smlib.problems import LETTERS, Problem
+
+# A reward is any callable: problems and completion texts -> one score each. The checker, the learned model and every
+# reward of the related work fit it.
+Reward = Callable[[Sequence[Problem], Sequence[str]], list[float]]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ and joined, here and nowhere else, so that sampling, training and scoring see th
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -60,6 +62,12 @@ def pad_right(rows: list[list[int]], pad_id: int) -> torch.Tensor:
     """Rows of ids as one (rows, longest) tensor. Causal models need no mask for pads on the right."""
     longest = max(map(len, rows))
     return torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows])
+
+
+def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """log p(token) = logits[token] - logsumexp(logits): logits [..., V], ids [...] -> [...], float32."""
+    flat = F.cross_entropy(logits.float().flatten(0, -2), ids.flatten(), reduction="none")
+    return -flat.view(ids.shape)
 
 
 def model_size(model: PreTrainedModel) -> int:

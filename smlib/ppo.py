@@ -30,18 +30,16 @@ from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from smlib.answers import grade_many
-from smlib.models import encode_prompt
+from smlib.answers import Reward, grade_many
+from smlib.models import encode_prompt, token_logprobs
 from smlib.problems import Problem
 from smlib.progress import progress_bar
 from smlib.prompts import open_prompt
 from smlib.sampling import Sample, sample_ids
 
-Reward = Callable[[list[Problem], list[str]], list[float]]  # problems, completion texts -> one score each
 SECONDS = ("rollout_seconds", "score_seconds", "update_seconds")  # phases in the log
 
 
@@ -102,12 +100,6 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     real = x[mask]
     white = (x - real.mean()) / (real.std(correction=0) + 1e-8)
     return white.where(mask, 0.0)
-
-
-def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """log p(token) = logits[token] - logsumexp(logits): logits [..., V], ids [...] -> [...], float32."""
-    flat = F.cross_entropy(logits.float().flatten(0, -2), ids.flatten(), reduction="none")
-    return -flat.view(ids.shape)
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str = "k1") -> Tensor:

@@ -14,20 +14,18 @@ function, so a score means what was trained.
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from datasets import Dataset
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
 from smlib import models, prompts
-from smlib.answers import grade
+from smlib.answers import Reward, grade
 from smlib.problems import Problem
 from smlib.sft import fit, trainer_options
-
-Reward = Callable[[Sequence[Problem], Sequence[str]], list[float]]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, problem: Problem, text: str) -> list[int]:
@@ -41,8 +39,7 @@ def _token_logprobs(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
     Pads stand on the right of a causal model: no token sees them, so no attention mask is needed.
     """
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    return -cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return models.token_logprobs(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:])
 
 
 class _LikelihoodTrainer(RewardTrainer):
