@@ -4,6 +4,8 @@ Tokens of a text are bos + tokens(prompt) + tokens(completion) + eos, prompt and
 and joined, here and nowhere else, so that sampling, training and scoring see the same boundary.
 """
 
+import hashlib
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -29,6 +31,18 @@ def resolve(name: str) -> str:
     if not (TINY_BASE / "model.safetensors").is_file():
         raise FileNotFoundError("the tiny base is missing from the package; make it with: python -m smlib pretrain")
     return str(TINY_BASE)
+
+
+@cache
+def weights_sha256(name: str) -> str | None:
+    """SHA-256 over a local model's weight files, in the order of their names; None for a hub id."""
+    files = sorted(Path(resolve(name)).glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+    return digest.hexdigest() if files else None
 
 
 def load_tokenizer(name: str = "tiny") -> PreTrainedTokenizerBase:

@@ -6,7 +6,6 @@ A stage that is already on disk with the same settings is loaded, one with other
 `smlib.artifacts`). Notebooks call these functions and explain what they do; nothing else writes to a run folder.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -202,7 +201,8 @@ def train_reward_model(run_dir: Path, settings: Settings, progress: bool = True)
         log = reward_model.train_reward_model(
             model, tokenizer, problems, used,
             epochs=settings.reward.epochs, learning_rate=settings.reward.learning_rate, batch=settings.reward.batch,
-            beta=settings.reward.beta, seed=settings.seed, progress="reward model" if progress else None,
+            beta=settings.reward.beta, nll_coef=settings.reward.nll_coef, seed=settings.seed,
+            progress="reward model" if progress else None,
         )  # fmt: skip
         held_out = [pair for pair in everything if pair["held_out"]]
         stage.write_rows("log", log)
@@ -304,9 +304,8 @@ def _pairs(rows: list[dict], settings: Settings) -> list[dict]:
 def _keys(settings: Settings, *groups: str) -> dict:
     """What a stage's result depends on, besides its inputs."""
     common = {"preset": settings.preset, "tasks": settings.tasks, "seed": settings.seed, "base": settings.base}
-    card = models.TINY_BASE / "training.json"
-    if settings.base == "tiny" and card.is_file():  # another base under the same name makes other runs
-        common["base_sha256"] = json.loads(card.read_text())["sha256"]
+    if digest := models.weights_sha256(settings.base):  # other weights under the same name make another run
+        common["base_sha256"] = digest
     return common | {group: asdict(getattr(settings, group)) for group in groups}
 
 

@@ -50,9 +50,9 @@ class PPOSettings:
     updates: int = 40
     episodes: int = 128  # completions per update
     samples_per_question: int = 4  # of them, from the same question
-    epochs: int = 2  # passes over the completions of one update
+    epochs: int = 1  # passes over the completions of one update
     minibatch: int = 16  # completions per optimizer step
-    learning_rate: float = 2e-4
+    learning_rate: float = 4e-4
     value_learning_rate: float = 5e-4  # of the value model, or of the value head
     warmup_updates: int = 3  # linear warm-up, then linear decay to zero
     kl_coef: float = 0.05  # reward lost per nat of KL to the reference

@@ -67,19 +67,16 @@ def held_out(identity: str) -> bool:
     return hashlib.sha256(f"held out/{identity}".encode()).digest()[0] < 32
 
 
-def pairs(rows: list[dict], max_per_question: int, seed: int, wrong: str = "both") -> list[dict]:
+def pairs(rows: list[dict], max_per_question: int, seed: int) -> list[dict]:
     """Pairs (chosen r+, rejected r-), always of the same question and the same author model.
 
-    wrong: where rejected rationales may come from: "open", "conditioned" or "both". Of all combinations of a
-    question at most `max_per_question` are drawn, so that no r+ and no r- serves twice while others wait.
+    Of all combinations of a question at most `max_per_question` are drawn, so that no r+ and no r- serves twice
+    while others wait. "source" of a pair is that of its rejected side.
     """
-    if wrong not in ("open", "conditioned", "both"):
-        raise ValueError(f"wrong must be 'open', 'conditioned' or 'both', not {wrong!r}")
     rng = random.Random(f"pairs/{seed}")
     groups: dict[tuple[str, str], dict[str, list[dict]]] = defaultdict(lambda: {"+": [], "-": []})
     for row in rows:
-        if row["side"] == "+" or wrong in ("both", row["source"]):
-            groups[row["id"], row["author"]][row["side"]].append(row)
+        groups[row["id"], row["author"]][row["side"]].append(row)
     made = []
     for group in groups.values():
         right, false = (rng.sample(group[which], len(group[which])) for which in "+-")

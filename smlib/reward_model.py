@@ -1,7 +1,7 @@
 """Stage 5: a reward model learns the rank by TRL's RewardTrainer; scoring; what its scores are worth.
 
 The loss is -log sigmoid(R(q, r+) - R(q, r-)), the standard pairwise logistic loss (our choice; the paper leaves it
-open). R itself is our choice too: the reward model is a copy of the SFT model, and
+open), plus one that keeps r+ likely. R itself is our choice too: the reward model is a copy of the SFT model, and
 
     R(q, r) = beta * sum over the rationale's tokens of log p(token | q, tokens before),
 
@@ -11,6 +11,10 @@ step is, and a tiny model's few thousand pairs do not suffice for that; the lang
 already, so that R starts as a useful score and the pairs correct where it is wrong (docs/log.md has the numbers of
 both). R also says at which token a rationale loses its score. Training and scoring encode a text by the same
 function, so a score means what was trained.
+
+The pairwise loss alone is content to make r- unlikely and lets r+ sink with it, until the most likely text, to which
+PPO leads the policy, is neither. Therefore nll_coef times -log p of the chosen side's tokens, from the first at which
+the two differ, is added (iterative RPO, 2404.19733, eq. 1, adds the same term over the whole chosen text).
 """
 
 import tempfile
@@ -42,6 +46,22 @@ def _token_logprobs(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return models.token_logprobs(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:])
 
 
+def pair_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """Mean of -log sigmoid(R+ - R-): rewards [P], [P] -> scalar."""
+    return -logsigmoid(chosen - rejected).mean()
+
+
+def chosen_nll(logprobs: torch.Tensor, tokens: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Mean of -log p over the chosen sides' tokens from the first at which a pair differs: scalar, in nats.
+
+    logprobs, tokens, real (bool, False on padding) [2 P, T]: first the P chosen sides, then the rejected in the same
+    order. What a pair shares, the question included, says nothing about its rank and does not train here.
+    """
+    chosen, rejected = tokens.view(2, -1, tokens.shape[1])
+    taken = (chosen != rejected).cummax(dim=1).values & real[: len(chosen)]
+    return -logprobs[: len(chosen)][taken].mean()
+
+
 class _LikelihoodTrainer(RewardTrainer):
     """TRL's trainer with beta times the log-likelihood as the reward.
 
@@ -50,12 +70,17 @@ class _LikelihoodTrainer(RewardTrainer):
     """
 
     beta: float
+    nll_coef: float
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logprobs = _token_logprobs(model, inputs["input_ids"])
-        chosen, rejected = self.beta * (logprobs * inputs["attention_mask"][:, 1:]).sum(dim=1).view(2, -1)
-        self._metrics["train"]["accuracy"].append((chosen > rejected).float().mean().item())
-        loss = -logsigmoid(chosen - rejected).mean()
+        ids, real = inputs["input_ids"], inputs["attention_mask"][:, 1:].bool()
+        logprobs = _token_logprobs(model, ids).where(real, 0.0)
+        chosen, rejected = self.beta * logprobs.sum(dim=1).view(2, -1)
+        pairwise, nll = pair_loss(chosen, rejected), chosen_nll(logprobs, ids[:, 1:], real)
+        parts = {"accuracy": (chosen > rejected).float().mean(), "pair_loss": pairwise, "chosen_nll": nll}
+        for name, part in parts.items():
+            self._metrics["train"][name].append(part.item())
+        loss = pairwise + self.nll_coef * nll
         return (loss, {"rewards": (chosen, rejected)}) if return_outputs else loss
 
 
@@ -69,10 +94,12 @@ def train_reward_model(
     learning_rate: float,
     batch: int,
     beta: float,
+    nll_coef: float,
     seed: int,
     progress: str | None = "reward model",
 ) -> list[dict]:
-    """Fit `model` in place on the pairs that are not held out; returns the training log (loss, accuracy)."""
+    """Fit `model` in place on the pairs that are not held out; returns the log (loss, its parts pair_loss and
+    chosen_nll, accuracy)."""
     by_id = {problem.id: problem for problem in problems}
     examples = []
     for pair in pairs:
@@ -96,7 +123,7 @@ def train_reward_model(
             train_dataset=Dataset.from_list(examples),
             processing_class=tokenizer,
         )
-        trainer.beta = beta
+        trainer.beta, trainer.nll_coef = beta, nll_coef
         log = fit(trainer, progress)
     model.eval()
     return log

@@ -60,6 +60,7 @@ class RewardSettings:
     learning_rate: float = 2e-4
     batch: int = 16
     beta: float = 0.5  # of the log-likelihood that is the reward (smlib/reward_model.py)
+    nll_coef: float = 3.0  # of -log p per token of the chosen side, which is added to the pairwise loss
 
     def __post_init__(self):
         _check("reward.pairs", self.pairs, ("base", "both"))

@@ -1,3 +1,6 @@
+import hashlib
+import json
+
 import pytest
 import torch
 from hypothesis import given
@@ -108,3 +111,11 @@ def test_tied_weights_count_once():
     assert model.lm_head.weight is model.model.embed_tokens.weight
     embedding, layer, last_norm = len(tokenizer()) * 32, 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32, 32
     assert models.model_size(model) == embedding + layer + last_norm
+
+
+def test_weights_have_a_hash_where_they_are_local(tmp_path):
+    card = json.loads((models.TINY_BASE / "training.json").read_text())
+    assert models.weights_sha256("tiny") == card["sha256"]
+    assert models.weights_sha256("somebody/model-of-the-hub") is None
+    (tmp_path / "a.safetensors").write_bytes(b"one")
+    assert models.weights_sha256(str(tmp_path)) == hashlib.sha256(b"one").hexdigest()

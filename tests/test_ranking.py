@@ -163,24 +163,15 @@ def test_a_seed_decides_the_pairs():
     assert len({str(pairs(rows, 4, seed=seed)) for seed in range(5)}) > 1
 
 
-def test_wrong_says_where_rejected_rationales_come_from():
+def test_the_source_of_a_pair_is_that_of_its_rejected_side():
     rows = [
         row(text="right open", side="+"),
         row(text="right conditioned", side="+", source="conditioned"),
         row(text="wrong open", side="-"),
         row(text="wrong conditioned", side="-", source="conditioned"),
     ]
-    for wrong, expected in (
-        ("open", {"wrong open"}),
-        ("conditioned", {"wrong conditioned"}),
-        ("both", {"wrong open", "wrong conditioned"}),
-    ):
-        made = pairs(rows, 10, seed=0, wrong=wrong)
-        assert {pair["rejected"] for pair in made} == expected
-        assert {pair["chosen"] for pair in made} == {"right open", "right conditioned"}
-        assert all(pair["rejected"] == f"wrong {pair['source']}" for pair in made)
-    with pytest.raises(ValueError, match="wrong must be 'open', 'conditioned' or 'both', not 'closed'"):
-        pairs(rows, 10, seed=0, wrong="closed")
+    made = pairs(rows, 10, seed=0)
+    assert len(made) == 4 and all(pair["rejected"] == f"wrong {pair['source']}" for pair in made)
 
 
 def test_pairs_are_held_out_by_question():

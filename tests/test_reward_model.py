@@ -8,7 +8,7 @@ from smlib.problems import generate
 from smlib.steps import worked_solution
 
 PROBLEMS = generate("coin_flip", 24, seed=0)
-QUICK = {"epochs": 1, "learning_rate": 3e-3, "batch": 8, "beta": 0.5, "seed": 0, "progress": None}
+QUICK = {"epochs": 1, "learning_rate": 3e-3, "batch": 8, "beta": 0.5, "nll_coef": 1.0, "seed": 0, "progress": None}
 
 
 def told(problem, answer):
@@ -54,6 +54,7 @@ def test_chosen_is_the_first_half_of_a_batch_and_rejected_the_second(monkeypatch
 
 def test_the_loss_is_the_pairwise_logistic_one_of_the_scores(monkeypatch):
     """The trainer sums over the question too; its tokens cancel in a pair, so the loss is that of the scores."""
+    monkeypatch.setitem(QUICK, "nll_coef", 0.0)
     model = reward()
     trainer = trained_rows(monkeypatch, PAIRS[:8], model)
     batch = next(iter(trainer.get_train_dataloader()))
@@ -62,6 +63,31 @@ def test_the_loss_is_the_pairwise_logistic_one_of_the_scores(monkeypatch):
     scored = reward_model.pair_accuracy(model, tokenizer(), PROBLEMS, PAIRS[:8])
     margins = torch.tensor([pair["chosen_score"] - pair["rejected_score"] for pair in scored])
     torch.testing.assert_close(loss, -torch.nn.functional.logsigmoid(0.5 * margins).mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_likelihood_of_the_chosen_side_is_added_from_where_the_pair_differs(monkeypatch):
+    """By hand: token_scores of the chosen sides, "yes", "." and the end, which follow the same words in both."""
+    monkeypatch.setitem(QUICK, "nll_coef", 0.0)
+    model = reward()
+    trainer = trained_rows(monkeypatch, PAIRS[:8], model)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        without = trainer.compute_loss(trainer.model.eval(), dict(batch))
+        trainer.nll_coef = 2.0
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+    tails = []
+    for problem, text in zip(PROBLEMS[:8], TEXTS, strict=False):
+        tokens, values = reward_model.token_scores(model, tokenizer(), problem, text)
+        tails += values[len(tokens) - 1 - tokens[::-1].index(" yes") :]
+    assert (loss - without).item() == pytest.approx(-2.0 * sum(tails) / len(tails), abs=1e-5)
+
+
+def test_chosen_nll_by_hand():
+    """Two pairs of three tokens: the first differs at its second token, the other at its last, which is padded."""
+    tokens = torch.tensor([[5, 6, 7], [5, 6, 7], [5, 8, 7], [5, 6, 9]])
+    real = torch.tensor([[True, True, True], [True, True, False], [True] * 3, [True] * 3])
+    logprobs = torch.tensor([[-1.0, -2.0, -4.0], [-8.0, -16.0, -32.0], [-64.0] * 3, [-64.0] * 3])
+    assert reward_model.chosen_nll(logprobs, tokens, real) == 3.0  # (2 + 4) / 2
 
 
 def test_encode_puts_the_beginning_first_and_the_end_last():
@@ -101,8 +127,10 @@ def test_it_learns_a_separable_toy_and_ranks_held_out_pairs_right(capsys):
     log = reward_model.train_reward_model(model, tokenizer(), PROBLEMS, PAIRS, **QUICK | {"epochs": 12})
     scored = reward_model.pair_accuracy(model, tokenizer(), PROBLEMS, PAIRS[16:])
     assert all(pair["ranked_right"] and pair["chosen_score"] > pair["rejected_score"] + 1 for pair in scored)
-    assert log[-1]["loss"] < 0.3 and log[-1]["accuracy"] == 1 and not model.training
+    assert log[-1]["pair_loss"] < 0.3 and log[-1]["accuracy"] == 1 and not model.training
     assert capsys.readouterr().out == ""  # progress=None is silent
+    for row in log:
+        assert row["loss"] == pytest.approx(row["pair_loss"] + row["chosen_nll"], abs=1e-2)  # nll_coef is 1; rounded
 
 
 def test_pair_accuracy_adds_both_scores_and_leaves_the_pairs_alone():
