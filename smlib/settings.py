@@ -41,9 +41,9 @@ class SFTSettings:
     """Supervised fine-tuning on r+, the rationales that reach the gold answer."""
 
     source: str = "both"  # whose r+: "open", "conditioned" or "both"
-    epochs: float = 2.0
-    learning_rate: float = 5e-4
-    batch: int = 32
+    epochs: float = 1.0
+    learning_rate: float = 6e-4
+    batch: int = 16
 
     def __post_init__(self):
         _check("sft.source", self.source, ("open", "conditioned", "both"))
@@ -107,7 +107,7 @@ PRESETS = {
         "ranking": RankingSettings(),
         "sft": SFTSettings(epochs=1.0, batch=8),
         "reward": RewardSettings(questions=8, epochs=1.0, batch=8),
-        "ppo": PPOSettings(updates=2, episodes=16, minibatch=8, warmup_updates=1),
+        "ppo": PPOSettings(updates=2, episodes=16, samples_per_question=4, minibatch=8, warmup_updates=1),
         "evaluation": EvaluationSettings(questions=8, published=8, samples=2),
     },
 }
