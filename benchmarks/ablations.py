@@ -35,9 +35,8 @@ def main() -> None:
         except StageError as error:
             raise SystemExit(str(error)) from None
         answered = ablations.answers(settings, tuned, args.questions)
-        for pairs in ("base", "both"):
-            for wrong in ("open", "conditioned", "both"):
-                rows += ablations.reward_rows(run, settings, pairs, wrong, answered)
+        for pairs, wrong in ablations.PAIRS:
+            rows += ablations.reward_rows(run, settings, pairs, wrong, answered)
         for reward in ("learned", "checker"):
             rows += ablations.ppo_rows(run, settings, reward, answered)
         write(rows, args.out)

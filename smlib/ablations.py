@@ -13,6 +13,7 @@ from smlib import evaluation, models, pipeline, reward_model
 from smlib.artifacts import require
 from smlib.settings import Settings
 
+PAIRS = (("both", "both"), ("base", "both"), ("both", "open"), ("both", "conditioned"))  # reward.pairs, reward.wrong
 SAMPLED = ("01_sampling", "02_ranking", "02_sft", "03_second_sampling")
 TABLE = Path(__file__).parents[1] / "results" / "ablations.csv"  # what benchmarks/ablations.py writes
 COLUMNS = ("seed", "setting", "value", "metric", "score", "low", "high", "n")
@@ -41,13 +42,15 @@ def answers(settings: Settings, model, questions: int, k: int = 8, progress=None
 def reward_rows(
     run_dir: str | Path, settings: Settings, pairs: str, wrong: str, answered: list[dict], progress: bool = True
 ) -> list[dict]:
-    """Train the reward model on other pairs (see RewardSettings); measure it on all held-out pairs, and by best of k.
+    """Train the reward model on other pairs (see RewardSettings), or take the run's own where they are the same;
+    measure it on all held-out pairs, and by best of k.
 
     answered: `answers` of the SFT model. Shares have Wilson intervals over pairs (those of one question are alike, so
     the intervals are somewhat narrow); mean and best of k have t intervals over questions.
     """
-    settings = replace(settings, reward=replace(settings.reward, pairs=pairs, wrong=wrong))
-    folder = branch(run_dir, f"reward-{pairs}-{wrong}", SAMPLED)
+    own = settings.reward
+    settings = replace(settings, reward=replace(own, pairs=pairs, wrong=wrong))
+    folder = run_dir if settings.reward == own else branch(run_dir, f"reward-{pairs}-{wrong}", SAMPLED)
     stage = pipeline.train_reward_model(folder, settings, progress=progress)
     row = _labelled(settings, "reward model's pairs", f"pairs {pairs}, wrong {wrong}")
     rows = []

@@ -175,34 +175,52 @@ def combine(paths: Sequence[str | Path]) -> list[dict]:
     return rows
 
 
+def read_csv(path: Path) -> list[dict]:
+    """What `write_csv` wrote of `combine`'s rows: numbers are floats again, an empty cell is None."""
+    names = ("n", "value", "low", "high", "seeds_low", "seeds_high")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row | {name: float(row[name]) if row[name] else None for name in names} for row in rows]
+
+
 def markdown(rows: list[dict]) -> str:
-    """The README's tables from `combine`'s rows, in percent: greedy and avg@k, then the paired differences."""
+    """The README's tables from `combine`'s rows, in percent: avg@k and greedy on the generated test sets, greedy on
+    the published ones."""
     cells = {(row["method"], row["test_set"], row["metric"]): row for row in rows}
     sets = list(dict.fromkeys(row["test_set"] for row in rows))
-    metrics = [m for m in dict.fromkeys(row["metric"] for row in rows) if m == "greedy" or m.startswith("avg_at")]
-    parts = []
-    for metric in metrics:
-        shown = [name for name in sets if ("base", name, metric) in cells]
-        lines = [f"| {metric.replace('_at_', '@')}, % | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]
-        for method, label in METHODS.items():
-            lines.append(f"| {label} | {' | '.join(_percent(cells[method, name, metric]) for name in shown)} |")
-        if metric == "greedy" and any(name.endswith("(published)") for name in shown):
-            known = [evaluation.TEXT_DAVINCI_002.get(name.removesuffix(" (published)")) for name in shown]
-            line = [f"{k:.1f}" if n.endswith("(published)") else "" for n, k in zip(shown, known, strict=True)]
-            lines.append(f"| text-davinci-002, zero-shot | {' | '.join(line)} |")
-        for better, worse in CONTRASTS:
-            name = f"{better} - {worse}"
-            line = [_percent(cells[name, test_set, metric], sign="+") for test_set in shown]
-            lines.append(f"| {METHODS[better]} minus {METHODS[worse]} | {' | '.join(line)} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    generated = sorted((name for name in sets if not name.endswith("(published)")), key=lambda name: name != MEAN)
+    published = [name for name in sets if name.endswith("(published)")]
+    sampled = next((row["metric"] for row in rows if row["metric"].startswith("avg_at")), None)
+    tables = [(f"{sampled.replace('_at_', '@')}, %", sampled, generated)] if sampled else []
+    tables += [("greedy, %", "greedy", generated), ("greedy, published questions, %", "greedy", published)]
+    return "\n\n".join(_table(cells, *table) for table in tables if table[2])
+
+
+def _table(cells: dict, title: str, metric: str, sets: list[str]) -> str:
+    """One table: a row per method, then per contrast, with questions and, of several runs, with seeds as the draws."""
+
+    def line(label: str, shown) -> str:
+        return f"| {label} | {' | '.join(shown)} |"
+
+    heads = [name.removesuffix(" (published)").replace("_", " ") for name in sets]
+    lines = [line(title, heads), "|---" * (len(sets) + 1) + "|"]
+    for method, label in METHODS.items():
+        lines.append(line(label, [_percent(cells[method, name, metric]) for name in sets]))
+    if sets[0].endswith("(published)"):
+        known = [evaluation.TEXT_DAVINCI_002[name.removesuffix(" (published)")] for name in sets]
+        lines.append(line("text-davinci-002, zero-shot", [f"{value:.1f}" for value in known]))
+    for better, worse in CONTRASTS:
+        found = [cells[f"{better} - {worse}", name, metric] for name in sets]
+        label = f"{METHODS[better]} minus {METHODS[worse]}"
+        lines.append(line(label, [_percent(row, sign="+") for row in found]))
+        if found[0]["seeds_low"] is not None:
+            over = [row | {"low": row["seeds_low"], "high": row["seeds_high"]} for row in found]
+            lines.append(line("the same, interval over seeds", [_percent(row, sign="+") for row in over]))
+    return "\n".join(lines)
 
 
 def _percent(row: dict, sign: str = "") -> str:
-    text = f"{100 * row['value']:{sign}.1f} [{100 * row['low']:{sign}.1f}, {100 * row['high']:{sign}.1f}]"
-    if sign and row["seeds_low"] is not None:
-        text += f", seeds [{100 * row['seeds_low']:+.1f}, {100 * row['seeds_high']:+.1f}]"
-    return text
+    return f"{100 * row['value']:{sign}.1f} [{100 * row['low']:{sign}.1f}, {100 * row['high']:{sign}.1f}]"
 
 
 def main(paths: Sequence[str], folder: Path) -> None:
@@ -210,4 +228,6 @@ def main(paths: Sequence[str], folder: Path) -> None:
     rows = combine(paths)
     target = folder / f"{rows[0]['preset']}.csv"
     write_csv(target, rows)
-    print(f"{markdown(rows)}\n\n{len(paths)} run(s), seeds {rows[0]['seeds']}; [ ]: 95 % intervals. Written: {target}")
+    print(
+        f"{markdown(read_csv(target))}\n\n{len(paths)} run(s), seeds {rows[0]['seeds']}; [ ]: 95 % intervals. Written: {target}"
+    )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from smlib import results
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 TARGETS = re.findall(r"^(\w+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -34,6 +36,12 @@ def test_the_notebooks_it_names_exist(readme):
     named = re.findall(r"\b(\d\d_\w+)\.ipynb", readme)
     assert named
     assert [name for name in named if not (ROOT / "notebooks" / f"{name}.ipynb").exists()] == []
+
+
+def test_its_tables_are_those_of_the_results(readme):
+    """Paste what `python -m smlib results runs/...` prints: it writes results/tiny.csv, too."""
+    for table in results.markdown(results.read_csv(ROOT / "results" / "tiny.csv")).split("\n\n"):
+        assert table in readme
 
 
 def test_ci_calls_the_test_command(readme):

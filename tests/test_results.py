@@ -205,7 +205,7 @@ def test_runs_that_do_not_belong_together_are_refused(two_runs, tmp_path):
 def test_main_prints_a_table_and_writes_the_csv(two_runs, tmp_path, capsys):
     results.main(two_runs, tmp_path / "out")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| greedy, % | coin_flip |"
+    assert lines[0] == "| avg@2, % | coin flip |" and "| greedy, % | coin flip |" in lines
     assert "| SML (PPO) | 75.0 [0.0, 100.0] |" in lines
     with (tmp_path / "out" / "smoke.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -215,8 +215,26 @@ def test_main_prints_a_table_and_writes_the_csv(two_runs, tmp_path, capsys):
 
 def test_the_reference_line_stands_under_the_published_sets_alone(tmp_path):
     write_run(tmp_path / "a", settings(), answers(settings(), published=True))
-    table = results.markdown(results.combine([tmp_path / "a"]))
-    assert "| text-davinci-002, zero-shot |  | 91.4 |" in table
+    *generated, published = results.markdown(results.combine([tmp_path / "a"])).split("\n\n")
+    assert published.startswith("| greedy, published questions, % | coin flip |")
+    assert "| text-davinci-002, zero-shot | 91.4 |" in published
+    assert len(generated) == 2 and "davinci" not in "".join(generated)
+
+
+def test_several_seeds_add_a_line_with_seeds_as_the_draws(two_runs):
+    one, two = (results.markdown(results.combine(runs)).splitlines() for runs in (two_runs[:1], two_runs))
+    low, high = mean_interval([0.25, -0.25])
+    assert f"| the same, interval over seeds | +0.0 [{100 * low:+.1f}, {100 * high:+.1f}] |" in two
+    assert not [line for line in one if "over seeds" in line]
+
+
+def test_a_table_read_back_prints_the_same(two_runs, tmp_path):
+    rows = results.combine(two_runs)
+    results.write_csv(tmp_path / "tiny.csv", rows)
+    back = results.read_csv(tmp_path / "tiny.csv")
+    assert [list(row) for row in back] == [list(row) for row in rows]
+    assert all(a["value"] == pytest.approx(b["value"], abs=5e-5) for a, b in zip(back, rows, strict=True))
+    assert back[0]["seeds_low"] is None  # of the base
 
 
 def test_the_command_names_what_is_missing(tmp_path, capsys):
