@@ -228,6 +228,5 @@ def main(paths: Sequence[str], folder: Path) -> None:
     rows = combine(paths)
     target = folder / f"{rows[0]['preset']}.csv"
     write_csv(target, rows)
-    print(
-        f"{markdown(read_csv(target))}\n\n{len(paths)} run(s), seeds {rows[0]['seeds']}; [ ]: 95 % intervals. Written: {target}"
-    )
+    print(markdown(read_csv(target)))
+    print(f"\n{len(paths)} run(s), seeds {rows[0]['seeds']}; [ ]: 95 % intervals. Written: {target}")
