@@ -47,15 +47,15 @@ SECONDS = ("rollout_seconds", "score_seconds", "update_seconds")  # phases in th
 class PPOSettings:
     """Rollouts are always drawn at temperature 1: PPO's ratio is about the distribution that was sampled."""
 
-    updates: int = 45
+    updates: int = 60
     episodes: int = 128  # completions per update
     samples_per_question: int = 8  # of them, from the same question: the more, the better centred
     epochs: int = 1  # passes over the completions of one update
     minibatch: int = 16  # completions per optimizer step
-    learning_rate: float = 3e-4
+    learning_rate: float = 2.5e-4
     value_learning_rate: float = 5e-4  # of the value model, or of the value head
     warmup_updates: int = 3  # linear warm-up, then linear decay to zero
-    kl_coef: float = 0.05  # reward lost per nat of KL to the reference
+    kl_coef: float = 0.08  # reward lost per nat of KL to the reference
     kl_target: float = 0.0  # nats per completion that kl_coef is steered to; 0 = kl_coef stays fixed
     kl_kind: str = "k1"
     gamma: float = 1.0
@@ -68,6 +68,7 @@ class PPOSettings:
     missing_end_penalty: float = 1.0  # taken from the reward of a completion that was cut by its length
     center_by_question: bool = True  # score minus the mean score of the question's other samples (as in RLOO)
     normalize_reward: bool = True  # by the running mean and deviation of all scores so far
+    reward_clip: float = 1.0  # bound on the size of a shaped score, so that outliers do not rule; 0 = none
     max_update_kl: float = 0.05  # nats per token between the sampling policy and the new one; then stop early
 
     def __post_init__(self):
@@ -121,6 +122,14 @@ def center(scores: Tensor, samples: int) -> Tensor:
     groups = scores.view(-1, samples)
     others = (groups.sum(dim=1, keepdim=True) - groups) / (samples - 1)
     return (groups - others).flatten()
+
+
+def clip_scores(scores: Tensor, bound: float) -> Tensor:
+    """Scores [B] kept within +- bound; as they are where it is 0.
+
+    A log-likelihood has a long tail of very unlikely texts, and PPO has little to learn from how unlikely.
+    """
+    return scores.clamp(-bound, bound) if bound else scores
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
@@ -442,6 +451,7 @@ def train(
             shaped = center(scores, settings.samples_per_question) if settings.center_by_question else scores
             moments = state.moments.add(shaped)
             shaped = moments.normalize(shaped) if settings.normalize_reward else shaped
+            shaped = clip_scores(shaped, settings.reward_clip)
             cut = torch.tensor([drawn.finish_reason == "length" for drawn in samples], device=policy.device)
             shaped = shaped - settings.missing_end_penalty * cut
 

@@ -71,6 +71,12 @@ def test_whitening_equal_numbers_gives_zeros():
     assert ppo.whiten(tensor([7, 7]), mask_of([1, 1])).tolist() == [[0, 0]]
 
 
+def test_clip_scores_by_hand():
+    scores = torch.tensor([-3.0, -0.5, 0.0, 2.0])
+    assert ppo.clip_scores(scores, 1.0).tolist() == [-1.0, -0.5, 0.0, 1.0]
+    assert ppo.clip_scores(scores, 0.0).tolist() == scores.tolist()
+
+
 def test_token_logprobs_by_hand():
     logits = torch.tensor([[[0.0, math.log(3)], [2.0, 2.0]]])  # p = 1/4, 3/4; then 1/2, 1/2
     logp = ppo.token_logprobs(logits, torch.tensor([[1, 0]]))
