@@ -18,7 +18,7 @@ from smlib.settings import Settings
 
 # Generated questions of the train split are drawn from these seeds, far apart, plus the run's own seed; the tiny
 # base read seeds from 1,000,003. Test questions are of another split and the same for every run.
-_FIRST, _SECOND, _PPO, _TEST, _FRESH = 10_000, 20_000, 30_000, 40_000, 50_000
+_FIRST, _SECOND, _PPO, _TEST, _FRESH = 10_000, 20_000, 30_000, 60_000, 50_000
 
 METHODS = {"base": "base", "sft": "SFT on r+", "sml": "SML (PPO)"}
 
