@@ -2,12 +2,12 @@
 
 Accuracies are shares between 0 and 1; only the published reference line below is in percent. All intervals
 are 95 % and two-sided. They say how far another draw of questions could move the number; how far another
-training seed could is what `paired_over_seeds` says.
+training seed could is what `smlib.results.combine` says.
 """
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
@@ -142,19 +142,6 @@ def paired_test(a: Sequence[float], b: Sequence[float]) -> dict:
         "p_value": float(stats.ttest_rel(a, b).pvalue) if np.ptp(difference) else float(not difference.any()),
         "p_exact": p_exact,
     }
-
-
-def paired_over_seeds(diffs_by_seed: Mapping[int, Sequence[float]]) -> dict:
-    """Pool the per-question differences of several training seeds, {seed: differences}.
-
-    Returns two results {"value": mean, "low", "high", "n"}. "questions": every question of every seed is a
-    draw of its own, even one that several seeds share; narrow, about the models trained here. "seeds": the
-    mean of each seed is one draw; wide, about training once more. Raises ValueError for fewer than two seeds.
-    """
-    if len(diffs_by_seed) < 2:
-        raise ValueError(f"got {len(diffs_by_seed)} seed(s), need at least 2: for one seed use paired_test")
-    pooled = [float(diff) for diffs in diffs_by_seed.values() for diff in diffs]
-    return {"questions": _mean(pooled), "seeds": _mean([float(np.mean(d)) for d in diffs_by_seed.values()])}
 
 
 def _mean(values: list[float]) -> dict:

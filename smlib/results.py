@@ -168,10 +168,10 @@ def combine(paths: Sequence[str | Path]) -> list[dict]:
         means = [float(np.mean([values[identity] for values in by_seed.values()])) for identity in ids]
         row = (first.preset, " ".join(map(str, tables)), method, test_set, metric, len(ids), float(np.mean(means)))
         low, high = _interval(method, means)
-        seeds = {"low": None, "high": None}
+        over_seeds = (None, None)
         if len(by_seed) > 1 and method != "base":
-            seeds = evaluation.paired_over_seeds({seed: list(v.values()) for seed, v in by_seed.items()})["seeds"]
-        rows.append(dict(zip(POOLED_COLUMNS, (*row, low, high, seeds["low"], seeds["high"]), strict=True)))
+            over_seeds = _interval(method, [float(np.mean(list(values.values()))) for values in by_seed.values()])
+        rows.append(dict(zip(POOLED_COLUMNS, (*row, low, high, *over_seeds), strict=True)))
     return rows
 
 

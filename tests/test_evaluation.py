@@ -13,7 +13,6 @@ from smlib.evaluation import (
     evaluate,
     majority_vote,
     mean_interval,
-    paired_over_seeds,
     paired_test,
     pass_at_k,
     summarise,
@@ -165,16 +164,6 @@ def test_a_model_against_itself_shows_no_difference():
 def test_paired_test_needs_the_same_questions():
     with pytest.raises(ValueError, match="same questions"):
         paired_test([1, 0], [1])
-
-
-def test_seeds_as_the_unit_give_the_wider_interval():
-    result = paired_over_seeds({0: [1, 1, 0, 0], 1: [1, 0, 0, 0], 2: [1, 1, 1, 0]})
-    assert (result["questions"]["n"], result["seeds"]["n"]) == (12, 3)
-    assert result["questions"]["value"] == result["seeds"]["value"] == 0.5
-    assert result["seeds"]["low"] == pytest.approx(0.5 - 4.302653 * 0.25 / math.sqrt(3), abs=1e-6)
-    assert result["questions"]["low"] == pytest.approx(0.5 - 2.200985 * math.sqrt(3 / 11 / 12), abs=1e-6)
-    with pytest.raises(ValueError, match="at least 2"):
-        paired_over_seeds({0: [1, 0]})
 
 
 # ----------------------------------------------------------------------------------------- the evaluation run
