@@ -358,6 +358,7 @@ def test_every_token_weighs_the_same_however_the_minibatches_fall():
 # ---- training ----------------------------------------------------------------------------------------------
 
 QUICK = PPOSettings(
+    samples_per_question=4, kl_coef=0.05, lam=0.95, reward_clip=0.0,
     updates=4, episodes=16, epochs=2, minibatch=8, learning_rate=3e-3, value_learning_rate=1e-2,
     warmup_updates=1, kl_target=2.0, max_new_tokens=6, max_update_kl=0.5,
 )  # fmt: skip
