@@ -5,9 +5,9 @@ human, no larger teacher and no preference label is asked.
 """
 
 import hashlib
-import math
 import random
 from collections import Counter, defaultdict
+from itertools import cycle
 
 
 def side(row: dict) -> tuple[str | None, str]:
@@ -70,8 +70,9 @@ def held_out(identity: str) -> bool:
 def pairs(rows: list[dict], max_per_question: int, seed: int) -> list[dict]:
     """Pairs (chosen r+, rejected r-), always of the same question and the same author model.
 
-    Of all combinations of a question at most `max_per_question` are drawn, so that no r+ and no r- serves twice
-    while others wait. "source" of a pair is that of its rejected side.
+    Each r- is rejected once, for the next r+ in turn; of a question at most `max_per_question` are drawn. So a
+    question that the author mostly gets right gives few pairs, and that is wanted: what it mostly gets right is often
+    a habit that is right by luck (notebook 02 counts it). "source" of a pair is that of its rejected side.
     """
     rng = random.Random(f"pairs/{seed}")
     groups: dict[tuple[str, str], dict[str, list[dict]]] = defaultdict(lambda: {"+": [], "-": []})
@@ -80,12 +81,9 @@ def pairs(rows: list[dict], max_per_question: int, seed: int) -> list[dict]:
     made = []
     for group in groups.values():
         right, false = (rng.sample(group[which], len(group[which])) for which in "+-")
-        if not right or not false:
+        if not right:
             continue
-        cycle = math.lcm(len(right), len(false))  # after it, the same two would meet again: shift by one
-        every = [(right[i % len(right)], false[(i + i // cycle) % len(false)]) for i in range(len(right) * len(false))]
-        distinct = {(r["text"], w["text"]): (r, w) for r, w in every}
-        for chosen, rejected in list(distinct.values())[:max_per_question]:
+        for chosen, rejected in zip(cycle(right), false[:max_per_question]):
             made.append(
                 {
                     "id": chosen["id"],

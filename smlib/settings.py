@@ -56,7 +56,7 @@ class RewardSettings:
     pairs: str = "both"  # "base": sampled from the base alone; "both": from the SFT model too
     wrong: str = "both"  # source of the wrong rationales: "open", "conditioned" (on a wrong answer) or "both"
     questions: int = 350  # per task, fresh ones, that the SFT model answers; trained on where pairs = "both"
-    epochs: float = 1.0
+    epochs: float = 1.5
     learning_rate: float = 2e-4
     batch: int = 16
     beta: float = 0.5  # of the log-likelihood that is the reward (smlib/reward_model.py)

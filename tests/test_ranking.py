@@ -136,21 +136,19 @@ def test_pairs_are_of_one_question_and_one_author():
         for i in range(2)
     ]
     made = pairs(rows, 10, seed=0)
-    assert len(made) == 3 * 2 * 4
+    assert len(made) == 3 * 2 * 2
     for pair in made:
         assert pair["chosen"].startswith(f"{pair['id']}{pair['author']}+")
         assert pair["rejected"].startswith(f"{pair['id']}{pair['author']}-")
 
 
-@given(right=st.integers(1, 6), wrong=st.integers(1, 6), most=st.integers(1, 40), seed=st.integers(0, 99))
-def test_no_pair_repeats_and_no_rationale_serves_again_while_others_wait(right, wrong, most, seed):
+@given(right=st.integers(1, 6), wrong=st.integers(1, 6), most=st.integers(1, 9), seed=st.integers(0, 99))
+def test_a_wrong_rationale_is_rejected_once_and_the_right_ones_take_turns(right, wrong, most, seed):
     made = pairs(ranked(right, wrong), most, seed)
-    assert len(made) == min(most, right * wrong)  # every combination, if so many are asked for
-    assert len({(pair["chosen"], pair["rejected"]) for pair in made}) == len(made)
-    for key, count in (("chosen", right), ("rejected", wrong)):
-        used = [pair[key] for pair in made]
-        uses = [used.count(text) for text in set(used)] + [0] * (count - len(set(used)))
-        assert max(uses) - min(uses) <= 1
+    assert len(made) == len({pair["rejected"] for pair in made}) == min(most, wrong)
+    chosen = [pair["chosen"] for pair in made]
+    assert len(set(chosen)) == min(right, len(made))
+    assert max(chosen.count(text) for text in chosen) == -(-len(made) // right)
 
 
 def test_one_right_rationale_meets_every_wrong_one():
@@ -171,7 +169,7 @@ def test_the_source_of_a_pair_is_that_of_its_rejected_side():
         row(text="wrong conditioned", side="-", source="conditioned"),
     ]
     made = pairs(rows, 10, seed=0)
-    assert len(made) == 4 and all(pair["rejected"] == f"wrong {pair['source']}" for pair in made)
+    assert len(made) == 2 and all(pair["rejected"] == f"wrong {pair['source']}" for pair in made)
 
 
 def test_pairs_are_held_out_by_question():
