@@ -14,6 +14,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from smlib.problems import LETTERS, Problem
+from smlib.prompts import before_next_question
 
 # A reward is any callable: problems and completion texts -> one score each. The checker, the learned model and every
 # reward of the related work fit it.
@@ -38,9 +39,10 @@ def grade(output: str, problem: Problem) -> Verdict:
     """Judge one output (prompt not included). Any text gives a Verdict.
 
     The continuation of a prompt that ends in "The answer is" must be graded as "The answer is" + output.
-    Raises ValueError if the problem itself cannot be judged: an unknown kind, or an unreadable gold answer.
+    Raises ValueError if the problem itself cannot be judged: an unknown kind, or a gold answer that is not of
+    its kind or names no option.
     """
-    gold = _gold(problem.kind, problem.answer, problem.choices)
+    gold = _gold(problem)
     try:
         said = _read(output, problem)
     except _Invalid as invalid:
@@ -55,7 +57,7 @@ def grade_many(outputs: Sequence[str], problems: Sequence[Problem]) -> list[Verd
 
 
 def extract(output: str, problem: Problem) -> str | None:
-    """The canonical answer the output gives, or None if it is invalid. Does not look at the gold answer."""
+    """The canonical answer the output gives, or None if it is invalid. Does not compare with the gold answer."""
     try:
         return _read(output, problem)
     except _Invalid:
@@ -63,49 +65,48 @@ def extract(output: str, problem: Problem) -> str | None:
 
 
 def _read(output: str, problem: Problem) -> str:
-    return _reader(problem.kind)(_answer_line(output), problem.choices)
+    return _reader(problem)(_answer_line(output), problem)
 
 
-def _reader(kind: str):
-    if kind not in _READERS:
+def _reader(problem: Problem) -> Callable[[str, Problem], str]:
+    if problem.kind not in _READERS:
         raise ValueError(
-            f"answers of kind {kind!r} cannot be judged: allowed are {', '.join(_READERS)} ('math' is not "
-            "implemented yet); choose a dataset of one of those kinds"
+            f"{problem.id}: answers of kind {problem.kind!r} cannot be judged: allowed are {', '.join(_READERS)} "
+            "('math' is not implemented yet); choose a dataset of one of those kinds"
         )
-    return _READERS[kind]
+    return _READERS[problem.kind]
 
 
 @lru_cache(maxsize=65536)
-def _gold(kind: str, answer: str, choices: tuple[str, ...]) -> str:
+def _gold(problem: Problem) -> str:
     try:
-        return _reader(kind)(_answer_line(f"The answer is {answer}"), choices)
+        return _reader(problem)(_answer_line(f"The answer is {problem.answer}"), problem)
     except _Invalid as invalid:
         raise ValueError(
-            f"the gold answer {answer!r} cannot be read as kind {kind!r}: {invalid}; correct the problem"
+            f"{problem.id}: the gold answer {problem.answer!r} cannot be read as kind {problem.kind!r}: {invalid}; "
+            f"allowed is {_GOLD[problem.kind]}; correct the problem"
         ) from None
 
 
 # ------------------------------------------------------------------------------------ where the answer stands
 
-_NEXT_QUESTION = re.compile(r"(?<!\w)Q:")
 # "the answer is", "the answer (Yes or No) is:", "Answer: ", and "A:" or "####" at the start of a line. Not so
-# "The answer (in words) is twelve", said again after the digits, and "Given answer:", the hint of a prompt.
+# "The answer (in words) is twelve", said again after the digits, nor "Given answer:", the hint of a prompt.
 _CUE = re.compile(
-    r"\b(?<!Given )(?:[Aa]nswer|ANSWER)\*{0,2}(?! \((?:in )?(?:words|roman))(?: \([^()\n]{0,40}\))?"
+    r"\b(?<!Given )(?:[Aa]nswer|ANSWER)\*{0,2}(?! \((?:in )?(?:words|english|roman))(?: \([^()\n]{0,40}\))?"
     r"(?: ?:| (?:is|IS)\b):?|^A:|^####",
     re.MULTILINE,
 )
 _LATEX = re.compile(r"\\(?:text|boxed)\{([^{}\n]{0,100})\}")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{(-?\d{1,40})\}\{(\d{1,40})\}")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\b(?:because|since)\b")
-_NOT = re.compile(r"[\W_]*not\b(?=\W+\w)", re.IGNORECASE)  # "not 5", but "not" alone may be last letters
+_NOT = re.compile(r"[\W_]*not\b", re.IGNORECASE)
 _ALPHANUMERIC = re.compile(r"[^\W_]")
 
 
 def _answer_line(output: str) -> str:
     """The first line with a letter or digit after the last cue, at most 300 characters, without LaTeX."""
-    question = _NEXT_QUESTION.search(output) if "Q:" in output else None
-    text = output[: question.start()] if question else output
+    text = before_next_question(output)
     start = -1
     for cue in _CUE.finditer(text):
         start = cue.end()
@@ -116,19 +117,21 @@ def _answer_line(output: str) -> str:
         raise _Invalid("no answer sentence")
     rest = text[start : start + 600]
     if "\\" in rest:
-        rest = _LATEX_FRACTION.sub(r"\1/\2", rest).replace("\\$", "$")
+        rest = _LATEX_FRACTION.sub(r"\1/\2", rest).replace("\\$", "$").replace("\\%", "%")
         rest = _LATEX.sub(r"\1", _LATEX.sub(r"\1", rest))
     first = _ALPHANUMERIC.search(rest)
     if first is None:
         raise _Invalid("the answer sentence is empty")
-    line = rest[rest.rfind("\n", 0, first.start()) + 1 :].partition("\n")[0][:300].strip()
-    if _NOT.match(line):
-        raise _Invalid("the answer sentence only says what the answer is not")
-    return line
+    return rest[rest.rfind("\n", 0, first.start()) + 1 :].partition("\n")[0][:300].strip()
 
 
 def _sentence(line: str) -> str:
     return _SENTENCE_END.split(line, maxsplit=1)[0]
+
+
+def _refuse_not(line: str) -> None:
+    if _NOT.match(line):
+        raise _Invalid("the answer sentence only says what the answer is not")
 
 
 # --------------------------------------------------------------------------------------------- the four kinds
@@ -139,19 +142,33 @@ _NUMBER = re.compile(
     rf"(?:(?P<whole>\d+) (?P<part>\d+/\d+)|(?P<value>{_DIGITS})(?: ?/ ?(?P<over>{_DIGITS}))?)",
     re.ASCII,
 )
-# 3-0, 3:46, 2, 80, 1 3 6, 1e5, 70 + 16: the number found is only a piece of something else.
-_GOES_ON = re.compile(r"[ )%]*(?:(?:[-−–+*/×÷:^,.x]|\\times)+ *[($£€]*|[$£€])?\d|[eE][-+]?\d", re.ASCII)
+# 3-0, 3:46, 2, 80, 1 3 6, 1e5, 70 + 16, 2*age, 2 + age: the number found is only a piece of something else.
+_GOES_ON = re.compile(
+    r"[ )%]*(?:(?:[-−–+*/×÷:^,.x]|\\times)+ *[($£€]*|[$£€])?\d|[eE][-+]?\d|(?: [+*×÷] |\*)[A-Za-z(]", re.ASCII
+)
+# Left of "=": x - 10, 3(x), 2x, \frac{2}{x}, but neither "x" alone nor "3 x 6".
+_UNKNOWN = re.compile(r"\d[xyz]\b|[-+*/({] *[xyz]\b|\b[xyz] *[-+*/)}]")
+_PERCENT = re.compile(r" ?%| ?per ?cent", re.IGNORECASE)
 _JOINS = {"or", "and", "to"}
 
 
-def _number(line: str, choices: tuple[str, ...] = ()) -> str:
-    """The first number of the sentence, or of what stands right of its last "=" ("9 + 8 = 17" says 17)."""
-    sentence = _sentence(line).rpartition("=")[2]
+def _number(line: str, problem: Problem) -> str:
+    """The first number of the sentence, or of what stands right of its last "=" ("9 + 8 = 17" says 17).
+
+    "10%" says 10 where the gold is written with "%" or the question speaks of percent (GSM8K asks "what
+    percentage" and writes 10); elsewhere it may mean 0.1 and is invalid.
+    """
+    _refuse_not(line)
+    left, _, sentence = _sentence(line).rpartition("=")
+    if _UNKNOWN.search(left.rpartition("=")[2]):
+        raise _Invalid("an equation that is not solved")
     found = _NUMBER.search(sentence)
     if found is None:
         raise _Invalid("no number in the answer sentence")
     if _GOES_ON.match(sentence, found.end()):
         raise _Invalid(f"{sentence.strip()[:40]!r} is not one number")
+    if _PERCENT.match(sentence, found.end()) and not any(map(_PERCENT.search, (problem.answer, problem.question))):
+        raise _Invalid("a percentage where none is asked for")
     said = _value(found)
     second = _NUMBER.search(sentence, found.end())
     if second:
@@ -192,8 +209,9 @@ _PARENTHESISED = re.compile(r"\(([A-Z])\)")
 _ANOTHER_LABEL = re.compile(rf"(?:\b(?:or|and|nor)\b(?: [a-z]+)?|[,;/&]) *\(?({_BARE})")
 
 
-def _choice(line: str, choices: tuple[str, ...]) -> str:
+def _choice(line: str, problem: Problem) -> str:
     """The letter of the option named by its label, or by its exact text."""
+    choices = problem.choices
     allowed = LETTERS[: len(choices) or 5]
     sentence = _sentence(line)
     for text in (line, sentence):
@@ -201,6 +219,7 @@ def _choice(line: str, choices: tuple[str, ...]) -> str:
         named = [allowed[i] for i, option in enumerate(choices) if _option_key(option) == key]
         if len(named) == 1 and not (len(key) == 1 and key.isalpha()):
             return named[0]
+    _refuse_not(line)
     found = _LABEL.match(sentence) or _PARENTHESISED.search(sentence)
     if found is None:
         raise _Invalid("no option in the answer sentence")
@@ -221,7 +240,7 @@ _YES_NO = re.compile(rf"{_FILLER}(yes|no)\b", re.IGNORECASE)
 _ANOTHER_YES_NO = re.compile(r"\W*(?:\b(?:or|and)\b|/)\W*(yes|no)\b", re.IGNORECASE)
 
 
-def _yes_no(line: str, choices: tuple[str, ...]) -> str:
+def _yes_no(line: str, problem: Problem) -> str:
     found = _YES_NO.match(line)
     if found is None:
         raise _Invalid("the answer sentence begins with neither yes nor no")
@@ -236,7 +255,7 @@ _QUOTED = re.compile(r"[\"“]([^\"“”]{1,100})[\"”]")
 _BETWEEN_LETTERS = re.compile(r"[\s,\-–.:*\"'“”‘’]+")
 
 
-def _letters(line: str, choices: tuple[str, ...]) -> str:
+def _letters(line: str, problem: Problem) -> str:
     """One word, or letters spelled one by one ("n-a-e-y"); quotes mark the word inside a longer sentence."""
     sentence = _sentence(line)
     quoted = set(_QUOTED.findall(sentence))
@@ -250,3 +269,10 @@ def _letters(line: str, choices: tuple[str, ...]) -> str:
 
 
 _READERS = {"number": _number, "choice": _choice, "yes_no": _yes_no, "letters": _letters}
+# What a gold answer may be, in words for the one who has to correct it.
+_GOLD = {
+    "number": "one number, as 18, -3, 3/4 or 10%",
+    "choice": "the letter of one of the options",
+    "yes_no": "yes or no",
+    "letters": "one word of letters, as yajo",
+}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from smlib import evaluation, models, ppo, ranking, rationales, reward_model, sft
 from smlib.artifacts import Stage, require
-from smlib.problems import PUBLISHED, DatasetError, Problem, generate, load
+from smlib.problems import PUBLISHED, DatasetError, Problem, generate, load, pinned_files
 from smlib.settings import Settings
 
 # Generated questions of the train split are drawn from these seeds, far apart, plus the run's own seed; the tiny
@@ -79,7 +79,7 @@ def published_problems(settings: Settings) -> tuple[dict[str, list[Problem]], st
     for task in settings.tasks:
         if task in PUBLISHED and settings.evaluation.published:
             try:
-                found[f"{task} (published)"] = load(task, "test", limit=settings.evaluation.published)
+                found[f"{task} (published)"] = load(task, "all", limit=settings.evaluation.published)
             except DatasetError as error:
                 missing = f"published test sets left out: {error}"
     return found, missing
@@ -244,7 +244,8 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     tuned, rewarder = require(run_dir, "02_sft"), require(run_dir, "03_reward_model")
     trained = require(run_dir, "04_ppo")
     published, missing = published_problems(settings)
-    keys = _keys(settings, "evaluation") | {"published_sets": sorted(published)}
+    files = {name: {"rows": len(found), **pinned_files(found[0].dataset)} for name, found in published.items()}
+    keys = _keys(settings, "evaluation") | {"published_sets": files}
     stage = Stage(run_dir, "05_evaluation", keys, inputs=[tuned, rewarder, trained])
     if stage.done:
         return stage

@@ -1,4 +1,4 @@
-"""Problems: the one record every stage shares, seeded generators, and the published test sets.
+"""Problems: the one record every stage shares, seeded generators, and thirteen published datasets.
 
 Four tasks can be generated without limit. Three of them (coin_flip, last_letters, shuffled_objects) use the
 wording of their published benchmarks, whose questions `load` reads for evaluation; chain_arithmetic is ours.
@@ -8,32 +8,44 @@ whatever the seed, and a generated question that equals a published one is throw
 
 import hashlib
 import json
-import os
 import random
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
-from http.client import HTTPException
 from pathlib import Path
 
-TASKS = ("coin_flip", "last_letters", "shuffled_objects", "chain_arithmetic")
+import numpy as np
+
+from smlib.downloads import FILES, DatasetError, read_pinned
+from smlib.generators import GENERATORS, LETTERS
+
+TASKS = tuple(GENERATORS)
 KINDS = {
     "coin_flip": "yes_no",
     "last_letters": "letters",
     "shuffled_objects": "choice",
     "chain_arithmetic": "number",
+    "single_eq": "number",
+    "addsub": "number",
+    "multiarith": "number",
+    "gsm8k": "number",
+    "svamp": "number",
+    "aqua": "choice",
+    "commonsense_qa": "choice",
+    "date_understanding": "choice",
+    "strategy_qa": "yes_no",
+    "math": "math",
 }
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
 class Problem:
     """One question with its gold answer.
 
-    id: "coin_flip/test/17", stable and unique. question: as the dataset words it; options of a choice
-    question are in `choices`, not here. answer: canonical gold ("18", "B", "yes", "yajo"). kind: number |
-    choice | yes_no | letters.
+    id: "gsm8k/test/17" (row 17 of its file), "coin_flip/train/db9af1f5b217" (generated); stable and unique.
+    question: as the dataset words it; options of a choice question are in `choices`, not here. answer:
+    canonical gold ("18", "B", "yes", "yajo", r"\\frac{1}{2}"). kind: number | choice | yes_no | letters | math.
     """
 
     id: str
@@ -45,184 +57,6 @@ class Problem:
 
 
 # ---------------------------------------------------------------------------------------------- generators
-
-
-@cache
-def _names() -> tuple[str, ...]:
-    return tuple((Path(__file__).parent / "names.txt").read_text().split())
-
-
-def _name(rng: random.Random) -> str:
-    """A common first name, or (two in five) a made-up one: the head of one name and the tail of another."""
-    name = rng.choice(_names())
-    if rng.random() < 0.4:
-        tail = rng.choice(_names())
-        name = name[: rng.randint(1, 4)] + tail[-min(len(tail) - 1, rng.randint(2, 4)) :].lower()
-    return name
-
-
-def _people(rng: random.Random, count: int) -> list[str]:
-    people: list[str] = []
-    while len(people) < count:
-        name = _name(rng)
-        if name not in people:
-            people.append(name)
-    return people
-
-
-def _coin_flip(rng: random.Random) -> tuple[str, str, tuple[str, ...]]:
-    people = _people(rng, rng.choice((3, 4, 4, 5)))
-    flips = [rng.random() < 0.5 for _ in people]
-    acts = [
-        f"{who} flips the coin." if flip else f"{who} does not flip the coin."
-        for who, flip in zip(people, flips, strict=True)
-    ]
-    question = (
-        f'A coin is heads up. {" ".join(acts)} Is the coin still heads up? Note that "flip" here means "reverse".'
-    )
-    return question, "yes" if sum(flips) % 2 == 0 else "no", ()
-
-
-def _last_letters(rng: random.Random) -> tuple[str, str, tuple[str, ...]]:
-    words = _people(rng, rng.choice((2, 3, 4, 4)))
-    question = f'Take the last letters of each words in "{" ".join(words)}" and concatenate them.'
-    return question, "".join(word[-1] for word in words), ()
-
-
-_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-_POSITIONS = (
-    "striker",
-    "benchwarmer",
-    "center midfielder",
-    "cheerleader",
-    "right winger",
-    "right midfielder",
-    "goalkeeper",
-    "fullback",
-    "left midfielder",
-    "left winger",
-)
-_BOOKS = (
-    "Catch-22",
-    "Moby Dick",
-    "The Great Gatsby",
-    "Hound of the Baskervilles",
-    "Frankenstein",
-    "The Odyssey",
-    "Ulysses",
-    "Lolita",
-    "The Pearl",
-    "The Fellowship of the Ring",
-)
-_DANCERS = ("Patrick", "Karl", "Izzi", "Jamie", "Helga", "Lola", "Ophelia", "Melissa", "Sam", "Rodrigo")
-# Opening, what each holds, its possible values, middle, the swap's verb, the end: the benchmark's stories.
-_STORIES = (
-    (
-        "playing a game. At the start of the game, they are each holding a ball:",
-        "has a {}",
-        tuple(f"{c} ball" for c in _COLOURS),
-        "As the game progresses, pairs of players trade balls.",
-        "swap balls",
-        "At the end of the game, {} has the",
-    ),
-    (
-        "holding a white elephant gift exchange. At the start of the event, they are each holding a present "
-        "of a different color:",
-        "has a {}",
-        # The benchmark itself mixes presents and balls here; we keep its words.
-        tuple(f"{c} {'ball' if c in ('orange', 'black', 'pink') else 'present'}" for c in _COLOURS),
-        "As the event progresses, pairs of people swap gifts.",
-        "swap their gifts",
-        "At the end of the event, {} has the",
-    ),
-    (
-        "on the same team in a soccer match. At the start of the match, they are each assigned to a position:",
-        "is playing {}",
-        _POSITIONS,
-        "As the game progresses, pairs of players occasionally swap positions.",
-        "trade positions",
-        "At the end of the match, {} is playing",
-    ),
-    (
-        "friends and avid readers who occasionally trade books. At the start of the semester, they each buy "
-        "one new book:",
-        "gets {}",
-        _BOOKS,
-        "As the semester proceeds, they start trading around the new books.",
-        "swap books",
-        "At the end of the semester, {} has",
-    ),
-    (
-        "dancers at a square dance. At the start of a song, they each have a partner:",
-        "is dancing with {}",
-        _DANCERS,
-        "Throughout the song, the dancers often trade partners.",
-        "switch partners",
-        "At the end of the dance, {} is dancing with",
-    ),
-)
-PLAYERS = ("Alice", "Bob", "Claire")
-
-
-def _shuffled_objects(rng: random.Random) -> tuple[str, str, tuple[str, ...]]:
-    opening, holds, values, middle, verb, end = rng.choice(_STORIES)
-    things = rng.sample(values, 3)
-    owned = dict(zip(PLAYERS, things, strict=True))
-    start = [f"{who} {holds.format(thing)}" for who, thing in owned.items()]
-    swaps = [rng.sample(PLAYERS, 2) for _ in range(3)]
-    for a, b in swaps:
-        owned[a], owned[b] = owned[b], owned[a]
-    asked = rng.choice(PLAYERS)
-    said = [f"{when}, {a} and {b} {verb}." for when, (a, b) in zip(("First", "Then", "Finally"), swaps, strict=True)]
-    question = (
-        f"Alice, Bob, and Claire are {opening} {start[0]}, {start[1]}, and {start[2]}. \n\n"
-        f"{middle} {' '.join(said)} {end.format(asked)}"
-    )
-    return question, LETTERS[things.index(owned[asked])], tuple(things)
-
-
-# Short names that the arithmetic stories share and names.txt does not hold: the tiny tokenizer takes each as one
-# token, while the letters of the names in names.txt stay visible.
-_HANDS = ("Ann", "Bo", "Cleo", "Dov", "Finn", "Gus", "Hana", "Ivo", "Jun", "Kai", "Lin", "Noa")
-_THINGS = ("apples", "coins", "marbles", "pens", "shells", "stamps", "eggs", "nuts")
-_HOLDERS = ("basket", "box", "bag", "jar")
-
-
-def _chain_arithmetic(rng: random.Random) -> tuple[str, str, tuple[str, ...]]:
-    """2-6 steps in natural language; every running total stays within 1..99."""
-    holder, things = rng.choice(_HOLDERS), rng.choice(_THINGS)
-    total = rng.randint(5, 40)
-    sentences = [f"A {holder} holds {total} {things}."]
-    for _ in range(rng.randint(2, 6)):
-        hand = rng.choice(_HANDS)
-        action = rng.choice(("adds", "adds", "takes", "takes", "doubles"))
-        if action == "doubles" and total > 49:
-            action = "takes"
-        if action == "adds" and total > 89:
-            action = "takes"
-        if action == "takes" and total < 12:
-            action = "adds"
-        if action == "doubles":
-            total *= 2
-            sentences.append(f"{hand} doubles the {things}.")
-        elif action == "adds":
-            count = rng.randint(2, min(20, 99 - total))
-            total += count
-            sentences.append(f"{hand} adds {count}.")
-        else:
-            count = rng.randint(2, min(20, total - 1))
-            total -= count
-            sentences.append(f"{hand} takes {count}.")
-    question = f"{' '.join(sentences)} How many {things} are in the {holder}?"
-    return question, str(total), ()
-
-
-_GENERATORS: dict[str, Callable[[random.Random], tuple[str, str, tuple[str, ...]]]] = {
-    "coin_flip": _coin_flip,
-    "last_letters": _last_letters,
-    "shuffled_objects": _shuffled_objects,
-    "chain_arithmetic": _chain_arithmetic,
-}
 
 
 def _digest(question: str) -> str:
@@ -242,14 +76,14 @@ def generate(dataset: str, n: int, seed: int, split: str = "train") -> list[Prob
     in eight belongs to split "test", the others to "train", decided by the question's own hash: no seed can
     leak a test question into training. Raises ValueError for an unknown dataset or split.
     """
-    if dataset not in _GENERATORS:
-        raise ValueError(f"no generator for dataset {dataset!r}; there are: {', '.join(_GENERATORS)}")
+    if dataset not in GENERATORS:
+        raise ValueError(f"no generator for dataset {dataset!r}; there are: {', '.join(GENERATORS)}")
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}; allowed: 'train', 'test'")
     rng = random.Random(f"{dataset}/{split}/{seed}")
     problems: dict[str, Problem] = {}
     while len(problems) < n:
-        question, answer, choices = _GENERATORS[dataset](rng)
+        question, answer, choices = GENERATORS[dataset](rng)
         digest = _digest(question)
         in_test = int(digest[:2], 16) < 32
         if digest[:12] in problems or digest[:12] in _published_digests() or in_test != (split == "test"):
@@ -259,99 +93,189 @@ def generate(dataset: str, n: int, seed: int, split: str = "train") -> list[Prob
     return list(problems.values())
 
 
-# ------------------------------------------------------------------------------------------ published sets
+# -------------------------------------------------------------------------------------- published datasets
+
+# A reader takes one row of a file and its place there: row, index -> (question, gold answer, options).
+_Read = tuple[str, str, tuple[str, ...]]
+
+
+def _word_problem(row: dict, index: int) -> _Read:
+    return row["sQuestion"], _plain_number(row["lSolutions"][0]), ()
+
+
+def _svamp(row: dict, index: int) -> _Read:
+    return f"{row['Body'].strip().removesuffix('.')}. {row['Question']}", _plain_number(row["Answer"]), ()
+
+
+def _gsm8k(row: dict, index: int) -> _Read:
+    return row["question"], row["answer"].rpartition("####")[2].replace(",", ""), ()
+
+
+def _aqua(row: dict, index: int) -> _Read:
+    return row["question"], row["correct"], tuple(option.partition(")")[2].strip() for option in row["options"])
+
+
+def _commonsense_qa(row: dict, index: int) -> _Read:
+    asked = row["question"]
+    return asked["stem"], row["answerKey"], tuple(choice["text"] for choice in asked["choices"])
+
+
+def _big_bench_choice(row: dict, index: int) -> _Read:
+    options = row["target_scores"]
+    return row["input"], LETTERS[list(options.values()).index(1)], tuple(option.rstrip(".") for option in options)
+
+
+def _date_understanding(row: dict, index: int) -> _Read:
+    """Gold is the first option of 364 of the file's 369 rows, so each row's options are shuffled by a fixed seed."""
+    question, gold, options = _big_bench_choice(row, index)
+    order = random.Random(f"date_understanding/{index}").sample(range(len(options)), len(options))
+    return question, LETTERS[order.index(LETTERS.index(gold))], tuple(options[place] for place in order)
+
+
+def _strategy_qa(row: dict, index: int) -> _Read:
+    return row["input"], "yes" if row["target_scores"]["Yes"] else "no", ()
+
+
+def _question_answer(row: dict, index: int) -> _Read:
+    return row["question"], row["answer"], ()
+
+
+def _math(row: dict, index: int) -> _Read:
+    return row["problem"], row["answer"], ()
+
+
+def _plain_number(value: float | str) -> str:
+    return str(value).removesuffix(".0")
+
+
+def _lines(raw: bytes) -> list[dict]:
+    return [json.loads(line) for line in raw.decode().split("\n") if line]
+
+
+def _examples(raw: bytes) -> list[dict]:
+    return json.loads(raw)["examples"]
+
+
+_EITHER = ("train", "test")  # the publisher names no split: see seventy_thirty
 
 
 @dataclass(frozen=True)
-class _Source:
-    path: str  # below SML_DATA_DIR, and below dataset/ upstream
-    sha256: str
+class _Dataset:
+    files: dict[str, tuple[str, ...]]  # path -> the splits that its rows may be of
+    rows: Callable[[bytes], list[dict]]
+    read: Callable[[dict, int], _Read]
 
 
-# The repository of Kojima et al. (2205.11916); the SHA-256 pins the content, whatever the branch holds later.
-_UPSTREAM = "https://raw.githubusercontent.com/kojima-takeshi188/zero_shot_cot/main/dataset/"
-_SOURCES = {
-    "coin_flip": _Source(
-        "coin_flip/coin_flip.json", "68cf201737a1463ef6bed5419622805a8934d92bff6a28a9dfbf83be3135ba5a"
+_DATASETS = {
+    "single_eq": _Dataset({"SingleEq/questions.json": _EITHER}, json.loads, _word_problem),
+    "addsub": _Dataset({"AddSub/AddSub.json": _EITHER}, json.loads, _word_problem),
+    "multiarith": _Dataset({"MultiArith/MultiArith.json": _EITHER}, json.loads, _word_problem),
+    "gsm8k": _Dataset({"gsm8k/train.jsonl": ("train",), "gsm8k/test.jsonl": ("test",)}, _lines, _gsm8k),
+    "svamp": _Dataset({"SVAMP/SVAMP.json": _EITHER}, json.loads, _svamp),
+    "aqua": _Dataset({"AQuA/test.json": ("test",)}, _lines, _aqua),
+    "commonsense_qa": _Dataset(
+        {"CommonsenseQA/train_rand_split.jsonl": ("train",), "CommonsenseQA/dev_rand_split.jsonl": ("test",)},
+        _lines,
+        _commonsense_qa,
     ),
-    "last_letters": _Source(
-        "last_letters/last_letters.json", "60e8d092d0a6423d3256e87e0c249b69aefea4cd27985082095fa4e93931fb02"
-    ),
-    "shuffled_objects": _Source(
-        "Bigbench_object_tracking/task.json",
-        "74b74d3c8827c0387a3f24ee9efa7edd90b2d53af3daacb9961341af66f750a0",
-    ),
+    "strategy_qa": _Dataset({"StrategyQA/task.json": _EITHER}, _examples, _strategy_qa),
+    "date_understanding": _Dataset({"Bigbench_Date/task.json": _EITHER}, _examples, _date_understanding),
+    "shuffled_objects": _Dataset({"Bigbench_object_tracking/task.json": _EITHER}, _examples, _big_bench_choice),
+    "last_letters": _Dataset({"last_letters/last_letters.json": _EITHER}, _examples, _question_answer),
+    "coin_flip": _Dataset({"coin_flip/coin_flip.json": _EITHER}, _examples, _question_answer),
+    # PRM800K cuts MATH anew, into 12,000 and 500; MATH's own split stands in a row's unique_id.
+    "math": _Dataset({"math/train.jsonl": _EITHER, "math/test.jsonl": (*_EITHER, "test_500")}, _lines, _math),
 }
-PUBLISHED = tuple(_SOURCES)
+PUBLISHED = tuple(_DATASETS)
 
 
-class DatasetError(ValueError):
-    """A dataset file is missing, truncated, altered, or cannot be fetched."""
+def splits(dataset: str) -> tuple[str, ...]:
+    """The splits that `load` knows of a published dataset. Raises ValueError for an unknown dataset."""
+    if dataset not in _DATASETS:
+        raise ValueError(f"unknown dataset {dataset!r}; published datasets: {', '.join(PUBLISHED)}")
+    return (*dict.fromkeys(split for named in _DATASETS[dataset].files.values() for split in named), "all")
 
 
-def _checked(raw: bytes, source: _Source, where: str) -> bytes:
-    found = hashlib.sha256(raw).hexdigest()
-    if found != source.sha256:
-        raise DatasetError(
-            f"{where} has SHA-256 {found} ({len(raw)} bytes), expected {source.sha256}: truncated or another "
-            "version. Delete it and fetch it again, or point SML_DATA_DIR at an intact copy."
-        )
-    return raw
+def pinned_files(dataset: str) -> dict[str, str]:
+    """path -> SHA-256 of the files behind a published dataset, for a run's manifest."""
+    return {path: FILES[path].sha256 for path in _DATASETS[dataset].files}
 
 
-def _read_source(dataset: str, data_dir: Path | None) -> bytes:
-    source = _SOURCES[dataset]
-    if data_dir is None and os.environ.get("SML_DATA_DIR"):
-        data_dir = Path(os.environ["SML_DATA_DIR"])
-    if data_dir is not None:
-        path = Path(data_dir) / source.path
-        if not path.is_file():
-            raise DatasetError(f"{path} is not there; SML_DATA_DIR must hold {source.path}, or be unset to download.")
-        return _checked(path.read_bytes(), source, str(path))
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    path = cache_home / "smlib" / source.path
-    if path.is_file():
-        return _checked(path.read_bytes(), source, str(path))
-    try:
-        with urllib.request.urlopen(_UPSTREAM + source.path, timeout=20) as reply:
-            raw = _checked(reply.read(), source, _UPSTREAM + source.path)
-    except (OSError, HTTPException) as error:
-        raise DatasetError(
-            f"{dataset}: download of {_UPSTREAM + source.path} failed ({error}). Set SML_DATA_DIR to a local "
-            "copy; the generated tasks run without it."
-        ) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    partial.write_bytes(raw)
-    partial.replace(path)
-    return raw
+def seventy_thirty(rows: int) -> list[str]:
+    """ "train" or "test" for each row of a dataset that ships without a split: the published 70/30 split by index.
+
+    It is the one of Ho et al. (2212.10071), who publish its indices: a permutation by numpy's frozen RandomState(0).
+    MultiArith repeats 20 questions, some of them across the two parts.
+    """
+    order = np.random.RandomState(0).permutation(rows)
+    train = set(order[: round(0.7 * rows)].tolist())
+    return ["train" if row in train else "test" for row in range(rows)]
 
 
 def load(dataset: str, split: str, *, data_dir: Path | None = None, limit: int | None = None) -> list[Problem]:
-    """The published test questions of a benchmark, in file order.
+    """The questions of a published dataset, in file order; limit: the first so many.
 
-    dataset: coin_flip (500), last_letters (500) or shuffled_objects (750 rows, of which the file repeats
-    none); split: "test", the only one they have. Read from `data_dir`, else SML_DATA_DIR, else downloaded to
-    the user's cache; always checked by SHA-256. The option order of shuffled_objects is the file's own (gold
-    is spread evenly over A, B and C). limit: the first so many questions. Raises ValueError for an unknown
-    name and DatasetError for a file that is missing, altered or out of reach.
+    split: "train" or "test", or "all" for both. gsm8k comes with a split of its own (7,473 / 1,319); commonsense_qa's
+    published development set is its "test" (9,741 / 1,221), since the test answers are secret; aqua has its test set
+    only (254). math has 7,500 / 5,000, and "test_500", the 500 of the 5,000 that PRM800K tests on. The others ship
+    without a split and get the published one, see `seventy_thirty`: single_eq 508 rows, addsub 395, multiarith 600,
+    svamp 1,000, strategy_qa 2,290, date_understanding 369, shuffled_objects 750 (three objects), last_letters 500,
+    coin_flip 500. Published zero-shot accuracies of text-davinci-002 are over "all" of these.
+
+    A choice question keeps the file's order of options, except date_understanding (see `_date_understanding`).
+    Files come from `data_dir`, else SML_DATA_DIR, else a checked download (see `smlib.downloads`). Raises ValueError
+    for an unknown dataset or split, DatasetError for a file or a row that cannot be used.
     """
-    if dataset not in _SOURCES:
-        raise ValueError(f"unknown dataset {dataset!r}; published sets here: {', '.join(_SOURCES)}")
-    if split != "test":
-        raise ValueError(f"{dataset} has no split {split!r}; it has: 'test'")
-    rows = json.loads(_read_source(dataset, data_dir))["examples"]
+    if split not in splits(dataset):
+        raise ValueError(f"{dataset} has no split {split!r}; it has: {', '.join(splits(dataset))}")
+    source = _DATASETS[dataset]
     problems = []
-    for index, row in enumerate(rows[:limit]):
-        choices: tuple[str, ...] = ()
-        if dataset == "shuffled_objects":
-            choices = tuple(choice.rstrip(".") for choice in row["target_scores"])
-            answer = LETTERS[list(row["target_scores"].values()).index(1)]
+    for path, named in source.files.items():
+        if split == "all" or split in named:
+            rows = source.rows(read_pinned(path, data_dir))
+            for index, places in enumerate(_places(rows, named)):
+                if split in (*places, "all"):
+                    problems.append(_problem(dataset, path, places[0], index, rows[index]))
+    return problems[:limit]
+
+
+def _places(rows: list[dict], named: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The splits that each row is of."""
+    drawn = seventy_thirty(len(rows))
+    for row, place in zip(rows, drawn, strict=True):
+        if len(named) == 1:
+            yield named
+        elif "unique_id" in row:
+            yield row["unique_id"].partition("/")[0], *named[2:]
         else:
-            answer = row["answer"]
-        question = row["question" if dataset != "shuffled_objects" else "input"].strip()
-        problems.append(Problem(f"{dataset}/published/{index}", dataset, question, answer, KINDS[dataset], choices))
-    return problems
+            yield (place,)
+
+
+def _problem(dataset: str, path: str, split: str, index: int, row: dict) -> Problem:
+    try:
+        question, answer, choices = _DATASETS[dataset].read(row, index)
+        name = row.get("unique_id", f"{split}/{index}").removesuffix(".json")
+        return _valid(Problem(f"{dataset}/{name}", dataset, question.strip(), answer.strip(), KINDS[dataset], choices))
+    except KeyError as missing:
+        raise DatasetError(f"{path}, row {index + 1}: it has no field {missing}") from None
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise DatasetError(f"{path}, row {index + 1}: {error}") from None
+
+
+def _valid(problem: Problem) -> Problem:
+    """The problem, if its gold answer is of its kind."""
+    answer, letters = problem.answer, LETTERS[: len(problem.choices)]
+    if not problem.question:
+        raise ValueError("the question is empty")
+    if problem.kind == "choice" and (len(answer) != 1 or answer not in letters):
+        raise ValueError(f"gold {answer!r} is not one of the options {', '.join(letters)}")
+    if problem.kind == "yes_no" and answer not in ("yes", "no"):
+        raise ValueError(f"gold {answer!r} is neither 'yes' nor 'no'")
+    if problem.kind == "number":
+        Fraction(answer)  # "12.3", "-4" and "3/4"; its error names the text
+    if problem.kind in ("letters", "math") and not answer:
+        raise ValueError("the gold answer is empty")
+    return problem
 
 
 def with_options(problem: Problem) -> str:

@@ -12,7 +12,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from smlib.problems import LETTERS, PLAYERS, Problem
+from smlib.generators import PLAYERS
+from smlib.problems import LETTERS, Problem
 
 _COIN = re.compile(r"(\S+) (flips|does not flip) the coin\.")
 _WORDS = re.compile(r'words in "([^"]+)"')

@@ -62,7 +62,6 @@ def test_every_form_of_answer_sentence_is_read(output):
         (r"\frac{3}{4}", "0.75"),
         ("007", "7"),
         ("-0", "0"),
-        ("5%", "5"),
         ("5kg", "5"),
         ("about 12 apples", "12"),
         ("3/5, or 0.6", "0.6"),
@@ -80,6 +79,44 @@ def test_numbers_are_compared_exactly_except_with_a_gold_that_is_a_printed_float
     assert not grade("The answer is 0.30000000000000004.", problem("number", "0.3")).correct
     assert grade("The answer is 2/3.", problem("number", "0.6666666666666666")).correct
     assert not grade("The answer is 0.67.", problem("number", "0.6666666666666666")).correct
+
+
+def test_a_percentage_is_a_number_only_where_gold_or_the_question_says_percent():
+    """GSM8K asks "what percentage" and writes 50; elsewhere 5% may mean 5 or 0.05."""
+    asked = Problem("test/0", "test", "What percentage of her weekend is it?", "50", "number")
+    assert grade("The answer is 50%.", asked) == Verdict(True, "50", "said 50, gold 50")
+    assert grade("The answer is 50 percent.", asked).correct
+    assert grade(r"The answer is \boxed{50\%}.", asked).correct
+    assert grade("The answer is 50.", asked).correct
+    assert not grade("The answer is 0.5.", asked).correct
+    for answer in ("5%", "5 %", r"5\%", "5 per cent"):
+        assert grade(f"The answer is {answer}.", problem("number", "5%")).correct
+        assert grade("The answer is 5.", problem("number", answer)).correct
+        for gold in ("5", "0.05"):
+            assert grade(f"The answer is {answer}.", problem("number", gold)).reason.startswith("invalid: a percentage")
+    assert not grade("The answer is 0.05.", problem("number", "5%")).correct
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("x = 18", "18"),
+        ("3x = 54, so x = 18", "18"),
+        ("x = 9 + 9 = 18", "18"),
+        ("3 x 6 = 18", "18"),
+        ("2 x (4 + 5) = 18", "18"),
+        ("**18** eggs", "18"),
+        ("x + 4 = 18", None),
+        ("2x = 18", None),
+        ("3(x) = 18", None),
+        (r"\frac{2}{x} = \frac{36}{2}", None),
+        ("18*age", None),
+        ("18 * age + 2", None),
+        ("18 + her age", None),
+    ],
+)
+def test_an_equation_says_its_result_unless_it_is_not_solved(answer, said):
+    assert extract(f"The answer is {answer}", NUMBER) == said
 
 
 @pytest.mark.parametrize(
@@ -184,6 +221,12 @@ def test_option_text_goes_before_the_capitals_in_it():
     assert extract("The answer is A.", CHOICE) == "A"
 
 
+def test_an_option_may_begin_with_not():
+    asked = problem("choice", "A", ("not listening", "listening"))
+    assert extract("The answer is not listening.", asked) == "A"
+    assert extract("The answer is not (B).", asked) is None
+
+
 def test_the_text_of_two_equal_options_names_none():
     assert extract("The answer is 8.75.", problem("choice", "A", ("8.75", "8.79", "8.75"))) is None
 
@@ -230,10 +273,29 @@ def test_letters_drop_hyphens_quotes_and_spaces(answer, said):
 def test_problems_that_cannot_be_judged_raise():
     with pytest.raises(ValueError, match="'math' cannot be judged"):
         grade("The answer is 1.", problem("math", r"\frac{1}{2}"))
-    with pytest.raises(ValueError, match="gold answer 'many' cannot be read"):
-        grade("The answer is 1.", problem("number", "many"))
     with pytest.raises(ValueError):
         grade_many(["The answer is 1."], [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "allowed"),
+    [
+        ("number", "many", "one number"),
+        ("number", "yes", "one number"),
+        ("number", "3 or 4", "one number"),
+        ("number", "", "one number"),
+        ("choice", "E", "E is not one of the options A to D; allowed is the letter"),
+        ("choice", "18", "the letter of one of the options"),
+        ("yes_no", "18", "yes or no"),
+        ("yes_no", "maybe", "yes or no"),
+        ("letters", "18", "one word of letters"),
+        ("letters", "two words", "one word of letters"),
+    ],
+)
+def test_gold_of_the_wrong_kind_is_named_with_its_problem(kind, answer, allowed):
+    asked = problem(kind, answer, CHOICE.choices if kind == "choice" else ())
+    with pytest.raises(ValueError, match=rf"test/0: the gold answer '{answer}' .* kind '{kind}': .*{allowed}"):
+        grade("The answer is 1.", asked)
 
 
 PIECES = [

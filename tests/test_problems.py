@@ -1,10 +1,7 @@
 import hashlib
-import io
 import json
 import os
 import re
-import urllib.error
-from http.client import IncompleteRead
 from pathlib import Path
 
 import pytest
@@ -12,19 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smlib import problems
-from smlib.problems import KINDS, PUBLISHED, TASKS, DatasetError, Problem, generate, load, with_options
+from smlib.generators import LETTERS
+from smlib.problems import KINDS, PUBLISHED, TASKS, DatasetError, Problem, generate, load, splits, with_options
 from smlib.steps import worked_solution
 
 PLAYERS = "(?:Alice|Bob|Claire)"
-SIZES = {"coin_flip": 500, "last_letters": 500, "shuffled_objects": 750}
+BENCHMARKS = [task for task in TASKS if task in PUBLISHED]  # the generated tasks that are published too
 
 
 @pytest.fixture
-def published():
-    """Dataset -> its published questions, or a skip where there is no local copy."""
+def local_copy():
+    """The folder of the published datasets, or a skip where there is none."""
     if not os.environ.get("SML_DATA_DIR"):
         pytest.skip("needs the published questions: set SML_DATA_DIR to a local copy of the datasets")
-    return {dataset: load(dataset, "test") for dataset in PUBLISHED}
+    return Path(os.environ["SML_DATA_DIR"])
+
+
+@pytest.fixture
+def published(local_copy):
+    """Dataset -> the published questions of the generated tasks."""
+    return {dataset: load(dataset, "all") for dataset in BENCHMARKS}
 
 
 # ---------------------------------------------------------------------------------------------- generators
@@ -67,7 +71,7 @@ def test_a_drawn_question_that_is_published_is_thrown_away(monkeypatch):
     drawn = ["What is published?", "What is new?"]
     fixed = next(split for split in ("train", "test") if _split(drawn[1]) == split)
     assert _split(drawn[0]) == fixed  # else the split alone would throw it away
-    monkeypatch.setitem(problems._GENERATORS, "coin_flip", lambda rng: (rng.choice(drawn), "yes", ()))
+    monkeypatch.setitem(problems.GENERATORS, "coin_flip", lambda rng: (rng.choice(drawn), "yes", ()))
     monkeypatch.setattr(problems, "_published_digests", lambda: {problems._digest(drawn[0])[:12]})
     for seed in range(8):
         assert [p.question for p in generate("coin_flip", 1, seed, split=fixed)] == ["What is new?"]
@@ -86,7 +90,7 @@ def test_the_list_of_published_questions_is_complete(published):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_no_generated_question_is_a_published_one(published, split):
-    for task in PUBLISHED:
+    for task in BENCHMARKS:
         known = {problem.question for problem in published[task]}
         assert not known & {problem.question for problem in generate(task, 1000, seed=7, split=split)}
 
@@ -174,7 +178,7 @@ def template(problem):
     return start + "\n\n" + re.sub(rf"\b{PLAYERS}\b", "<who>", story)
 
 
-@pytest.mark.parametrize("task", PUBLISHED)
+@pytest.mark.parametrize("task", BENCHMARKS)
 def test_generated_questions_use_the_wording_of_the_benchmark(published, task):
     generated = generate(task, 200, seed=2)
     assert {template(problem) for problem in generated} == {template(problem) for problem in published[task]}
@@ -197,33 +201,118 @@ def test_the_length_of_the_benchmark_is_among_the_generated_ones(published, task
     assert 4 in lengths(generate(task, 100, seed=2)) and len(lengths(generate(task, 100, seed=2))) == 3
 
 
-# ------------------------------------------------------------------------------------------ published sets
+# -------------------------------------------------------------------------------------- published datasets
+
+ROWS = {  # dataset -> split -> rows, as the publishers count them
+    "single_eq": {"train": 356, "test": 152, "all": 508},
+    "addsub": {"train": 276, "test": 119, "all": 395},
+    "multiarith": {"train": 420, "test": 180, "all": 600},
+    "gsm8k": {"train": 7473, "test": 1319, "all": 8792},
+    "svamp": {"train": 700, "test": 300, "all": 1000},
+    "aqua": {"test": 254, "all": 254},
+    "commonsense_qa": {"train": 9741, "test": 1221, "all": 10962},
+    "strategy_qa": {"train": 1603, "test": 687, "all": 2290},
+    "date_understanding": {"train": 258, "test": 111, "all": 369},
+    "shuffled_objects": {"train": 525, "test": 225, "all": 750},
+    "last_letters": {"train": 350, "test": 150, "all": 500},
+    "coin_flip": {"train": 350, "test": 150, "all": 500},
+}
 
 
-@pytest.mark.parametrize("dataset", PUBLISHED)
-def test_published_rows(published, dataset):
-    rows = published[dataset]
-    assert len(rows) == SIZES[dataset] == len({row.question for row in rows})
-    assert [row.id for row in rows] == [f"{dataset}/published/{i}" for i in range(len(rows))]
-    assert load(dataset, "test", limit=3) == rows[:3]
+@pytest.mark.parametrize("dataset", ROWS)
+def test_rows_splits_and_ids(local_copy, dataset):
+    parts = {split: load(dataset, split) for split in splits(dataset)}
+    assert {split: len(rows) for split, rows in parts.items()} == ROWS[dataset]
+    everything = parts.pop("all")
+    assert len({row.id for row in everything}) == len(everything)
+    assert sorted(row.id for rows in parts.values() for row in rows) == sorted(row.id for row in everything)
+    for split, rows in parts.items():
+        assert all(row.id.startswith(f"{dataset}/{split}/") for row in rows)
+        chosen = {row.id for row in rows}
+        assert [row for row in everything if row.id in chosen] == rows  # file order
+    assert {(row.dataset, row.kind) for row in everything} == {(dataset, KINDS[dataset])}
+    assert load(dataset, "test", limit=3) == parts["test"][:3]
 
 
-def test_published_first_rows_are_read_right(published):
-    coin, letters, objects = (published[dataset][0] for dataset in PUBLISHED)
-    assert coin.question.startswith("A coin is heads up. Whitney flips the coin. Erika does not flip")
-    assert (coin.answer, coin.kind, coin.choices) == ("yes", "yes_no", ())
-    assert letters.question.startswith('Take the last letters of each words in "Whitney Erika Tj Benito"')
-    assert (letters.answer, letters.kind) == ("yajo", "letters")
-    assert objects.question.endswith("At the end of the game, Alice has the")
-    assert (objects.answer, objects.choices) == ("C", ("orange ball", "white ball", "blue ball"))
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [
+        ("single_eq", "single_eq"),
+        ("addsub", "addsub"),
+        ("multiarith", "multiarith"),
+        ("svamp", "svamp"),
+        ("strategy_qa", "strategy_qa"),
+        ("date_understanding", "date_understanding"),
+        ("shuffled_objects", "tracking_shuffled_objects"),
+        ("last_letters", "last_letter_concatenation"),
+        ("coin_flip", "coin_flip"),
+    ],
+)
+def test_the_split_is_the_published_one(local_copy, dataset, name):
+    published = json.loads((local_copy / "reasoning_teacher_splits" / f"{name}__default.json").read_text())
+    for split in ("train", "test"):
+        assert sorted(int(row.id.rpartition("/")[2]) for row in load(dataset, split)) == published[split]
 
 
-def test_published_choices_hold_gold_equally_often_at_every_place(published):
-    answers = [problem.answer for problem in published["shuffled_objects"]]
-    assert [answers.count(letter) for letter in "ABC"] == [250, 250, 250]
+@pytest.mark.parametrize(
+    ("dataset", "place", "question", "answer", "choices"),
+    [
+        ("single_eq", 11, "The sum of three consecutive even numbers is 162. What is the smallest", "52", ()),
+        ("addsub", 0, "Joan found 70 seashells on the beach . she gave Sam some of her seashells .", "43", ()),
+        ("multiarith", 0, "For Halloween Debby and her sister combined the candy they received.", "39", ()),
+        ("gsm8k", 7473, "Janet\u2019s ducks lay 16 eggs per day.", "18", ()),
+        ("svamp", 1, "Dan had $ 3 left with him after he bought a candy bar. If he had $ 4 at the start. How", "1", ()),
+        ("aqua", 5, "20 marbles were pulled out of a bag", "D", ("40", "200", "380", "400", "3200")),
+        ("strategy_qa", 0, "Is it common to see frost during some college commencements?", "yes", ()),
+        (
+            "commonsense_qa",
+            9741,
+            "A revolving door is convenient for two direction travel",
+            "A",
+            ("bank", "library", "department store", "mall", "new york"),
+        ),
+        (
+            "date_understanding",
+            0,
+            "Yesterday was April 30, 2021. What is the date today in MM/DD/YYYY?",
+            "F",
+            ("02/23/2021", "03/11/2021", "04/29/2021", "05/09/2021", "06/12/2021", "05/01/2021"),
+        ),
+        ("coin_flip", 0, "A coin is heads up. Whitney flips the coin. Erika does not flip", "yes", ()),
+        ("last_letters", 0, 'Take the last letters of each words in "Whitney Erika Tj Benito"', "yajo", ()),
+        ("shuffled_objects", 0, "Alice, Bob, and Claire are", "C", ("orange ball", "white ball", "blue ball")),
+    ],
+)
+def test_rows_are_read_right(local_copy, dataset, place, question, answer, choices):
+    row = load(dataset, "all")[place]
+    assert row.question.startswith(question)
+    assert (row.answer, row.choices) == (answer, choices)
 
 
-@pytest.mark.parametrize("dataset", PUBLISHED)
+def test_numbers_are_written_as_a_reader_would(local_copy):
+    assert {"12.3", "0.5"} < {row.answer for row in load("addsub", "all")}
+    assert not [
+        row for name in ("single_eq", "multiarith", "svamp") for row in load(name, "all") if row.answer.endswith(".0")
+    ]
+    assert not [row for row in load("gsm8k", "all") if "," in row.answer]
+
+
+def test_gold_stands_at_every_place(local_copy):
+    for dataset in ("aqua", "commonsense_qa", "date_understanding", "shuffled_objects"):
+        rows = load(dataset, "all")
+        for letter in "ABC":  # three options at least
+            assert 0.1 < sum(row.answer == letter for row in rows) / len(rows) < 0.4
+
+
+def test_shuffled_options_still_hold_gold(local_copy):
+    raw = json.loads((local_copy / "Bigbench_Date" / "task.json").read_text())["examples"]
+    for row, read in zip(raw, load("date_understanding", "all"), strict=True):
+        gold = next(option for option, score in row["target_scores"].items() if score)
+        assert read.choices[LETTERS.index(read.answer)] == gold
+        assert sorted(read.choices) == sorted(row["target_scores"])
+
+
+@pytest.mark.parametrize("dataset", BENCHMARKS)
 def test_published_gold_agrees_with_both_solvers_but_for_double_names(published, dataset):
     """15 questions of last_letters hold a double name ("Jose Antonio"), of which gold takes one letter."""
     odd = [p for p in published[dataset] if worked_solution(p)[1] != p.answer]
@@ -232,65 +321,33 @@ def test_published_gold_agrees_with_both_solvers_but_for_double_names(published,
     assert all(len(p.answer) == 4 and len(worked_solution(p)[0]) == 5 for p in odd)
 
 
-# --------------------------------------------------------------------------- reading, downloading, refusing
-
-CONTENT = json.dumps({"examples": [{"question": f"Question {i}? ", "answer": "yes"} for i in range(3)]}).encode()
-
-
-@pytest.fixture
-def source(monkeypatch, tmp_path):
-    """A coin_flip file of three questions in place of the published one; nothing else on disk, no network."""
-
-    def no_network(url, timeout):
-        raise urllib.error.URLError("no network in tests")
-
-    small = problems._Source("coin_flip/coin_flip.json", hashlib.sha256(CONTENT).hexdigest())
-    monkeypatch.setitem(problems._SOURCES, "coin_flip", small)
-    monkeypatch.delenv("SML_DATA_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    return small
+MATH = {
+    "math/train.jsonl": [
+        {"problem": "What is $1+1$?", "answer": "2", "unique_id": "train/algebra/1.json"},
+        {"problem": "Halve $1$.", "answer": "\\frac{1}{2}", "unique_id": "test/prealgebra/7.json"},
+    ],
+    "math/test.jsonl": [{"problem": "Find $x$.", "answer": "(3, 4)", "unique_id": "test/geometry/9.json"}],
+}
 
 
-def put(folder, content):
-    path = folder / "coin_flip" / "coin_flip.json"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(content)
-    return path
-
-
-def test_a_folder_is_read_from_the_argument_and_from_the_environment(source, tmp_path, monkeypatch):
-    put(tmp_path / "here", CONTENT)
-    rows = load("coin_flip", "test", data_dir=tmp_path / "here")
-    assert [row.question for row in rows] == ["Question 0?", "Question 1?", "Question 2?"]
-    assert load("coin_flip", "test", data_dir=tmp_path / "here", limit=1) == rows[:1]
-    monkeypatch.setenv("SML_DATA_DIR", str(tmp_path / "here"))
-    assert load("coin_flip", "test") == rows
-
-
-@pytest.mark.parametrize("content", [CONTENT[:-1], CONTENT.replace(b"yes", b"no ", 1), b""])
-def test_a_truncated_or_altered_file_is_refused_with_both_hashes(source, tmp_path, content):
-    path = put(tmp_path, content)
-    with pytest.raises(DatasetError, match=re.escape(str(path))) as refused:
-        load("coin_flip", "test", data_dir=tmp_path)
-    assert source.sha256 in str(refused.value)
-    assert hashlib.sha256(content).hexdigest() in str(refused.value)
-
-
-def test_a_missing_file_is_named_with_the_way_out(source, tmp_path):
-    with pytest.raises(DatasetError, match=r"coin_flip\.json is not there; SML_DATA_DIR must hold"):
-        load("coin_flip", "test", data_dir=tmp_path)
+def test_math_has_its_own_split_and_the_five_hundred(monkeypatch):
+    lines = {path: "".join(json.dumps(row) + "\n" for row in rows).encode() for path, rows in MATH.items()}
+    monkeypatch.setattr(problems, "read_pinned", lambda path, data_dir: lines[path])
+    assert splits("math") == ("train", "test", "test_500", "all")
+    assert [row.id for row in load("math", "train")] == ["math/train/algebra/1"]
+    assert [row.id for row in load("math", "test")] == ["math/test/prealgebra/7", "math/test/geometry/9"]
+    assert [row.id for row in load("math", "test_500")] == ["math/test/geometry/9"]
+    assert len(load("math", "all")) == 3
+    half = load("math", "test")[0]
+    assert (half.question, half.answer, half.kind) == ("Halve $1$.", r"\frac{1}{2}", "math")
 
 
 @pytest.mark.parametrize(
     ("dataset", "split", "message"),
     [
-        (
-            "gsm",
-            "test",
-            "unknown dataset 'gsm'; published sets here: coin_flip, last_letters, shuffled_objects",
-        ),
-        ("coin_flip", "train", "coin_flip has no split 'train'; it has: 'test'"),
+        ("gsm", "test", "unknown dataset 'gsm'; published datasets: single_eq, addsub, multiarith, gsm8k"),
+        ("aqua", "train", "aqua has no split 'train'; it has: test, all"),
+        ("coin_flip", "dev", "coin_flip has no split 'dev'; it has: train, test, all"),
     ],
 )
 def test_load_names_what_there_is(dataset, split, message):
@@ -298,65 +355,34 @@ def test_load_names_what_there_is(dataset, split, message):
         load(dataset, split)
 
 
-def test_without_network_and_data_the_error_says_what_to_set(source):
-    with pytest.raises(DatasetError, match=r"coin_flip: download of https://.* failed .*Set SML_DATA_DIR"):
-        load("coin_flip", "test")
+@pytest.mark.parametrize(
+    ("dataset", "row", "message"),
+    [
+        ("gsm8k", {"question": "How many?"}, r"gsm8k/test.jsonl, row 2: it has no field 'answer'"),
+        ("gsm8k", {"question": "How many?", "answer": "#### many"}, r"row 2: Invalid literal for Fraction: 'many'"),
+        ("gsm8k", {"question": " ", "answer": "#### 4"}, r"row 2: the question is empty"),
+        ("gsm8k", {"question": 5, "answer": "#### 4"}, r"row 2: .*'int'"),
+        (
+            "aqua",
+            {"question": "Which?", "options": ["A)4", "B)5"], "correct": "C"},
+            r"AQuA/test.json, row 2: gold 'C' is not one of the options A, B",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(monkeypatch, dataset, row, message):
+    good = {"question": "Which?", "options": ["A)4", "B)5"], "correct": "B", "answer": "#### 5"}
+    lines = "".join(json.dumps(line) + "\n" for line in (good, row)).encode()
+    monkeypatch.setattr(problems, "read_pinned", lambda path, data_dir: lines)
+    with pytest.raises(DatasetError, match=message):
+        load(dataset, "test")
 
 
-class Reply(io.BytesIO):
-    """What urlopen returns."""
-
-
-def serve(monkeypatch, content):
-    asked = []
-
-    def urlopen(url, timeout):
-        asked.append(url)
-        return Reply(content)
-
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    return asked
-
-
-def test_a_download_that_breaks_off_is_a_dataset_error(source, monkeypatch):
-    def broken(self, *args):
-        raise IncompleteRead(CONTENT[:5], len(CONTENT) - 5)
-
-    serve(monkeypatch, CONTENT)
-    monkeypatch.setattr(Reply, "read", broken)
-    with pytest.raises(DatasetError, match="IncompleteRead"):
-        load("coin_flip", "test")
-
-
-def test_a_download_is_kept_and_not_fetched_twice(source, monkeypatch, tmp_path):
-    asked = serve(monkeypatch, CONTENT)
-    first = load("coin_flip", "test")
-    assert load("coin_flip", "test") == first
-    assert len(asked) == 1 and asked[0].endswith("/dataset/coin_flip/coin_flip.json")
-    kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-    assert kept == [tmp_path / "cache/smlib/coin_flip/coin_flip.json"]
-
-
-def test_a_wrong_download_is_refused_and_not_kept(source, monkeypatch, tmp_path):
-    serve(monkeypatch, b"<html>sign in</html>")
-    with pytest.raises(DatasetError, match=source.sha256):
-        load("coin_flip", "test")
-    assert not (tmp_path / "cache").exists()
-
-
-def test_a_kill_while_writing_the_cache_leaves_no_half_file(source, monkeypatch, tmp_path):
-    serve(monkeypatch, CONTENT)
-
-    def killed(self, content):
-        with open(self, "wb") as file:
-            file.write(content[:5])
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "write_bytes", killed)
-        load("coin_flip", "test")
-    assert not (tmp_path / "cache/smlib/coin_flip/coin_flip.json").exists()
-    assert len(load("coin_flip", "test")) == 3
+@pytest.mark.parametrize("answer", ["Yes", "maybe", ""])
+def test_gold_of_another_kind_is_refused(monkeypatch, answer):
+    rows = json.dumps({"examples": [{"question": "Still heads up?", "answer": answer}]}).encode()
+    monkeypatch.setattr(problems, "read_pinned", lambda path, data_dir: rows)
+    with pytest.raises(DatasetError, match=f"row 1: gold '{answer}' is neither 'yes' nor 'no'"):
+        load("coin_flip", "all")
 
 
 # --------------------------------------------------------------------------------------------------- options

@@ -1,0 +1,228 @@
+"""Our judge beside published verdicts, on what real models wrote: results/judging.csv and docs/judging.md.
+
+    python benchmarks/judging.py FOLDER
+
+FOLDER (or SML_MODEL_OUTPUTS) holds two files of JSON lines, each with dataset, index, question, output, gold and
+published_correct: text_davinci_002_zero_shot_cot.jsonl, the logs of Kojima et al. (2205.11916) on every second
+question of twelve datasets, and gsm8k_gpt3_solutions.jsonl, GSM8K solutions by four models from
+openai/grade-school-math (with `model`). Every row on which the verdicts differ was read; the decisions are in
+judging_disagreements.jsonl beside this file. A row that differs and is not there stops the script.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from smlib.answers import Verdict, grade
+from smlib.artifacts import replacing
+from smlib.problems import KINDS, Problem
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "judging.md"
+TABLE = ROOT / "results" / "judging.csv"
+DECISIONS = Path(__file__).with_name("judging_disagreements.jsonl")
+MODEL = "text-davinci-002"
+FILES = ("text_davinci_002_zero_shot_cot.jsonl", "gsm8k_gpt3_solutions.jsonl")
+SPELLING = {"singleeq": "single_eq", "commonsensqa": "commonsense_qa", "strategyqa": "strategy_qa"}
+# Accuracy (%) that Kojima et al. publish for text-davinci-002, zero-shot, on all questions.
+UPSTREAM = {
+    "single_eq": 77.95,
+    "addsub": 69.62,
+    "multiarith": 78.67,
+    "gsm8k": 40.71,
+    "svamp": 62.10,
+    "aqua": 33.46,
+    "commonsense_qa": 64.62,
+    "strategy_qa": 54.76,
+    "date_understanding": 67.48,
+    "shuffled_objects": 52.40,
+    "last_letters": 57.60,
+    "coin_flip": 91.40,
+}
+# What a verdict calls invalid, by the words of its reason.
+REASONS = {
+    "neither yes nor no": "begins with neither yes nor no",
+    "several answers": "several answers",
+    "no number": "no number, or one in words",
+    "is empty": "an empty answer sentence",
+    "is not one number": "a piece of a calculation, a time or a list",
+    "no answer sentence": "no answer sentence",
+    "not solved": "an equation that is not solved",
+    "a percentage": "a percentage where none is asked for",
+    "not one of the options": "a letter that is no option",
+    "no option": "no option named",
+}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One row: who wrote it, where it stands, and the two verdicts."""
+
+    model: str
+    index: int
+    problem: Problem
+    published: bool
+    ours: Verdict
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.model, self.problem.dataset, self.index
+
+
+def problem_of(row: dict) -> Problem:
+    """The Problem of one row. Its choices stand in the question: "... Answer Choices: (A) red (B) blue"."""
+    dataset = SPELLING.get(row["dataset"], row["dataset"])
+    question, choices = row["question"], ()
+    if KINDS[dataset] == "choice":
+        question, options = question.rsplit(" Answer Choices: ", 1)
+        choices = tuple(text.strip() for text in re.split(r" ?\([A-Z]\) ", options)[1:])
+    return Problem(f"{dataset}/{row['index']}", dataset, question, row["gold"], KINDS[dataset], choices)
+
+
+def judge(folder: Path) -> list[Judged]:
+    """Every row of both files, judged, in the order of the table."""
+    judged = []
+    for name in FILES:
+        with open(folder / name, encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                problem = problem_of(row)
+                verdict = grade(row["output"], problem)
+                judged.append(Judged(row.get("model", MODEL), row["index"], problem, row["published_correct"], verdict))
+    order = list(UPSTREAM)
+    return sorted(judged, key=lambda one: (one.model != MODEL, one.model, order.index(one.problem.dataset), one.index))
+
+
+def differing(judged: list[Judged]) -> list[Judged]:
+    return [one for one in judged if one.ours.correct != one.published]
+
+
+def decisions() -> dict[tuple[str, str, int], dict]:
+    """Every disagreement, read: the answer sentence, both verdicts, who is right, and why."""
+    with open(DECISIONS, encoding="utf-8") as lines:
+        return {(MODEL, row["dataset"], row["index"]): row for row in map(json.loads, lines)}
+
+
+def table(judged: list[Judged]) -> list[dict]:
+    """One row per model and dataset, the twelve of text-davinci-002 also together. Percentages are of the rows."""
+    groups: dict[tuple[str, str], list[Judged]] = {(MODEL, dataset): [] for dataset in (*UPSTREAM, "all twelve")}
+    for one in judged:
+        groups.setdefault((one.model, one.problem.dataset), []).append(one)
+        if one.model == MODEL:
+            groups[MODEL, "all twelve"].append(one)
+    return [_table_row(*names, members) for names, members in groups.items()]
+
+
+def _table_row(model: str, dataset: str, members: list[Judged]) -> dict:
+    percent = 100 / len(members)
+    read = decisions()
+    right = Counter(read[one.key]["right"] for one in differing(members))
+    return {
+        "model": model,
+        "dataset": dataset,
+        "rows": len(members),
+        "published right (%)": f"{percent * sum(one.published for one in members):.2f}",
+        "ours right (%)": f"{percent * sum(one.ours.correct for one in members):.2f}",
+        "agreement (%)": f"{percent * (len(members) - right.total()):.2f}",
+        "differ": right.total(),
+        "ours is right": right["ours"],
+        "published is right": right["published"],
+        "invalid": sum(one.ours.extracted is None for one in members),
+        "upstream, all questions (%)": f"{UPSTREAM[dataset]:.2f}" if model == MODEL and dataset in UPSTREAM else "",
+    }
+
+
+def invalid(judged: list[Judged]) -> list[dict]:
+    """How many rows are invalid for which reason, and in which datasets."""
+    where: dict[str, Counter] = {}
+    for one in judged:
+        if one.ours.extracted is None:
+            reason = next(label for words, label in REASONS.items() if words in one.ours.reason)
+            where.setdefault(reason, Counter())[one.problem.dataset] += 1
+    return [
+        {
+            "reason": reason,
+            "rows": count.total(),
+            "where": ", ".join(f"{name} {rows}" for name, rows in count.most_common()),
+        }
+        for reason, count in sorted(where.items(), key=lambda item: -item[1].total())
+    ]
+
+
+def differences(judged: list[Judged]) -> list[dict]:
+    """Every row on which the verdicts differ, with the decision."""
+    words = {True: "right", False: "wrong"}
+    rows = []
+    for one in differing(judged):
+        read = decisions()[one.key]
+        said = "invalid" if one.ours.extracted is None else words[one.ours.correct]
+        rows.append(
+            {
+                "dataset": read["dataset"],
+                "row": read["index"],
+                "gold": read["gold"],
+                "the model's answer": read["output"].replace("\n", " ⏎ ").replace("$", "\\$").replace("*", "\\*"),
+                "published": words[one.published],
+                "ours": said,
+                "who is right, and why": f"{read['right']}: {read['why']}",
+            }
+        )
+    return rows
+
+
+def markdown(rows: list[dict]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def fill(page: str, **regions: str) -> str:
+    """The page with the text between "<!-- name -->" and "<!-- end -->" replaced."""
+    for name, text in regions.items():
+        page, found = re.subn(
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, text=text: f"{m[1]}\n{text}\n\n{m[2]}", page, flags=re.S
+        )
+        if found != 1:
+            raise SystemExit(f"{PAGE} has no place for the table {name!r}: put <!-- {name} --> and <!-- end --> there")
+    return page
+
+
+def pages(judged: list[Judged]) -> tuple[str, str]:
+    """What results/judging.csv and docs/judging.md should hold."""
+    rows = table(judged)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    tables = {
+        "agreement": markdown(rows),
+        "differences": markdown(differences(judged)),
+        "invalid": markdown(invalid(judged)),
+    }
+    return text.getvalue(), fill(PAGE.read_text(encoding="utf-8"), **tables)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", default=os.environ.get("SML_MODEL_OUTPUTS"))
+    folder = parser.parse_args().folder
+    if not folder:
+        raise SystemExit(f"name the folder that holds {' and '.join(FILES)}, or set SML_MODEL_OUTPUTS to it")
+    if missing := [name for name in FILES if not (Path(folder) / name).is_file()]:
+        raise SystemExit(f"{folder} does not hold {' and '.join(missing)}")
+    judged = judge(Path(folder))
+    if strange := {one.key for one in differing(judged)} ^ set(decisions()):
+        raise SystemExit(f"read these rows, and bring {DECISIONS.name} up to date: {sorted(strange)}")
+
+    for path, content in zip((TABLE, PAGE), pages(judged), strict=True):
+        with replacing(path) as partial:
+            partial.write_text(content, encoding="utf-8")
+    print(markdown(table(judged)))
+
+
+if __name__ == "__main__":
+    main()
