@@ -6,7 +6,7 @@ FOLDER (or SML_MODEL_OUTPUTS) holds two files of JSON lines, each with dataset, 
 published_correct: text_davinci_002_zero_shot_cot.jsonl, the logs of Kojima et al. (2205.11916) on every second
 question of twelve datasets, and gsm8k_gpt3_solutions.jsonl, GSM8K solutions by four models from
 openai/grade-school-math (with `model`). Every row on which the verdicts differ was read; the decisions are in
-judging_disagreements.jsonl beside this file. A row that differs and is not there stops the script.
+results/judging_differences.jsonl. A row that differs and is not there stops the script.
 """
 
 import argparse
@@ -21,30 +21,16 @@ from pathlib import Path
 
 from smlib.answers import Verdict, grade
 from smlib.artifacts import replacing
+from smlib.evaluation import TEXT_DAVINCI_002
 from smlib.problems import KINDS, Problem
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "judging.md"
 TABLE = ROOT / "results" / "judging.csv"
-DECISIONS = Path(__file__).with_name("judging_disagreements.jsonl")
+DECISIONS = ROOT / "results" / "judging_differences.jsonl"
 MODEL = "text-davinci-002"
 FILES = ("text_davinci_002_zero_shot_cot.jsonl", "gsm8k_gpt3_solutions.jsonl")
 SPELLING = {"singleeq": "single_eq", "commonsensqa": "commonsense_qa", "strategyqa": "strategy_qa"}
-# Accuracy (%) that Kojima et al. publish for text-davinci-002, zero-shot, on all questions.
-UPSTREAM = {
-    "single_eq": 77.95,
-    "addsub": 69.62,
-    "multiarith": 78.67,
-    "gsm8k": 40.71,
-    "svamp": 62.10,
-    "aqua": 33.46,
-    "commonsense_qa": 64.62,
-    "strategy_qa": 54.76,
-    "date_understanding": 67.48,
-    "shuffled_objects": 52.40,
-    "last_letters": 57.60,
-    "coin_flip": 91.40,
-}
 # What a verdict calls invalid, by the words of its reason.
 REASONS = {
     "neither yes nor no": "begins with neither yes nor no",
@@ -94,7 +80,7 @@ def judge(folder: Path) -> list[Judged]:
                 problem = problem_of(row)
                 verdict = grade(row["output"], problem)
                 judged.append(Judged(row.get("model", MODEL), row["index"], problem, row["published_correct"], verdict))
-    order = list(UPSTREAM)
+    order = list(TEXT_DAVINCI_002)
     return sorted(judged, key=lambda one: (one.model != MODEL, one.model, order.index(one.problem.dataset), one.index))
 
 
@@ -110,7 +96,9 @@ def decisions() -> dict[tuple[str, str, int], dict]:
 
 def table(judged: list[Judged]) -> list[dict]:
     """One row per model and dataset, the twelve of text-davinci-002 also together. Percentages are of the rows."""
-    groups: dict[tuple[str, str], list[Judged]] = {(MODEL, dataset): [] for dataset in (*UPSTREAM, "all twelve")}
+    groups: dict[tuple[str, str], list[Judged]] = {
+        (MODEL, dataset): [] for dataset in (*TEXT_DAVINCI_002, "all twelve")
+    }
     for one in judged:
         groups.setdefault((one.model, one.problem.dataset), []).append(one)
         if one.model == MODEL:
@@ -133,7 +121,9 @@ def _table_row(model: str, dataset: str, members: list[Judged]) -> dict:
         "ours is right": right["ours"],
         "published is right": right["published"],
         "invalid": sum(one.ours.extracted is None for one in members),
-        "upstream, all questions (%)": f"{UPSTREAM[dataset]:.2f}" if model == MODEL and dataset in UPSTREAM else "",
+        "upstream, all questions (%)": f"{TEXT_DAVINCI_002[dataset]:.2f}"
+        if model == MODEL and dataset in TEXT_DAVINCI_002
+        else "",
     }
 
 

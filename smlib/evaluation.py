@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
+from smlib import prompts
 from smlib.answers import grade
 from smlib.problems import Problem
-from smlib.prompts import open_prompt
 from smlib.sampling import sample
 
 # Zero-shot chain-of-thought accuracy (percent) of text-davinci-002, the model the paper compares with, as
@@ -166,16 +166,21 @@ def evaluate(
     temperature: float,
     max_new_tokens: int,
     seed: int,
+    shots: str = "none",
     progress: str | None = None,
 ) -> list[dict]:
     """One row per problem: the greedy answer and k sampled ones to the question alone (k = 0: greedy only).
+
+    shots: whose exemplars come first, "none", "smlib" or "wei" (`prompts.few_shot`): few-shot chain of thought, for
+    a model that was not trained on the bare question. Texts are cut as in training (`prompts.cut`).
 
     Row: id, dataset, gold; greedy_text, greedy_answer, greedy_correct, greedy_invalid; sampled_texts,
     sampled_answers, sampled_correct (lists of k) and sampled_invalid (a count). An invalid answer is None and
     counts as wrong. progress: label of the progress bars (greedy, then samples), None for none.
     """
     common = {
-        "prompts": [open_prompt(problem) for problem in problems],
+        "prompts": [prompts.open_prompt(problem, prompts.shots(problem.dataset, shots)) for problem in problems],
+        "stop": prompts.stop(shots),
         "keys": [problem.id for problem in problems],
         "max_new_tokens": max_new_tokens,
         "seed": seed,
@@ -184,7 +189,7 @@ def evaluate(
     greedy = sample(model, tokenizer, n=1, temperature=0.0, **common)
     drawn = sample(model, tokenizer, n=k, temperature=temperature, **common) if k else [[] for _ in problems]
     return [
-        _row(problem, first.text, [s.text for s in samples])
+        _row(problem, prompts.cut(first.text), [prompts.cut(one.text) for one in samples])
         for problem, [first], samples in zip(problems, greedy, drawn, strict=True)
     ]
 

@@ -97,7 +97,7 @@ def sample_rationales(run_dir: Path, settings: Settings, progress: bool = True) 
         tokenizer, base = models.load_tokenizer(settings.base), models.load_policy(settings.base)
         problems = training_problems(settings)
         rows = rationales.sample_open(
-            base, tokenizer, problems, settings.sampling.samples, author="base",
+            base, tokenizer, problems, settings.sampling.samples, author="base", shots=settings.sampling.shots,
             progress="open rationales" if progress else None, **_drawing(settings),
         )  # fmt: skip
         asked = [
@@ -106,11 +106,17 @@ def sample_rationales(run_dir: Path, settings: Settings, progress: bool = True) 
             for problem in problems[start : start + settings.sampling.conditioned_questions]
         ]
         rows += rationales.sample_conditioned(
-            base, tokenizer, asked, settings.sampling.conditioned_samples, author="base",
+            base, tokenizer, asked, settings.sampling.conditioned_samples, author="base", shots=settings.sampling.shots,
             progress="answer-conditioned rationales" if progress else None, **_drawing(settings),
         )  # fmt: skip
         rows = rationales.reanswer(
-            base, tokenizer, problems, rows, seed=settings.seed, progress="re-answering" if progress else None
+            base,
+            tokenizer,
+            problems,
+            rows,
+            seed=settings.seed,
+            shots=settings.sampling.shots,
+            progress="re-answering" if progress else None,
         )
         stage.write_rows("problems", problems)
         stage.write_rows("rationales", rows)
@@ -259,6 +265,7 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
                 answered = evaluation.evaluate(
                     model, tokenizer, problems,
                     k=settings.evaluation.samples if name in settings.tasks else 0,
+                    shots=settings.sampling.shots if method == "base" else "none",
                     temperature=settings.evaluation.temperature,
                     max_new_tokens=settings.sampling.max_new_tokens,
                     seed=settings.seed, progress=f"{METHODS[method]}, {name}" if progress else None,

@@ -123,6 +123,24 @@ def few_shot(dataset: str, count: int | None = None, *, form: str = "open", sour
     return "".join(_document(one, form) + "\n\n" for one in shown[:count])
 
 
+@cache
+def shots(dataset: str, source: str, *, conditioned: bool = False) -> str:
+    """What a run with `sampling.shots` = source puts before every question of a dataset: nothing for "none".
+
+    conditioned: for prompts with a given answer. Exemplars with a wrong one are ours: nobody else wrote any.
+    """
+    if source == "none":
+        return ""
+    if not conditioned:
+        return few_shot(dataset, source=source)
+    return few_shot(dataset, form="wrong") + few_shot(dataset, form="conditioned", source=source)
+
+
+def stop(source: str) -> tuple[str, ...]:
+    """Stop strings to sample with: shown exemplars, a model goes on with a next question. `cut` takes off the rest."""
+    return () if source == "none" else ("\nQ:",)
+
+
 def _document(one: Exemplar, form: str) -> str:
     prompt = open_prompt(one.problem) if form == "open" else conditioned_prompt(one.problem, one.given)
     return f"{prompt} {one.rationale}\n{answer_sentence(one.problem, one.given)}"

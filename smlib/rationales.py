@@ -27,14 +27,20 @@ def sample_open(
     max_new_tokens: int,
     seed: int,
     top_p: float = 1.0,
+    shots: str = "none",
     progress: str | None = None,
 ) -> list[dict]:
-    """n rationales per problem from the question alone (stage 1b), as rows in the order of the problems."""
+    """n rationales per problem from the question alone (stage 1b), as rows in the order of the problems.
+
+    shots: whose exemplars come before the question, "none", "smlib" or "wei" (`prompts.few_shot`); a model that has
+    not read our documents needs them to know the form.
+    """
     drawn = sample(
         model,
         tokenizer,
-        [prompts.open_prompt(problem) for problem in problems],
+        [prompts.open_prompt(problem, prompts.shots(problem.dataset, shots)) for problem in problems],
         n,
+        stop=prompts.stop(shots),
         temperature=temperature,
         top_p=top_p,
         max_new_tokens=max_new_tokens,
@@ -60,12 +66,14 @@ def sample_conditioned(
     max_new_tokens: int,
     seed: int,
     top_p: float = 1.0,
+    shots: str = "none",
     progress: str | None = None,
 ) -> list[dict]:
     """n rationales per problem for its gold answer and n for wrong given answers (stage 1).
 
     The wrong answers are drawn without repetition from `prompts.wrong_answers`; where there are fewer than n
-    (yes/no has one), they are used in turn.
+    (yes/no has one), they are used in turn. shots: as in `sample_open`; right and wrong given answers get the same
+    exemplars, of both kinds.
     """
     rng = random.Random(f"given/{seed}")
     asked: list[tuple[Problem, str, int]] = []
@@ -76,8 +84,12 @@ def sample_conditioned(
     drawn = sample(
         model,
         tokenizer,
-        [prompts.conditioned_prompt(problem, given) for problem, given, _ in asked],
+        [
+            prompts.conditioned_prompt(problem, given, prompts.shots(problem.dataset, shots, conditioned=True))
+            for problem, given, _ in asked
+        ],
         1,
+        stop=prompts.stop(shots),
         temperature=temperature,
         top_p=top_p,
         max_new_tokens=max_new_tokens,
@@ -115,6 +127,7 @@ def reanswer(
     rows: list[dict],
     *,
     seed: int,
+    shots: str = "none",
     progress: str | None = None,
 ) -> list[dict]:
     """The rows with "reanswer" and "reanswer_correct" added (stage 2).
@@ -129,8 +142,12 @@ def reanswer(
     drawn = sample(
         model,
         tokenizer,
-        [prompts.reanswer_prompt(by_id[identity], rationale) for identity, rationale in asked],
+        [
+            prompts.reanswer_prompt(by_id[identity], rationale, prompts.shots(by_id[identity].dataset, shots))
+            for identity, rationale in asked
+        ],
         1,
+        stop=prompts.stop(shots),
         temperature=0.0,
         max_new_tokens=16,
         seed=seed,

@@ -26,6 +26,10 @@ class SamplingSettings:
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 128
+    shots: str = "none"  # exemplars before the base's questions: "none", "smlib" (ours) or "wei" (Wei et al.)
+
+    def __post_init__(self):
+        _check("sampling.shots", self.shots, ("none", "smlib", "wei"))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from smlib.evaluation import (
     summarise,
 )
 from smlib.problems import Problem
+from smlib.prompts import few_shot
 from smlib.sampling import Sample
 
 # ----------------------------------------------------------------------------------------------- intervals
@@ -211,6 +212,19 @@ def test_evaluate_asks_the_question_alone_greedily_and_k_times(calls):
         "sampled_correct": [False, False, False],
         "sampled_invalid": 1,
     }
+
+
+def test_exemplars_come_first_where_asked_for(calls):
+    coin = Problem("p/0", "coin_flip", "Heads up?", "yes", "yes_no")
+    evaluate(None, None, [coin], k=0, temperature=0.7, max_new_tokens=9, seed=5, shots="smlib")
+    (call,) = calls
+    assert call["prompts"] == [few_shot("coin_flip") + "Q: Heads up?\nA:"] and call["stop"] == ("\nQ:",)
+
+
+def test_text_after_the_answer_does_not_count(calls, monkeypatch):
+    monkeypatch.setitem(WRITTEN, "p/0", ("The answer is 2.\n\nQ: 3 + 3?\nA: The answer is 6.", []))
+    (row,) = evaluate(None, None, PROBLEMS[:1], k=0, temperature=0.7, max_new_tokens=9, seed=5)
+    assert row["greedy_correct"] and row["greedy_text"] == "The answer is 2."
 
 
 def test_summary_by_hand(calls):

@@ -52,6 +52,7 @@ def test_open_rows_word_for_word(model):
         "top_p": 1.0,
         "max_new_tokens": 50,
         "seed": 3,
+        "stop": (),
         "progress": None,
     }
 
@@ -141,3 +142,20 @@ def test_an_answer_read_off_is_cut_and_may_be_missing(model):
     first, second = rationales.reanswer(None, None, [COIN], rows_of(" a.", " b."), seed=0)
     assert (first["reanswer"], first["reanswer_correct"]) == (None, False)
     assert (second["reanswer"], second["reanswer_correct"]) == ("yes", True)
+
+
+def test_exemplars_come_before_every_prompt_and_a_next_question_stops(model):
+    coin = Problem("coin_flip/train/c", "coin_flip", "Heads up?", "yes", "yes_no")
+    rows = rationales.sample_open(None, None, [coin], 1, shots="smlib", **SETTINGS)
+    rows += rationales.sample_conditioned(None, None, [coin], 1, shots="smlib", **SETTINGS)
+    rationales.reanswer(None, None, [coin], rows, seed=3, shots="smlib")
+    asked = [prompt for call in model.calls for prompt in call["prompts"]]
+    shown = prompts.few_shot("coin_flip")
+    given = prompts.few_shot("coin_flip", form="wrong") + prompts.few_shot("coin_flip", form="conditioned")
+    assert asked == [
+        prompts.open_prompt(coin, shown),
+        prompts.conditioned_prompt(coin, "yes", given),
+        prompts.conditioned_prompt(coin, "no", given),
+        prompts.reanswer_prompt(coin, " step 0.", shown),
+    ]
+    assert all(call["stop"] == ("\nQ:",) for call in model.calls)
