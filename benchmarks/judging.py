@@ -108,6 +108,7 @@ def table(judged: list[Judged]) -> list[dict]:
 
 def _table_row(model: str, dataset: str, members: list[Judged]) -> dict:
     percent = 100 / len(members)
+    upstream = TEXT_DAVINCI_002.get(dataset) if model == MODEL else None
     read = decisions()
     right = Counter(read[one.key]["right"] for one in differing(members))
     return {
@@ -121,9 +122,7 @@ def _table_row(model: str, dataset: str, members: list[Judged]) -> dict:
         "ours is right": right["ours"],
         "published is right": right["published"],
         "invalid": sum(one.ours.extracted is None for one in members),
-        "upstream, all questions (%)": f"{TEXT_DAVINCI_002[dataset]:.2f}"
-        if model == MODEL and dataset in TEXT_DAVINCI_002
-        else "",
+        "upstream, all questions (%)": f"{upstream:.2f}" if upstream else "",
     }
 
 

@@ -515,9 +515,9 @@ _COMMANDS = {
 }
 _MARKS = frozenset("+-/^_(){}[]|!=")
 # What math-verify reads in its own way, or a reader in two: 1 2 (for it 3), 5\frac{3}{2}, 2{3} (for it 5), 1011_2,
-# x^2^3, and 1/2x.
+# x^2^3, 1/2x, and \log without a base (for it 10).
 _AMBIGUOUS = re.compile(
-    r"\d \d|\d\\frac\{\d+\}\{\d+\}|[\d)!|]\{|[\d)]_|\^\{[^{}]*\}\^"
+    r"\d \d|\\log(?!_)|\d\\frac\{\d+\}\{\d+\}|[\d)!|]\{|[\d)]_|\^\{[^{}]*\}\^"
     r"|/(?:\d++|[A-Za-z]|\\[a-z]++|\([^()]*\)) ?[A-Za-z\\(]"
 )
 _WORD = re.compile(r"[A-Za-z]{3,}")
@@ -527,6 +527,8 @@ def _may_be_equal(said: str, gold: str) -> bool:
     """Whether math-verify may be asked: two formulas, of one meaning each, in the same letters."""
     if gold.isalpha() or said.count("=") != gold.count("=") or gold.count("=") > 1:
         return False
+    if _NUMBER.fullmatch(said) and _NUMBER.fullmatch(gold):
+        return False  # both in the one form of their value
     return _letters(said) == _letters(gold) and all(map(_is_formula, (said, gold)))
 
 

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import threading
+from functools import lru_cache
 
 MISSING = "math-verify is missing, which judges MATH answers; install it: pip install {}"
 PACKAGES = "math-verify==0.9.0 latex2sympy2_extended==1.11.0 antlr4-python3-runtime==4.13.2"
@@ -148,18 +149,22 @@ def compare(said: str, gold: str) -> bool:
     math-verify alone takes 1/2^60 for 1/2^61: it drops what is smaller than 10^-15. What cannot be read, or
     needs too much memory or recursion, is not equal.
     """
-    from latex2sympy2_extended import latex2sympy
     from math_verify import verify
-    from math_verify.grader import should_treat_as_complex
 
     try:
-        real = not should_treat_as_complex(said + " " + gold)
-        left, right = (latex2sympy(text, is_real=real, normalization_config=None) for text in (gold, said))
+        left, right = _parsed(gold), _parsed(said)
         return _values_agree(left, right) and verify(left, right, timeout_seconds=None)
     except MemoryError:
         os._exit(1)  # what SymPy has cached fills the memory: a new process starts empty
     except Exception:
         return False
+
+
+@lru_cache(maxsize=1024)
+def _parsed(text: str):
+    from latex2sympy2_extended import latex2sympy
+
+    return latex2sympy(text, is_real=True, normalization_config=None)
 
 
 def _values_agree(left, right) -> bool:
