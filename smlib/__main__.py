@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 
             results.main(args.runs, ROOT / "results")
             return 0
+        if args.command == "data":
+            return show_data(args.datasets)
         from smlib.pipeline import run_folder  # here, because they import torch
         from smlib.settings import preset
 
@@ -93,8 +95,25 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--refresh", action="store_true", help="put the executed notebooks into notebooks/")
     results = commands.add_parser("results", help="pool finished runs of several seeds: a table, results/PRESET.csv")
     results.add_argument("runs", nargs="+", metavar="RUN", help="run folder; the runs differ in their seed alone")
+    data = commands.add_parser("data", help="fetch and check the published datasets, and count their rows")
+    data.add_argument("datasets", nargs="*", metavar="DATASET", help="such as gsm8k (default: all thirteen)")
     commands.add_parser("pretrain", help="make the tiny base model again; see pretrain --help")
     return parser
+
+
+def show_data(datasets: list[str]) -> int:
+    """Load every split of the datasets, fetching what is not there; 1 if one cannot be used."""
+    from smlib.problems import PUBLISHED, DatasetError, load, splits
+
+    failed = 0
+    for dataset in datasets or PUBLISHED:
+        try:
+            rows = {split: len(load(dataset, split)) for split in splits(dataset)}
+            print(f"{dataset:19}" + "".join(f"{name} {count:,}   " for name, count in rows.items()).rstrip())
+        except DatasetError as error:
+            failed += 1
+            print(f"{dataset:19}cannot be used: {error}")
+    return min(failed, 1)
 
 
 def _assignment(text: str) -> tuple[str, object]:

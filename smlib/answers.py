@@ -13,6 +13,8 @@ from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 
+from smlib import math_answers
+from smlib.math_answers import Invalid as _Invalid
 from smlib.problems import LETTERS, Problem
 from smlib.prompts import before_next_question
 
@@ -31,10 +33,6 @@ class Verdict:
     reason: str
 
 
-class _Invalid(Exception):
-    """The text holds no single answer; the message becomes the reason of the verdict."""
-
-
 def grade(output: str, problem: Problem) -> Verdict:
     """Judge one output (prompt not included). Any text gives a Verdict.
 
@@ -42,6 +40,8 @@ def grade(output: str, problem: Problem) -> Verdict:
     Raises ValueError if the problem itself cannot be judged: an unknown kind, or a gold answer that is not of
     its kind or names no option.
     """
+    if problem.kind == "math":
+        return _grade_math(output, problem)
     gold = _gold(problem)
     try:
         said = _read(output, problem)
@@ -49,6 +49,18 @@ def grade(output: str, problem: Problem) -> Verdict:
         return Verdict(False, None, f"invalid: {invalid}; gold {gold}")
     correct = said == gold or (problem.kind == "number" and _is_rounded(gold, said))
     return Verdict(correct, said, f"said {said}, gold {gold}")
+
+
+def _grade_math(output: str, problem: Problem) -> Verdict:
+    """Two formulas may be equal and yet differ as strings; see `smlib.math_answers` for what counts as equal."""
+    if not math_answers.normalise(problem.answer):
+        raise ValueError(f"{problem.id}: the gold answer {problem.answer!r} is empty; correct the problem")
+    try:
+        said = math_answers.extract(output)
+    except _Invalid as invalid:
+        return Verdict(False, None, f"invalid: {invalid}; gold {problem.answer}")
+    correct, reason = math_answers.equal(said, problem.answer)
+    return Verdict(correct, math_answers.normalise(said), reason)
 
 
 def grade_many(outputs: Sequence[str], problems: Sequence[Problem]) -> list[Verdict]:
@@ -65,6 +77,8 @@ def extract(output: str, problem: Problem) -> str | None:
 
 
 def _read(output: str, problem: Problem) -> str:
+    if problem.kind == "math":
+        return math_answers.normalise(math_answers.extract(output))
     return _reader(problem)(_answer_line(output), problem)
 
 
@@ -72,7 +86,7 @@ def _reader(problem: Problem) -> Callable[[str, Problem], str]:
     if problem.kind not in _READERS:
         raise ValueError(
             f"{problem.id}: answers of kind {problem.kind!r} cannot be judged: allowed are {', '.join(_READERS)} "
-            "('math' is not implemented yet); choose a dataset of one of those kinds"
+            "and math; choose a dataset of one of those kinds"
         )
     return _READERS[problem.kind]
 

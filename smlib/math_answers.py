@@ -20,11 +20,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 
 from smlib.math_worker import Gone, Worker
 from smlib.prompts import before_next_question
 
-LONGEST = 1000  # characters of an answer; the longest gold answers of MATH have some 200
+LONGEST = 500  # characters of an answer; the longest gold answers of MATH have some 200
 
 
 class Invalid(Exception):
@@ -63,7 +64,7 @@ def normalise(answer: str) -> str:
         >>> normalise(r"$\dfrac{2}{4}$"), normalise("1{,}000\\text{ cm}"), normalise(r"\pm 3")
         ('\\frac{1}{2}', '1000', '-3, 3')
 
-    "" means that there is nothing to compare. normalise(normalise(x)) == normalise(x).
+    "" means that there is nothing to compare.
     """
     return _read(answer)[0].text
 
@@ -84,7 +85,7 @@ _OR_BEFORE = re.compile(r"\bor\b[\s$,]*(?:maybe|perhaps|possibly|even)?[\s$]*(?:
 _OR_AFTER = re.compile(r"[\s$,.)]*\bor\b")
 _JOINED = re.compile(r"[\s$]*(?:[,;]|and\b)[\s$]*(?:and\b)?[\s$]*(?:\w{1,3}\s*=\s*)?[\s$]*")
 # -\boxed{5}, 10^{\boxed{5}}, \boxed{5}\sqrt{2}, "\boxed{5} million": the answer is more than the box.
-_FORMULA_BEFORE = re.compile(r"(?:(?<=\S)\s*[-+/]|^-|\d|[\^_]\{?|\\(?:cdot|times|pm|[dtc]?frac\{|sqrt\{))\s*$")
+_FORMULA_BEFORE = re.compile(r"(?:(?<=\S)\s*[-+/]|\d|[\^_]\{?|\\(?:cdot|times|pm|[dtc]?frac\{|sqrt\{))\s*$|^-$")
 _FORMULA_AFTER = re.compile(
     r"[A-Za-z\d(]|\s*(?:[-+/_]|\^(?!\s*\{?\s*\\circ)|\\(?:cdot|times|pm|sqrt|pi|[dtc]?frac))"
     r"|[\s$]*(?:hundred|thousand|million|billion|dozen)"
@@ -111,8 +112,11 @@ def extract(output: str) -> str:
         said = _sentence(text[start : start + 3 * LONGEST])
     if len(said) > LONGEST:
         raise Invalid(f"an answer of more than {LONGEST} characters")
-    if not normalise(said):
+    shape, _ = _read(said)
+    if not shape.text:
         raise Invalid("the answer is empty")
+    if shape.kind == "unbalanced":
+        raise Invalid(f"the brackets of {said[:40]!r} do not match")
     return said
 
 
@@ -179,7 +183,7 @@ _REWRITES = [
     for pattern, replacement in [
         (r"\\(?:left|right)\s*\.|\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])", ""),
         (r"(?<=\d)(?:\{,\}|,\\!|\\[,!; ])(?=\d{3}(?!\d))", ""),  # 1{,}000 and 1,\!000
-        (r"(?<!\\)\\[!,;: ]|~|\\(?:q?quad|displaystyle|textstyle|limits|[lr]m|rm|bf)(?![A-Za-z])", " "),
+        (r"(?<!\\)\\[!,;: ]|~|\\(?:q?quad|displaystyle|textstyle|limits|rm|bf)(?![A-Za-z])", " "),
         (r"(?<!\\)\$|(?<!\\)\\[()\[\]]", " "),
         (r"\\[dtc]frac", r"\\frac"),
         (r"\\leq(?:slant)?(?![A-Za-z])|<=", r"\\le "),
@@ -190,7 +194,7 @@ _REWRITES = [
         (r"\\lbrace(?![A-Za-z])", r"\\{"),
         (r"\\rbrace(?![A-Za-z])", r"\\}"),
         (r"\\(?:emptyset|varnothing)(?![A-Za-z])", r"\\{\\}"),
-        (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])|\\circ\s*$", "°"),
+        (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])", "°"),
         (r"\\%", "%"),
         (_TEXT + r"\s*\{\s*(m|s|g|h|L)\s*\}", lambda found: f" {_LETTER_UNITS[found[1]]} "),
         (_TEXT + r"\s*\{([^{}]*)\}", r" \1 "),
@@ -198,8 +202,8 @@ _REWRITES = [
         (r"([\^_])\s*(-?\d+|[A-Za-z])", r"\1{\2}"),
         (r"(\\(?:frac|binom|sqrt(?:\[\d+\])?)(?![A-Za-z]))\s*(\d|[A-Za-z])", r"\1{\2}"),
         (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*(\d|[A-Za-z])", r"\1{\2}"),
-        (r"\s*,?\s*(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])\s*", ", "),
-        (r"\s{2,}", " "),
+        (r"\s+", " "),
+        (r" ?,? ?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]) ?", ", "),
     ]
 ]
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
@@ -209,7 +213,7 @@ def _clean(answer: str) -> str:
     text = answer.translate(_UNICODE)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = text.strip(" ,;:=").rstrip(" .,;:")
+    text = text.lstrip(" ,;:=").rstrip(" .,;:=")
     return _THOUSANDS.sub(lambda found: _without_commas(text[: found.start()], found[0]), text)
 
 
@@ -242,7 +246,7 @@ _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 def _split_unit(text: str) -> tuple[str, str]:
     """(value, canonical unit); "" for no unit, and for "units", which name none."""
     if text.startswith(r"\$"):
-        return text[2:].strip(), "$"
+        return text[2:].lstrip(" ,;:="), "$"
     found = _UNIT.search(text)
     value = text[: found.start()].strip() if found else ""
     if not re.search(r"[\w)}\]!|]$", value) or ("°" in found[0] and _TRIGONOMETRIC.search(value)):
@@ -280,7 +284,8 @@ class _Shape:
 def _read(answer: str) -> tuple[_Shape, str]:
     """(shape, unit)"""
     value, unit = _split_unit(_clean(answer))
-    return _shape(_TOKEN.findall(value)), unit
+    tokens = _TOKEN.findall(value)
+    return _shape(tokens) if _is_balanced(tokens) else _Shape("unbalanced", _join(tokens)), unit
 
 
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\[^A-Za-z\s]|\d+(?:\.\d+)?|\.\d+|[^\s\\]")
@@ -313,6 +318,11 @@ def _split(tokens: Sequence[str], *separators: str) -> tuple[list[Sequence[str]]
     return [*parts, tokens[start:]], found
 
 
+def _is_balanced(tokens: Sequence[str]) -> bool:
+    depths = list(accumulate(_DEPTH.get(token, 0) for token in tokens))
+    return not depths or (min(depths) >= 0 and depths[-1] == 0)
+
+
 def _is_enclosed(tokens: Sequence[str]) -> bool:
     """Whether the first bracket is closed by the last token; (1,2] is a pair as well."""
     if len(tokens) < 2 or tokens[0] not in _OPEN or tokens[-1] not in _OPEN.values():
@@ -341,7 +351,7 @@ def _without_parentheses(tokens: Sequence[str]) -> Sequence[str]:
 
 def _as_list(tokens: Sequence[str], depth: int) -> _Shape | None:
     items, _ = _split(tokens, ",", ";")
-    if list(tokens).count(r"\pm") == 1 and len(items) == 1:
+    if list(tokens[:-1]).count(r"\pm") == 1 and len(items) == 1:
         at = list(tokens).index(r"\pm")
         first = [] if at == 0 or tokens[at - 1] in ("=", "(", "{") else ["+"]
         items = [[*tokens[:at], *sign, *tokens[at + 1 :]] for sign in (first, ["-"])]
@@ -492,7 +502,7 @@ def _without(parts: Sequence[_Shape], texts: Counter) -> list[_Shape]:
     return rest
 
 
-_NAME = re.compile(r"(?:[A-Za-z]{1,3}|\\[a-z]+)'*(?:_\{\w+\})?(?:\([\w,]+\))?|\([A-Za-z](?:,[A-Za-z])+\)")
+_NAME = re.compile(r"(?:[A-Za-z]+|\\[a-z]+)'*(?:_\{\w+\})?(?:\([\w,]+\))?|\([A-Za-z](?:,[A-Za-z])+\)")
 
 
 def _right_side(said: _Shape) -> _Shape:
@@ -538,7 +548,9 @@ def _letters(text: str) -> frozenset[str]:
 
 def _is_formula(text: str) -> bool:
     known = all(
-        token in _COMMANDS or token in _MARKS or token[0].isdigit() or (token.isascii() and token.isalpha())
+        token in _COMMANDS
+        or token in _MARKS
+        or (token.isascii() and (token[0].isdigit() or token.isalpha() or token[0] == "."))
         for token in _TOKEN.findall(text)
     )
     return known and not _AMBIGUOUS.search(text) and not _WORD.search(re.sub(r"\\[A-Za-z]+", " ", text))

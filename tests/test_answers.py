@@ -270,9 +270,23 @@ def test_letters_drop_hyphens_quotes_and_spaces(answer, said):
     assert extract(f"The answer is {answer}", LETTERS) == said
 
 
+def test_math_is_judged_by_value():
+    asked = problem("math", r"\frac{1}{2}")
+    said = r"\frac{1}{2}"
+    assert grade(r"So it is $\boxed{\dfrac{3}{6}}$.", asked) == Verdict(True, said, f"said {said}, gold {said}")
+    assert grade("The answer is $0.5$.", asked).correct
+    assert grade("The answer is 1/3.", asked).reason == rf"said \frac{{1}}{{3}}, gold {said}"
+    assert grade("It is 0.5.", asked) == Verdict(False, None, f"invalid: no box and no answer sentence; gold {said}")
+    assert grade(r"\boxed{\sqrt{12}}", problem("math", r"2\sqrt{3}")).correct
+    assert extract(r"\boxed{0.5}", asked) == said
+    assert extract("The answer is 0.5 or 0.6.", asked) is None
+
+
 def test_problems_that_cannot_be_judged_raise():
-    with pytest.raises(ValueError, match="'math' cannot be judged"):
-        grade("The answer is 1.", problem("math", r"\frac{1}{2}"))
+    with pytest.raises(ValueError, match="'essay' cannot be judged"):
+        grade("The answer is 1.", problem("essay", "1"))
+    with pytest.raises(ValueError, match="the gold answer '\\$' is empty"):
+        grade("The answer is 1.", problem("math", "$"))
     with pytest.raises(ValueError):
         grade_many(["The answer is 1."], [])
 

@@ -5,7 +5,9 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -252,3 +254,370 @@ def test_equal(said, gold):
 @pytest.mark.parametrize(("said", "gold"), pairs(UNEQUAL))
 def test_unequal(said, gold):
     assert not equal(said, gold)[0], (normalise(said), normalise(gold))
+
+
+@pytest.mark.parametrize(
+    ("output", "answer"),
+    [
+        (r"So we get $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+        (r"First \boxed{3}. But no: \boxed{5}", "5"),
+        (r"$\boxed{\left\{ \sqrt{2}, \frac{1}{\sqrt{3}} \right\}}$", r"\left\{ \sqrt{2}, \frac{1}{\sqrt{3}} \right\}"),
+        (r"$\boxed{\{1,2\}}$ and nothing else", r"\{1,2\}"),
+        (r"\fbox{$7$}", "$7$"),
+        (r"Hence $\boxed 5$.", "5"),
+        (r"Hence \boxed 12.", "12"),
+        (r"\[ \boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}} \]", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"$x=\boxed{3}$", "3"),
+        (r"The angle is $\boxed{30}^\circ$.", "30"),
+        (r"The answer is $\boxed{8}$ square inches.", "8"),
+        (r"**\boxed{5}**", "5"),
+        ("- \\boxed{5}\n", "5"),
+        (r"Since n = 3 or n = 5, and 3 is too small, n is \boxed{5}.", "5"),
+        (r"$\boxed{x=1 \text{ or } x=2}$", r"x=1 \text{ or } x=2"),
+        (r"\boxed{\frac{1}{2}} or $0.5$.", r"\frac{1}{2}"),
+        (r"The answer is 3. Wait. The answer is $\boxed{5}$.", "5"),
+        (r"\boxed{3} The answer is $5$.", "$5$"),
+        ("The answer is 5.", "5"),
+        ("The answer is: $5$", "$5$"),
+        ("Answer: 5", "5"),
+        ("**Answer:** 5", "5"),
+        ("the final answer is $x=5.$ I hope it is correct.", "$x=5"),
+        ("Final Answer: The final answer is $0.5$. I hope it is correct.", "$0.5$"),
+        ("The answer is\n\n$$\n\\frac{1}{2}\n$$\nas claimed.", r"$\frac{1}{2}$"),
+        ("Therefore the answer is \\[ 5 \\].", "$5$"),
+        ("The answer is given by $5$ because 3 is too small.", "$5$"),
+        ("The answer is $5$, so we are done.", "$5$"),
+        ("The answer is (B).", "(B)"),
+        ("The answer is Tuesday", "Tuesday"),
+        ("The answer is 3.14.", "3.14"),
+        ("The answer is $1$ and $2$.", "$1$ and $2$"),
+        ("The answer is 5.\n\nQ: What else?\nA: The answer is \\boxed{6}.", "5"),
+        ("As the FAQ: says, the answer is 5.", "5"),
+        ("The answer is 1/2 or $0.5$.", "1/2"),
+    ],
+)
+def test_the_last_box_or_answer_sentence_is_the_answer(output, answer):
+    assert extract(output) == answer
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("", "no box and no answer sentence"),
+        ("So it is 5.", "no box and no answer sentence"),
+        ("Given answer: 5\nSo", "no box and no answer sentence"),
+        ("Q: Is the answer: 5?", "no box and no answer sentence"),
+        (r"\boxed{\frac{1}{2}", "not closed"),
+        (r"\boxed{5} and then \boxed{", "not closed"),
+        ("The answer is $(1,2$.", "do not match"),
+        (r"The answer is $\frac{1}{2$.", "do not match"),
+        (r"\boxed{}", "empty"),
+        (r"\boxed", "empty"),
+        ("The answer is", "empty"),
+        ("The answer is $ $.", "empty"),
+        ("The answer is not 5.", "what the answer is not"),
+        ("The answer is 5 or 6.", "several answers, 5 and 6"),
+        ("The answer is $x=1$ or $x=2$.", "several answers"),
+        (r"The answer is $1 \text{ or } 2$.", "several answers"),
+        (r"The answer is 5 or \boxed{6}.", "several answers"),
+        (r"The answer is 5 or maybe $x = \boxed{6}$.", "several answers"),
+        (r"The answer is $\boxed{5}$ or 6.", "several answers"),
+        (r"$\boxed{5}$ or $\boxed{6}$", "several answers"),
+        (r"$\boxed{5}$ and $\boxed{6}$", "several answers"),
+        (r"$x = \boxed{5}$, $y = \boxed{6}$", "several answers"),
+        (r"\boxed{2 + \boxed{3}}", "part of the formula"),
+        (r"\boxed{x, \boxed{3}}", "several answers"),
+        (r"$-\boxed{5}$", "part of the formula"),
+        (r"$2\boxed{5}$", "part of the formula"),
+        (r"$10^{\boxed{5}}$", "part of the formula"),
+        (r"$\frac{\boxed{5}}{2}$", "part of the formula"),
+        (r"$\boxed{5}\sqrt{2}$", "part of the formula"),
+        (r"$\boxed{5}x$", "part of the formula"),
+        (r"$\boxed{5}_2$", "part of the formula"),
+        (r"$\boxed{5}$ million", "part of the formula"),
+        (r"\boxed{" + "1" * 501 + "}", "more than 500 characters"),
+    ],
+)
+def test_no_single_answer_is_invalid(output, message):
+    with pytest.raises(Invalid, match=message):
+        extract(output)
+
+
+GOLDS = r"""
+2
+-3
+\frac{3}{4}
+-\frac{5}{12}
+3\sqrt{13}
+\frac{3\sqrt{2}}{2}
+\frac{\pi}{6}
+36\pi
+2+\sqrt{3}
+\frac{1+\sqrt{5}}{2}
+(3,\frac{\pi}{2})
+\left( 3, -7 \right)
+(-\infty,2)\cup(3,\infty)
+[-2,7]
+(0,1]
+x \in [-2,7]
+1,-2
+-1, 2, 5
+\{1,2,4\}
+3 \pm 2\sqrt{2}
+\text{Evelyn}
+\text{(C)}
+\text{even}
+11\sqrt{2}\text{ cm}
+10\text{ square inches}
+28\%
+90^\circ
+\$18.90
+10,\!080
+1{,}000{,}000
+2516_8
+4210_{5}
+y = 2x + 3
+x^3+3x-6
+6r^2-4r-24
+(x-3)(x+5)
+-x^4 + 2x
+5 + 3i
+\begin{pmatrix} -1 \\ 7 \end{pmatrix}
+\begin{pmatrix} 1/5 & 0 \\ 0 & 2 \end{pmatrix}
+p - q
+\frac{243}{625}
+\frac{(x+2)(x-1)}{x}
+12:30\text{ p.m.}
+\log_2 5
+x \ge 3
+0.\overline{27}
+\tan x
+\frac{\sqrt{3}}{3}
+2.5
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("gold", GOLDS)
+def test_every_gold_is_right_against_itself_and_against_no_other(gold):
+    for solution in (f"Adding up, so the answer is $\\boxed{{{gold}}}$.", f"Adding up.\nThe answer is ${gold}$."):
+        said = extract(solution)
+        assert equal(said, gold)[0]
+        assert normalise(said) == normalise(gold)
+    assert normalise(normalise(gold)) == normalise(gold)
+    assert [other for other in GOLDS if equal(gold, other)[0]] == (
+        [gold] if gold not in ("[-2,7]", r"x \in [-2,7]") else ["[-2,7]", r"x \in [-2,7]"]
+    )
+
+
+@pytest.mark.parametrize("gold", [gold for gold in GOLDS if any(map(str.isdigit, gold))])
+def test_a_gold_with_one_digit_changed_is_wrong(gold):
+    places = [index for index, char in enumerate(gold) if char.isdigit()]
+    for index in places:
+        changed = gold[:index] + str((int(gold[index]) + 1) % 10) + gold[index + 1 :]
+        assert not equal(changed, gold)[0], changed
+
+
+# ------------------------------------------------------------------------------------------------- the process
+
+
+def test_the_process_loads_neither_torch_nor_another_module_of_ours():
+    code = """
+import sys, smlib.math_worker as worker
+assert worker.compare("1/2", "2/4")
+print([name for name in sys.modules if name.split(".")[0] in ("torch", "transformers", "numpy", "smlib")])
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said == "['smlib', 'smlib.math_worker']\n"
+
+
+@pytest.fixture
+def worker():
+    worker = Worker()
+    yield worker
+    worker.stop()
+
+
+def test_one_process_answers_all_questions(worker):
+    assert worker.equal(r"\sqrt{12}", r"2\sqrt{3}", 60)
+    process = worker._process
+    assert not worker.equal(r"\sqrt{12}", r"3\sqrt{2}", 60)
+    assert worker.equal("x+y", "y+x", 60)
+    assert worker._process is process
+
+
+@pytest.mark.parametrize(
+    "bomb", ["9^{9^{9^{9}}}", r"\frac{1}{1+" * 300 + "x" + "}" * 300, "{" * 10_000, "((((9!)!)!)!)!"]
+)
+def test_a_bomb_ends_in_time_and_the_next_comparison_works(worker, bomb):
+    assert worker.equal("1+1", "2", 60)
+    start = time.monotonic()
+    try:
+        assert not worker.equal(bomb, "3", 0.5)
+    except Gone as gone:
+        assert str(gone) == "comparison took longer than 0.5 s"
+    assert time.monotonic() - start < 5
+    assert worker.equal("1+1", "2", 60)
+
+
+def test_a_bomb_is_unequal_and_says_why():
+    assert equal("9^{9^{9^{9}}}", "3", seconds=0.5) == (
+        False,
+        "comparison took longer than 0.5 s: said 9^{9^{9^{9}}}, gold 3",
+    )
+    assert equal(r"\sqrt{12}", r"2\sqrt{3}")[0]
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "rlimit"), reason="limits of another process: Linux only")
+def test_memory_is_limited(worker):
+    assert worker.equal("1+1", "2", 60)
+    limit, _ = psutil.Process(worker._process.pid).rlimit(psutil.RLIMIT_AS)
+    assert limit == math_worker.MEMORY
+
+
+def test_a_killed_process_is_replaced_and_none_is_left(worker):
+    assert worker.equal("1+1", "2", 60)
+    first = worker._process
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert worker.equal("1+1", "2", 60)
+    second = worker._process
+    worker.stop()
+    for process in (first, second):
+        with pytest.raises(ProcessLookupError):
+            os.kill(process.pid, 0)  # a zombie would still be there
+
+
+def test_a_process_that_dies_while_it_compares_is_reported(worker):
+    assert worker.equal("1+1", "2", 60)
+    threading.Timer(0.3, worker._process.kill).start()
+    with pytest.raises(Gone, match="ended its process"):
+        worker.equal("9^{9^{9^{9}}}", "3", 20)
+
+
+def test_threads_share_the_process(worker):
+    results = {}
+
+    def compare(number):
+        results[number] = worker.equal(f"{number}+x", f"x+{number % 3}", 60)
+
+    threads = [threading.Thread(target=compare, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {number: number < 3 for number in range(6)}
+
+
+@pytest.mark.filterwarnings("ignore:This process")
+def test_a_forked_child_starts_its_own_process_and_leaves_the_parents(worker):
+    assert worker.equal("1+1", "2", 60)
+    process = worker._process
+    child = os.fork()
+    if child == 0:
+        try:
+            alone = worker._process is None and worker.equal("1+2", "3", 60) and worker._process.pid != process.pid
+            worker.stop()
+            os._exit(0 if alone else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert worker.equal("1+1", "2", 60)
+    assert worker._process is process
+
+
+def runs(pid):
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def test_the_process_ends_with_the_caller_even_while_it_compares():
+    code = """
+import os, threading, smlib.math_worker as module
+worker = module.Worker()
+worker.equal("1+1", "2", 60)
+print(worker._process.pid, flush=True)
+threading.Timer(0.3, lambda: os._exit(0)).start()
+worker.equal("9^{9^{9^{9}}}", "3", 1.5)
+"""
+    pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    deadline = time.monotonic() + 10
+    while runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not runs(pid)
+
+
+def test_without_math_verify_the_command_to_install_it_is_told(tmp_path):
+    (tmp_path / "math_verify.py").write_text("raise ModuleNotFoundError('no')")
+    code = """
+import smlib.math_answers as m
+assert m.equal("1/2", "0.5")[0]
+try:
+    m.equal("1+x", "x+1")
+except ImportError as error:
+    print(error)
+"""
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path}
+    ).stdout
+    assert said.startswith("math-verify is missing") and "pip install math-verify==0.9.0" in said
+
+
+def test_equal_pairs_are_compared_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(math_answers._worker, "equal", lambda *question: asked.append(question) or True)
+    math_answers._compared.cache_clear()
+    assert all(equal("1+x", "x+1")[0] for _ in range(10))
+    assert asked == [("1+x", "x+1", 5.0)]
+    math_answers._compared.cache_clear()
+
+
+def test_the_pipe_carries_json_only(worker):
+    odd = 'a"\n\\u0000\x00é'
+    assert not worker.equal(odd, odd + "1", 60)
+    assert json.loads(json.dumps(odd)) == odd
+
+
+PIECES = [
+    "The answer is ",
+    r"\boxed{",
+    "}",
+    "{",
+    r"\frac{1}{2}",
+    r"\frac",
+    r"\sqrt",
+    r"\text{ cm}",
+    r"\text{",
+    r"\\",
+    "&",
+]
+PIECES += [r"\begin{pmatrix}", r"\end{pmatrix}", r"\cup", r"\pm", "$", r"\{", r"\}", "(", ")", "[", "]", ",", ";", "<"]
+PIECES += [r"\le", "=", "+", "-", "/", "^", "_", "!", "|", "1", "0", "12", ",000", ".5", "x", "ab", "E", "i", r"\pi"]
+PIECES += [r"\infty", r"\circ", "%", r"\$", " or ", " and ", "Q:", "\n", " ", "²", "٣", "\ud800"]
+
+
+@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=40).map("".join)), st.sampled_from(GOLDS))
+@settings(deadline=None, max_examples=300)
+def test_any_text_gives_an_answer_or_invalid(text, gold):
+    for output in (text, f"The answer is {text}", rf"\boxed{{{text}}}"):
+        try:
+            said = extract(output)
+        except Invalid:
+            continue
+        assert equal(said, said)[0]
+        correct, reason = equal(said, gold, seconds=1.0)
+        assert isinstance(correct, bool)
+        assert reason
+
+
+@given(st.sampled_from(PIECES), st.sampled_from(PIECES))
+@settings(deadline=None, max_examples=60)
+def test_reading_takes_linear_time(first, second):
+    text = (first + second) * 5_000
+    start = time.process_time()
+    for output in (text, f"The answer is {text}", rf"\boxed{{{text}}}"):
+        with suppress(Invalid):
+            extract(output)
+    assert time.process_time() - start < 3

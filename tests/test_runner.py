@@ -374,3 +374,20 @@ def test_the_smoke_pipeline_runs_from_end_to_end(tmp_path):
     names = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
     assert set(json.loads((tmp_path / "run" / "timings.json").read_text())) == names
     assert time.monotonic() - started < 300  # 2 minutes on two free cores
+
+
+def test_data_counts_rows_and_says_what_cannot_be_used(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("SML_DATA_DIR", str(tmp_path))
+    assert main(["data", "coin_flip"]) == 1
+    assert "coin_flip          cannot be used:" in capsys.readouterr().out
+    assert main(["data", "coin flip"]) == 1
+    assert "unknown dataset 'coin flip'; published datasets: single_eq" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.environ.get("SML_DATA_DIR"), reason="needs the published questions: set SML_DATA_DIR")
+def test_data_prints_the_rows_of_every_split(capsys):
+    assert main(["data", "gsm8k", "aqua"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "gsm8k              train 7,473   test 1,319   all 8,792",
+        "aqua               test 254   all 254",
+    ]
