@@ -10,6 +10,7 @@ uses signals as well and therefore works only in a main thread, which is why cal
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -93,8 +94,6 @@ class Worker:
 
 
 def _cause(status: int, seconds: float) -> str:
-    import signal
-
     if status == -getattr(signal, "SIGALRM", 0):
         return f"comparison took longer than {seconds:g} s"
     return f"comparison ended its process (status {status})"
@@ -127,10 +126,8 @@ def serve() -> None:
 
 def _limits():
     """Limit the memory; return a function that sets the alarm (none where the platform has none)."""
-    import signal
-
     try:
-        import resource
+        import resource  # not on Windows
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -146,8 +143,9 @@ def _limits():
 def compare(said: str, gold: str) -> bool:
     """Whether two formulas are equal: math-verify says so, and so do their values to 40 digits.
 
-    math-verify alone takes 1/2^60 for 1/2^61: it drops what is smaller than 10^-15. What cannot be read, or
-    needs too much memory or recursion, is not equal.
+    math-verify alone takes 1/2^60 for 1/2^61: it drops what is smaller than 10^-15. Its own extraction from text is
+    left aside: it falls back to Python's eval, and to a fraction found anywhere in what it cannot read. What cannot
+    be read, or recurses too deep, is not equal.
     """
     from math_verify import verify
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smlib import prompts
-from smlib.answers import Verdict, grade
+from smlib.answers import grade
 from smlib.problems import KINDS, PUBLISHED, TASKS, Problem, generate, load
 from smlib.steps import check_steps, first_wrong_step, worked_solution
 
@@ -21,15 +21,6 @@ LETTERS = Problem("l/0", "l", "Which letters?", "yajo", "letters")
 MATH = Problem("m/0", "m", "Solve it.", r"\frac{1}{2}", "math")
 WORD_PROBLEMS = ("single_eq", "addsub", "multiarith", "gsm8k", "svamp")
 NEXT_QUESTION = re.compile(r"(?<!\w)Q:")
-
-
-def judged(text: str, problem: Problem) -> Verdict:
-    try:
-        return grade(text, problem)
-    except ValueError as error:
-        if "'math' is not implemented yet" in str(error):
-            pytest.skip("the judge does not know kind 'math' yet")
-        raise
 
 
 # Texts that hold many answer sentences, whole and in part.
@@ -252,7 +243,7 @@ def test_the_two_steps_of_zero_shot_word_for_word(dataset):
     ],
 )
 def test_the_judge_reads_what_follows_an_answer_trigger(problem, said):
-    assert judged(prompts.answer_trigger(problem) + said, problem).correct
+    assert grade(prompts.answer_trigger(problem) + said, problem).correct
 
 
 def test_a_choice_question_with_five_options_is_not_asked_for_a_sixth():
@@ -429,7 +420,7 @@ def test_every_exemplar_is_judged_right_as_it_is_shown(dataset, form):
             else prompts.conditioned_prompt(one.problem, one.problem.answer)
         )
         completion = text.removeprefix(prompt)
-        assert completion != text and judged(completion, one.problem).correct
+        assert completion != text and grade(completion, one.problem).correct
         assert prompts.split_answer(completion)[0] == f" {one.rationale}"
         assert 2 <= len(one.rationale.split("\n")) <= 6
         assert one.given == one.problem.answer
@@ -444,9 +435,9 @@ def test_every_wrong_exemplar_is_judged_to_reach_its_wrong_answer(dataset):
         prompt = prompts.conditioned_prompt(one.problem, one.given)
         assert f"{prompt}{completion}\n\n" in prompts.few_shot(dataset, form="wrong")
         gold = prompts.answer_sentence(one.problem, one.problem.answer)
-        verdict = judged(completion, one.problem)
-        assert not verdict.correct and verdict.extracted is not None and judged(gold, one.problem).correct
-        assert judged(completion, Problem("x", dataset, "?", one.given, one.problem.kind, one.problem.choices)).correct
+        verdict = grade(completion, one.problem)
+        assert not verdict.correct and verdict.extracted is not None and grade(gold, one.problem).correct
+        assert grade(completion, Problem("x", dataset, "?", one.given, one.problem.kind, one.problem.choices)).correct
 
 
 @pytest.mark.parametrize("dataset", ["coin_flip", "last_letters", "shuffled_objects"])
@@ -581,7 +572,7 @@ def test_the_published_exemplars_of_wei_are_judged_right():
         assert len(theirs) == count
         for one in theirs:
             text = f" {one.rationale}\n{prompts.answer_sentence(one.problem, one.given)}"
-            assert judged(text, one.problem).correct and "The answer is" not in one.rationale
+            assert grade(text, one.problem).correct and "The answer is" not in one.rationale
             assert bool(one.problem.choices) == (one.problem.kind == "choice")
     prompt = prompts.open_prompt(asked("gsm8k"), prompts.few_shot("gsm8k", source="wei"))
     assert prompt.endswith("So she has 23 - 15 dollars left. 23 - 15 is 8.\nThe answer is 8.\n\nQ: How many?\nA:")
