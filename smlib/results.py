@@ -23,7 +23,7 @@ from smlib.steps import is_sound
 
 CONTRASTS = (("sft", "base"), ("sml", "sft"))  # who is compared with whom
 MEAN = "mean of tasks"  # the generated test sets, which have equally many questions, taken together
-OUTCOMES = ("right, every step", "right by luck", "wrong", "no answer")
+OUTCOMES = ("right, every step", "right, a step wrong", "wrong", "no answer")
 COLUMNS = ("preset", "seed", "method", "test_set", "metric", "n", "value", "low", "high")
 POOLED_COLUMNS = ("preset", "seeds", *COLUMNS[2:], "seeds_low", "seeds_high")
 _SHARES = ("greedy", "greedy_invalid", "pass_at", "majority_at")  # one yes or no per question: Wilson's interval
@@ -36,7 +36,7 @@ def outcome(problem: Problem, text: str) -> str:
         return "no answer"
     if not verdict.correct:
         return "wrong"
-    return "right, every step" if is_sound(problem, split_answer(text)[0]) else "right by luck"
+    return "right, every step" if is_sound(problem, split_answer(text)[0]) else "right, a step wrong"
 
 
 def outcome_shares(problems: Sequence[Problem], rows: Sequence[dict]) -> dict[str, float]:

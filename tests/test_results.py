@@ -38,7 +38,7 @@ def other(problem):
 
 def test_outcome_judges_answer_and_steps(problem):
     assert results.outcome(problem, solution(problem)) == "right, every step"
-    assert results.outcome(problem, solution(problem, wrong_step=True)) == "right by luck"
+    assert results.outcome(problem, solution(problem, wrong_step=True)) == "right, a step wrong"
     assert results.outcome(problem, solution(problem, answer=other(problem))) == "wrong"
     assert results.outcome(problem, " Nobody knows.") == "no answer"
 
@@ -46,7 +46,7 @@ def test_outcome_judges_answer_and_steps(problem):
 def test_outcome_shares_add_up(problem):
     texts = [solution(problem), solution(problem), solution(problem, wrong_step=True), ""]
     shares = results.outcome_shares([problem], [{"sampled_texts": texts}])
-    assert shares == {"right, every step": 50, "right by luck": 25, "wrong": 0, "no answer": 25}
+    assert shares == {"right, every step": 50, "right, a step wrong": 25, "wrong": 0, "no answer": 25}
 
 
 # ------------------------------------------------------------------------------------------ values of a question
