@@ -18,16 +18,20 @@ import re
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from smlib import math_answers
 from smlib.answers import Verdict, grade, grade_many
 from smlib.artifacts import replacing
 from smlib.evaluation import TEXT_DAVINCI_002
 from smlib.problems import KINDS, Problem
+from smlib.results import write_csv
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "judging.md"
 TABLE = ROOT / "results" / "judging.csv"
+SPEEDS = ROOT / "results" / "judging_speed.csv"
 DECISIONS = ROOT / "results" / "judging_differences.jsonl"
 MODEL = "text-davinci-002"
 FILES = ("text_davinci_002_zero_shot_cot.jsonl", "gsm8k_gpt3_solutions.jsonl")
@@ -45,6 +49,27 @@ REASONS = {
     "not one of the options": "a letter that is no option",
     "no option": "no option named",
 }
+
+
+# What the slowest text is looked for among: every two of these pieces, over and over, judged as every kind.
+PIECES = (
+    "The answer is ",
+    "\nA:",
+    "\\boxed{",
+    "}",
+    "\\frac{1}{0}",
+    "or",
+    " and ",
+    "no",
+    "(B)",
+    "A",
+    " ",
+    ",",
+    ".",
+    "-",
+)
+PIECES += ("/", "=", "$", "1", "000", "(", '"', "likely ")
+ANSWERS = (("number", "18", ()), ("choice", "B", ("red", "Moby Dick")), ("yes_no", "yes", ()), ("letters", "yajo", ()))
 
 
 @dataclass(frozen=True)
@@ -72,34 +97,57 @@ def problem_of(row: dict) -> Problem:
     return Problem(f"{dataset}/{row['index']}", dataset, question, row["gold"], KINDS[dataset], choices)
 
 
+def read(folder: Path) -> list[dict]:
+    """The rows of both files."""
+    return [json.loads(line) for name in FILES for line in (folder / name).read_text("utf-8").splitlines()]
+
+
 def judge(folder: Path) -> list[Judged]:
     """Every row of both files, judged, in the order of the table."""
     judged = []
-    for name in FILES:
-        with open(folder / name, encoding="utf-8") as lines:
-            for row in map(json.loads, lines):
-                problem = problem_of(row)
-                verdict = grade(row["output"], problem)
-                judged.append(Judged(row.get("model", MODEL), row["index"], problem, row["published_correct"], verdict))
+    for row in read(folder):
+        problem = problem_of(row)
+        verdict = grade(row["output"], problem)
+        judged.append(Judged(row.get("model", MODEL), row["index"], problem, row["published_correct"], verdict))
     order = list(TEXT_DAVINCI_002)
     return sorted(judged, key=lambda one: (one.model != MODEL, one.model, order.index(one.problem.dataset), one.index))
 
 
-def speed(folder: Path) -> float:
-    """Verdicts per second of processor time over all rows, the best of three rounds."""
-    rows = [json.loads(line) for name in FILES for line in (folder / name).read_text("utf-8").splitlines()]
-    outputs, problems, seconds = [row["output"] for row in rows], [problem_of(row) for row in rows], []
-    for _ in range(3):
-        started = time.process_time()
-        grade_many(outputs, problems)
-        seconds.append(time.process_time() - started)
-    return len(rows) / min(seconds)
+def speeds(folder: Path) -> list[dict]:
+    """How fast the judge is, in processor time of one core; MATH, which works in a second process, on the clock."""
+    rows = read(folder)
+    outputs, problems = [row["output"] for row in rows], [problem_of(row) for row in rows]
+    seconds = min(_seconds(lambda: grade_many(outputs, problems), time.process_time) for _ in range(3))
+    asked = [Problem(f"x/{kind}", "x", "?", gold, kind, choices) for kind, gold, choices in ANSWERS]
+    texts = ["The answer is " + (first + second) * 5_000 for first in PIECES for second in PIECES]
+    slowest = max(
+        _seconds(lambda: grade(text[:20_000], one), time.process_time)  # noqa: B023 (called at once)
+        for text in texts
+        for one in asked
+    )
+    formulas = [(rf"\sqrt{{{i}}} + {i}x", rf"{i}x + \sqrt{{{i}}}") for i in range(2, 102)]
+    math_answers.equal("x + 1", "1 + x")  # starts the process
+    compared = _seconds(lambda: [math_answers.equal(*pair) for pair in formulas], time.perf_counter)
+    hanging = _seconds(lambda: math_answers.equal(r"x + 9^{9^{9^{9}}}", "x + 9", seconds=2.0), time.perf_counter)
+    return [
+        {"what": "verdicts per second, all 7,495 outputs", "value": round(len(rows) / seconds)},
+        {"what": "slowest verdict on 20,000 characters of pieces of answers (ms)", "value": round(1000 * slowest, 1)},
+        {"what": "different MATH formulas compared per second", "value": round(len(formulas) / compared)},
+        {"what": "a MATH answer that hangs, with a limit of 2 s (s)", "value": round(hanging, 2)},
+    ]
+
+
+def _seconds(work, clock) -> float:
+    started = clock()
+    work()
+    return clock() - started
 
 
 def differing(judged: list[Judged]) -> list[Judged]:
     return [one for one in judged if one.ours.correct != one.published]
 
 
+@cache
 def decisions() -> dict[tuple[str, str, int], dict]:
     """Every disagreement, read: the answer sentence, both verdicts, who is right, and why."""
     with open(DECISIONS, encoding="utf-8") as lines:
@@ -223,7 +271,9 @@ def main() -> None:
         with replacing(path) as partial:
             partial.write_text(content, encoding="utf-8")
     print(markdown(table(judged)))
-    print(f"\n{speed(Path(folder)):,.0f} verdicts a second on one core")
+    measured = speeds(Path(folder))
+    write_csv(SPEEDS, measured)
+    print("", *(f"{row['what']}: {row['value']:,}" for row in measured), sep="\n")
 
 
 if __name__ == "__main__":

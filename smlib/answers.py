@@ -114,7 +114,6 @@ _CUE = re.compile(
 _LATEX = re.compile(r"\\(?:text|boxed)\{([^{}\n]{0,100})\}")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{(-?\d{1,40})\}\{(\d{1,40})\}")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\b(?:because|since)\b")
-_NOT = re.compile(r"[\W_]*not\b", re.IGNORECASE)
 _ALPHANUMERIC = re.compile(r"[^\W_]")
 
 
@@ -143,11 +142,6 @@ def _sentence(line: str) -> str:
     return _SENTENCE_END.split(line, maxsplit=1)[0]
 
 
-def _refuse_not(line: str) -> None:
-    if _NOT.match(line):
-        raise _Invalid("the answer sentence only says what the answer is not")
-
-
 # --------------------------------------------------------------------------------------------- the four kinds
 
 _DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
@@ -172,7 +166,7 @@ def _number(line: str, problem: Problem) -> str:
     "10%" says 10 where the gold is written with "%" or the question speaks of percent (GSM8K asks "what
     percentage" and writes 10); elsewhere it may mean 0.1 and is invalid.
     """
-    _refuse_not(line)
+    math_answers.refuse_not(line)
     left, _, sentence = _sentence(line).rpartition("=")
     if _UNKNOWN.search(left.rpartition("=")[2]):
         raise _Invalid("an equation that is not solved")
@@ -233,7 +227,7 @@ def _choice(line: str, problem: Problem) -> str:
         named = [allowed[i] for i, option in enumerate(choices) if _option_key(option) == key]
         if len(named) == 1 and not (len(key) == 1 and key.isalpha()):
             return named[0]
-    _refuse_not(line)
+    math_answers.refuse_not(line)
     found = _LABEL.match(sentence) or _PARENTHESISED.search(sentence)
     if found is None:
         raise _Invalid("no option in the answer sentence")

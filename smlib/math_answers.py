@@ -158,11 +158,16 @@ def _sentence(rest: str) -> str:
     rest = _DISPLAY.sub(lambda found: f"${' '.join((found[1] or found[2]).split())}$", rest, count=1)
     rest = rest[_FILLER.match(rest).end() :]
     sentence = _SENTENCE_END.split(rest, maxsplit=1)[0].strip(" *")
-    if _NOT.match(sentence):
-        raise Invalid("the answer sentence only says what the answer is not")
+    refuse_not(sentence)
     alternatives = _OR.split(sentence)
     _refuse_several(alternatives)
     return alternatives[0].strip()
+
+
+def refuse_not(sentence: str) -> None:
+    """Raise Invalid for "not 5"."""
+    if _NOT.match(sentence):
+        raise Invalid("the answer sentence only says what the answer is not")
 
 
 def _refuse_several(answers: Sequence[str]) -> None:

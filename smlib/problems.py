@@ -9,7 +9,7 @@ whatever the seed, and a generated question that equals a published one is throw
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -161,7 +161,7 @@ _EITHER = ("train", "test")  # the publisher names no split: see seventy_thirty
 
 @dataclass(frozen=True)
 class _Dataset:
-    files: dict[str, tuple[str, ...]]  # path -> the splits that its rows may be of
+    files: dict[str, tuple[str, ...]]  # path -> the splits that its rows may be of; a third one holds all its rows
     rows: Callable[[bytes], list[dict]]
     read: Callable[[dict, int], _Read]
 
@@ -202,7 +202,7 @@ def pinned_files(dataset: str) -> dict[str, str]:
 
 
 def seventy_thirty(rows: int) -> list[str]:
-    """ "train" or "test" for each row of a dataset that ships without a split: the published 70/30 split by index.
+    """The split, "train" or "test", of each row of a dataset that ships without one: the published 70/30 by index.
 
     It is the one of Ho et al. (2212.10071), who publish its indices: a permutation by numpy's frozen RandomState(0).
     MultiArith repeats 20 questions, some of them across the two parts.
@@ -233,28 +233,20 @@ def load(dataset: str, split: str, *, data_dir: Path | None = None, limit: int |
     for path, named in source.files.items():
         if split == "all" or split in named:
             rows = source.rows(read_pinned(path, data_dir))
-            for index, places in enumerate(_places(rows, named)):
-                if split in (*places, "all"):
-                    problems.append(_problem(dataset, path, places[0], index, rows[index]))
+            drawn = seventy_thirty(len(rows)) if named == _EITHER else named[:1] * len(rows)
+            for index, (row, place) in enumerate(zip(rows, drawn, strict=True)):
+                problem = _problem(dataset, path, f"{place}/{index}", index, row)
+                if split in ("all", problem.id.split("/")[1], *named[2:]):
+                    problems.append(problem)
     return problems[:limit]
 
 
-def _places(rows: list[dict], named: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """The splits that each row is of."""
-    drawn = seventy_thirty(len(rows))
-    for row, place in zip(rows, drawn, strict=True):
-        if len(named) == 1:
-            yield named
-        elif "unique_id" in row:
-            yield row["unique_id"].partition("/")[0], *named[2:]
-        else:
-            yield (place,)
-
-
-def _problem(dataset: str, path: str, split: str, index: int, row: dict) -> Problem:
+def _problem(dataset: str, path: str, name: str, index: int, row: dict) -> Problem:
+    """One row as a Problem; its name in the id is "split/row", except in MATH, whose rows bring their own."""
     try:
+        if dataset == "math":
+            name = row["unique_id"].removesuffix(".json")
         question, answer, choices = _DATASETS[dataset].read(row, index)
-        name = row.get("unique_id", f"{split}/{index}").removesuffix(".json")
         return _valid(Problem(f"{dataset}/{name}", dataset, question.strip(), answer.strip(), KINDS[dataset], choices))
     except KeyError as missing:
         raise DatasetError(f"{path}, row {index + 1}: it has no field {missing}") from None

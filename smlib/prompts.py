@@ -89,7 +89,7 @@ def zero_shot_answer_prompt(problem: Problem, rationale: str) -> str:
 
 _WORD_PROBLEMS = ("single_eq", "addsub", "multiarith", "gsm8k", "svamp")  # share one set of exemplars
 _FORMS = ("open", "conditioned", "wrong")
-_SOURCES = ("smlib", "wei")
+SOURCES = ("smlib", "wei")  # who wrote the exemplars
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,8 @@ def _rows(dataset: str, side: str, source: str) -> list[dict]:
     if dataset not in KINDS or shared not in own:
         known = (*_WORD_PROBLEMS, *(name for name in own if name in KINDS))
         raise ValueError(f"no exemplars for dataset {dataset!r}; there are: {', '.join(known)}")
-    if source not in _SOURCES:
-        raise ValueError(f"unknown source {source!r} of exemplars; allowed: {', '.join(_SOURCES)}")
+    if source not in SOURCES:
+        raise ValueError(f"unknown source {source!r} of exemplars; allowed: {', '.join(SOURCES)}")
     if source == "wei" and side == "wrong":
         raise ValueError("Wei et al. wrote no exemplars with a wrong given answer; take them from source 'smlib'")
     rows = own[shared][side] if source == "smlib" else _wei_exemplars(dataset)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 
 from smlib.ppo import PPOSettings
 from smlib.problems import TASKS
+from smlib.prompts import SOURCES
 
 
 def _check(what: str, value, allowed: tuple) -> None:
@@ -29,7 +30,7 @@ class SamplingSettings:
     shots: str = "none"  # exemplars before the base's questions: "none", "smlib" (ours) or "wei" (Wei et al.)
 
     def __post_init__(self):
-        _check("sampling.shots", self.shots, ("none", "smlib", "wei"))
+        _check("sampling.shots", self.shots, ("none", *SOURCES))
 
 
 @dataclass(frozen=True)

@@ -377,6 +377,13 @@ def test_a_row_that_cannot_be_used_is_named(monkeypatch, dataset, row, message):
         load(dataset, "test")
 
 
+def test_a_row_of_math_without_its_name_is_named(monkeypatch):
+    row = json.dumps({"problem": "Halve $1$.", "answer": "0.5"}).encode()
+    monkeypatch.setattr(problems, "read_pinned", lambda path, data_dir: row)
+    with pytest.raises(DatasetError, match=r"math/train.jsonl, row 1: it has no field 'unique_id'"):
+        load("math", "train")
+
+
 @pytest.mark.parametrize("answer", ["Yes", "maybe", ""])
 def test_gold_of_another_kind_is_refused(monkeypatch, answer):
     rows = json.dumps({"examples": [{"question": "Still heads up?", "answer": answer}]}).encode()
