@@ -5,6 +5,7 @@ and joined, here and nowhere else, so that sampling, training and scoring see th
 """
 
 import hashlib
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -82,6 +83,68 @@ def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     """log p(token) = logits[token] - logsumexp(logits): logits [..., V], ids [...] -> [...], float32."""
     flat = F.cross_entropy(logits.float().flatten(0, -2), ids.flatten(), reduction="none")
     return -flat.view(ids.shape)
+
+
+def pack(groups: Sequence[tuple[list[int], list[list[int]]]], pad_id: int, device="cpu") -> dict[str, Tensor]:
+    """Lay out every (prefix, its continuations) as one row, so that a model reads a prefix once: for `packed_logprobs`.
+
+    A row is prefix + continuation + continuation + ...; every continuation has the positions that follow the prefix,
+    and its tokens see the prefix and themselves only. So the log-probabilities are those of prefix + continuation
+    alone. With G rows of at most L tokens and N tokens in all continuations:
+
+    input_ids, position_ids [G, L]; attention_mask [G, 1, L, L], True where a token (third axis) sees another;
+    sources [N]: index into [G * L] of the token from which each continuation's token is predicted; targets [N]: these
+    tokens; rows [N]: the number of the continuation, counted over all groups.
+    """
+    ids, positions, parts, sources, targets, rows = [], [], [], [], [], []
+    length = max(len(prefix) + sum(map(len, continuations)) for prefix, continuations in groups)
+    for number, (prefix, continuations) in enumerate(groups):
+        line, places, part = list(prefix), list(range(len(prefix))), [0] * len(prefix)
+        for index, continuation in enumerate(continuations, 1):
+            first = number * length + len(line)
+            sources += [number * length + len(prefix) - 1, *range(first, first + len(continuation) - 1)]
+            rows += [rows[-1] + 1 if rows else 0] * len(continuation)
+            line += continuation
+            places += range(len(prefix), len(prefix) + len(continuation))
+            part += [index] * len(continuation)
+        ids.append(line)
+        positions.append(places)
+        parts.append(part)
+        targets += line[len(prefix) :]
+    part, column = pad_right(parts, -1), torch.arange(length)
+    seen, sees = part[:, None, :], part[:, :, None]
+    mask = (column <= column[:, None]) & ((seen == 0) | (seen == sees))
+    packed = {
+        "input_ids": pad_right(ids, pad_id),
+        "position_ids": pad_right(positions, 0),
+        "attention_mask": mask[:, None],
+        "sources": torch.tensor(sources),
+        "targets": torch.tensor(targets),
+        "rows": torch.tensor(rows),
+    }
+    return {name: tensor.to(device) for name, tensor in packed.items()}
+
+
+def packed_logprobs(model: PreTrainedModel, packed: dict[str, Tensor]) -> Tensor:
+    """log p of every token of every continuation in `packed`, given its prefix and the tokens before it: [N].
+
+    Only their states go on to the vocabulary, whose logits are what takes the memory.
+    """
+    hidden = ~packed["attention_mask"]
+    bias = torch.zeros(hidden.shape, dtype=model.dtype, device=hidden.device)  # eager attention adds its mask
+    states = model.get_decoder()(
+        input_ids=packed["input_ids"],
+        position_ids=packed["position_ids"],
+        attention_mask=bias.masked_fill_(hidden, torch.finfo(bias.dtype).min),
+        use_cache=False,
+    ).last_hidden_state
+    logits = model.get_output_embeddings()(states.flatten(0, 1)[packed["sources"]])
+    return token_logprobs(logits, packed["targets"])
+
+
+def sum_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """Sums of `packed_logprobs` [N] by continuation: [rows]."""
+    return values.new_zeros(int(rows[-1]) + 1).index_add(0, rows, values)
 
 
 def model_size(model: PreTrainedModel) -> int:

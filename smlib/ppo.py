@@ -455,7 +455,7 @@ def train(
             cut = torch.tensor([drawn.finish_reason == "length" for drawn in samples], device=policy.device)
             shaped = shaped - settings.missing_end_penalty * cut
 
-            ref_logp, batch.values = reference_and_values(policy, reference, value, batch, 4 * settings.minibatch)
+            ref_logp, batch.values = reference_and_values(policy, reference, value, batch, settings.minibatch)
             kl = kl_estimate(batch.logp, ref_logp, settings.kl_kind)
             rewards = token_rewards(shaped, kl, batch.mask, state.kl_coef)
             advantages, batch.returns = gae(rewards, batch.values, batch.mask, settings.gamma, settings.lam)

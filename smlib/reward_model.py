@@ -31,6 +31,8 @@ from smlib.answers import Reward, grade
 from smlib.problems import Problem
 from smlib.sft import fit, trainer_options
 
+TEXTS_PER_ROW = 4  # of one question; attention's work grows with the square of a row's length
+
 
 def encode(tokenizer: PreTrainedTokenizerBase, problem: Problem, text: str) -> list[int]:
     """Token ids of a question and a rationale as the reward model reads them, end-of-sequence last."""
@@ -38,50 +40,40 @@ def encode(tokenizer: PreTrainedTokenizerBase, problem: Problem, text: str) -> l
     return head + models.encode_completion(tokenizer, text)
 
 
-def _token_logprobs(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Log-probability of every token but the first, given those before: ids [B, L] -> [B, L - 1].
-
-    Pads stand on the right of a causal model: no token sees them, so no attention mask is needed.
-    """
-    return models.token_logprobs(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:])
-
-
 def pair_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     """Mean of -log sigmoid(R+ - R-): rewards [P], [P] -> scalar."""
     return -logsigmoid(chosen - rejected).mean()
 
 
-def chosen_nll(logprobs: torch.Tensor, tokens: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Mean of -log p over the chosen sides' tokens from the first at which a pair differs: scalar, in nats.
-
-    logprobs, tokens, real (bool, False on padding) [2 P, T]: first the P chosen sides, then the rejected in the same
-    order. What a pair shares, the question included, says nothing about its rank and does not train here.
-    """
-    chosen, rejected = tokens.view(2, -1, tokens.shape[1])
-    taken = (chosen != rejected).cummax(dim=1).values & real[: len(chosen)]
-    return -logprobs[: len(chosen)][taken].mean()
-
-
 class _LikelihoodTrainer(RewardTrainer):
     """TRL's trainer with beta times the log-likelihood as the reward.
 
-    It sums over the question's tokens too: in a pair they are the same and, in a causal model, have the same
-    probabilities, so they cancel in the difference and never train.
+    Both sides of a pair continue what they share, the question and often most of the steps: it is read once. Its
+    tokens have the same probabilities in both, cancel in the difference, and are therefore not even summed.
     """
 
     beta: float
     nll_coef: float
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ids, real = inputs["input_ids"], inputs["attention_mask"][:, 1:].bool()
-        logprobs = _token_logprobs(model, ids).where(real, 0.0)
-        chosen, rejected = self.beta * logprobs.sum(dim=1).view(2, -1)
-        pairwise, nll = pair_loss(chosen, rejected), chosen_nll(logprobs, ids[:, 1:], real)
+        logprobs = models.packed_logprobs(model, inputs)
+        chosen, rejected = self.beta * models.sum_rows(logprobs, inputs["rows"]).view(-1, 2).T
+        pairwise, nll = pair_loss(chosen, rejected), -logprobs[inputs["rows"] % 2 == 0].mean()
         parts = {"accuracy": (chosen > rejected).float().mean(), "pair_loss": pairwise, "chosen_nll": nll}
         for name, part in parts.items():
             self._metrics["train"][name].append(part.item())
         loss = pairwise + self.nll_coef * nll
         return (loss, {"rewards": (chosen, rejected)}) if return_outputs else loss
+
+
+def shared_prefix(chosen: list[int], rejected: list[int]) -> tuple[list[int], list[list[int]]]:
+    """A pair's tokens as (what both sides begin with, [the rest of r+, the rest of r-]), for `models.pack`.
+
+    Each side keeps at least its last token.
+    """
+    pairs = zip(chosen[:-1], rejected[:-1], strict=False)
+    shared = next((t for t, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)) - 1)
+    return chosen[:shared], [chosen[shared:], rejected[shared:]]
 
 
 def train_reward_model(
@@ -106,7 +98,8 @@ def train_reward_model(
         if not pair["held_out"]:
             chosen = encode(tokenizer, by_id[pair["id"]], pair["chosen"])
             rejected = encode(tokenizer, by_id[pair["id"]], pair["rejected"])
-            length = max(len(chosen), len(rejected))
+            prefix, sides = shared_prefix(chosen, rejected)
+            length = len(prefix) + sum(map(len, sides))
             examples.append({"chosen_ids": chosen, "rejected_ids": rejected, "length": length})
     if not examples:
         raise ValueError("the reward model needs at least one pair that is not held out, got none: sample more")
@@ -121,6 +114,9 @@ def train_reward_model(
                 remove_unused_columns=False,  # batches are grouped by "length", which TRL would take away first
             ),
             train_dataset=Dataset.from_list(examples),
+            data_collator=lambda batch: models.pack(
+                [shared_prefix(pair["chosen_ids"], pair["rejected_ids"]) for pair in batch], tokenizer.pad_token_id
+            ),
             processing_class=tokenizer,
         )
         trainer.beta, trainer.nll_coef = beta, nll_coef
@@ -135,25 +131,33 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     texts: Sequence[str],
-    tokens_per_batch: int = 16_384,
+    tokens_per_batch: int = 2_048,
 ) -> list[float]:
     """R / beta of every (problem, text), in nats, batched by length; the higher, the better the rationale.
 
-    Equal texts of one problem, which a trained policy writes often, are scored once.
+    A question is read once for every four of its texts, and equal texts of one question, which a trained policy
+    writes often, are scored once. tokens_per_batch: more do not fit a CPU core's cache and are slower there.
     """
-    asked = {(problem.id, text): problem for problem, text in zip(problems, texts, strict=True)}
-    starts = [len(models.encode_prompt(tokenizer, prompts.open_prompt(problem))) for problem in asked.values()]
-    rows = [encode(tokenizer, problem, text) for (_, text), problem in asked.items()]
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-    scores = [0.0] * len(rows)
+    asked: dict[str, tuple[Problem, dict[str, None]]] = {}
+    for problem, text in zip(problems, texts, strict=True):
+        asked.setdefault(problem.id, (problem, {}))[1][text] = None
+    keys, groups = [], []
+    for problem, found in asked.values():
+        head, found = models.encode_prompt(tokenizer, prompts.open_prompt(problem)), list(found)
+        for start in range(0, len(found), TEXTS_PER_ROW):
+            some = found[start : start + TEXTS_PER_ROW]
+            keys.append([(problem.id, text) for text in some])
+            groups.append((head, [models.encode_completion(tokenizer, text) for text in some]))
+    lengths = [len(head) + sum(map(len, tails)) for head, tails in groups]
+    order = sorted(range(len(groups)), key=lambda row: -lengths[row])
+    scores = {}
     while order:
-        taken = order[: max(1, tokens_per_batch // len(rows[order[0]]))]
-        order = order[len(taken) :]
-        ids = models.pad_right([rows[index] for index in taken], tokenizer.pad_token_id).to(model.device)
-        for index, values in zip(taken, _token_logprobs(model, ids), strict=True):
-            scores[index] = values[starts[index] - 1 : len(rows[index]) - 1].sum().item()
-    found = dict(zip(asked, scores, strict=True))
-    return [found[problem.id, text] for problem, text in zip(problems, texts, strict=True)]
+        count = max(1, tokens_per_batch // lengths[order[0]])
+        taken, order = order[:count], order[count:]
+        packed = models.pack([groups[row] for row in taken], tokenizer.pad_token_id, model.device)
+        sums = models.sum_rows(models.packed_logprobs(model, packed), packed["rows"])
+        scores |= zip([key for row in taken for key in keys[row]], sums.tolist(), strict=True)
+    return [scores[problem.id, text] for problem, text in zip(problems, texts, strict=True)]
 
 
 @torch.inference_mode()
@@ -163,8 +167,8 @@ def token_scores(
     """What each token of a rationale adds to its score, in nats: (tokens, values), as many; they sum to the score."""
     head = models.encode_prompt(tokenizer, prompts.open_prompt(problem))
     tail = models.encode_completion(tokenizer, text)
-    values = _token_logprobs(model, torch.tensor([head + tail], device=model.device))[0, len(head) - 1 :].tolist()
-    return [tokenizer.decode([token]) for token in tail], values
+    values = models.packed_logprobs(model, models.pack([(head, [tail])], tokenizer.pad_token_id, model.device))
+    return [tokenizer.decode([token]) for token in tail], values.tolist()
 
 
 def learned_reward(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Reward:

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import policy, tokenizer
 
@@ -74,6 +74,43 @@ def test_pads_on_the_right_do_not_change_the_logits_of_real_tokens():
     alone = model(input_ids=torch.tensor([row])).logits[0]
     padded = model(input_ids=models.pad_right([row, row * 3], tokenizer().pad_token_id)).logits[0, : len(row)]
     torch.testing.assert_close(padded, alone)
+
+
+def test_pack_by_hand():
+    packed = models.pack([([1, 5], [[6, 2], [7, 8, 2]]), ([1], [[9]])], pad_id=0)
+    assert packed["input_ids"].tolist() == [[1, 5, 6, 2, 7, 8, 2], [1, 9, 0, 0, 0, 0, 0]]
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4], [0, 1, 0, 0, 0, 0, 0]]
+    assert packed["sources"].tolist() == [1, 2, 1, 4, 5, 7]  # the second way on starts from the prefix as well
+    assert packed["targets"].tolist() == [6, 2, 7, 8, 2, 9]
+    assert packed["rows"].tolist() == [0, 0, 1, 1, 1, 2]
+    seen = packed["attention_mask"][0, 0].int().tolist()
+    assert seen[3] == [1, 1, 1, 1, 0, 0, 0]  # the end of the first way on
+    assert seen[6] == [1, 1, 0, 0, 1, 1, 1]  # the end of the second, which does not see the first
+    assert models.sum_rows(torch.arange(6.0), packed["rows"]).tolist() == [1, 9, 5]
+
+
+tokens = st.lists(st.integers(3, 40), min_size=1, max_size=6)
+
+
+@given(st.lists(st.tuples(tokens, st.lists(tokens, min_size=1, max_size=3)), min_size=1, max_size=3))
+@settings(max_examples=30, deadline=None)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_have_the_log_probabilities_and_gradients_of_each_alone(attention, groups):
+    model = policy()
+    model.set_attn_implementation(attention)
+    packed = models.packed_logprobs(model, models.pack(groups, pad_id=0))
+    (packed.sum() * 3).backward()
+    gradient = model.model.embed_tokens.weight.grad.clone()
+    model.zero_grad()
+    alone = []
+    for prefix, continuations in groups:
+        for continuation in continuations:
+            ids = torch.tensor([[*prefix, *continuation]])
+            logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            alone.append(logp[len(prefix) - 1 :])
+    torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    (torch.cat(alone).sum() * 3).backward()
+    torch.testing.assert_close(gradient, model.model.embed_tokens.weight.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_a_tokenizer_whose_pad_is_its_end_is_refused(tmp_path):

@@ -32,6 +32,16 @@ def trained_rows(monkeypatch, pairs, model):
     return made[0]
 
 
+def sides(batch):
+    """The token ids of each side in a packed batch, shared start included: chosen, rejected, chosen, ..."""
+    found = []
+    for number in range(int(batch["rows"][-1]) + 1):
+        own = batch["rows"] == number
+        row, place = divmod(int(batch["sources"][own][0]), batch["input_ids"].shape[1])
+        found.append([*batch["input_ids"][row, : place + 1].tolist(), *batch["targets"][own].tolist()])
+    return found
+
+
 def test_the_trainer_sees_the_very_tokens_that_are_scored(monkeypatch):
     """The trap: other libraries score without the special tokens that training put around a text."""
     expected = {
@@ -39,21 +49,24 @@ def test_the_trainer_sees_the_very_tokens_that_are_scored(monkeypatch):
         for problem, pair in zip(PROBLEMS[:16], PAIRS, strict=False)
         for side in ("chosen", "rejected")
     }
-    seen = set()
-    for batch in trained_rows(monkeypatch, PAIRS, reward()).get_train_dataloader():
-        rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
-        seen |= {tuple(ids[mask.bool()].tolist()) for ids, mask in rows}
-    assert seen == expected  # 16 pairs; the held-out ones never train
+    loader = trained_rows(monkeypatch, PAIRS, reward()).get_train_dataloader()
+    assert {tuple(ids) for batch in loader for ids in sides(batch)} == expected  # the held-out 8 pairs never train
 
 
-def test_chosen_is_the_first_half_of_a_batch_and_rejected_the_second(monkeypatch):
+def test_chosen_and_rejected_take_turns_in_a_batch(monkeypatch):
     batch = next(iter(trained_rows(monkeypatch, PAIRS, reward()).get_train_dataloader()))
-    said = [tokenizer().decode(ids, skip_special_tokens=True).rsplit(" ", 1)[1] for ids in batch["input_ids"]]
-    assert said == ["yes."] * 8 + ["no."] * 8
+    said = [tokenizer().decode(ids, skip_special_tokens=True).rsplit(" ", 1)[1] for ids in sides(batch)]
+    assert said == ["yes.", "no."] * 8
+
+
+def test_shared_prefix_by_hand():
+    assert reward_model.shared_prefix([1, 2, 3, 9], [1, 2, 4, 5, 9]) == ([1, 2], [[3, 9], [4, 5, 9]])
+    assert reward_model.shared_prefix([1, 2, 9], [1, 2, 9]) == ([1, 2], [[9], [9]])
+    assert reward_model.shared_prefix([1, 9], [1, 2, 9]) == ([1], [[9], [2, 9]])
 
 
 def test_the_loss_is_the_pairwise_logistic_one_of_the_scores(monkeypatch):
-    """The trainer sums over the question too; its tokens cancel in a pair, so the loss is that of the scores."""
+    """The trainer sums from the first difference only; what comes before cancels, so the loss is that of the scores."""
     monkeypatch.setitem(QUICK, "nll_coef", 0.0)
     model = reward()
     trainer = trained_rows(monkeypatch, PAIRS[:8], model)
@@ -80,14 +93,6 @@ def test_the_likelihood_of_the_chosen_side_is_added_from_where_the_pair_differs(
         tokens, values = reward_model.token_scores(model, tokenizer(), problem, text)
         tails += values[len(tokens) - 1 - tokens[::-1].index(" yes") :]
     assert (loss - without).item() == pytest.approx(-2.0 * sum(tails) / len(tails), abs=1e-5)
-
-
-def test_chosen_nll_by_hand():
-    """Two pairs of three tokens: the first differs at its second token, the other at its last, which is padded."""
-    tokens = torch.tensor([[5, 6, 7], [5, 6, 7], [5, 8, 7], [5, 6, 9]])
-    real = torch.tensor([[True, True, True], [True, True, False], [True] * 3, [True] * 3])
-    logprobs = torch.tensor([[-1.0, -2.0, -4.0], [-8.0, -16.0, -32.0], [-64.0] * 3, [-64.0] * 3])
-    assert reward_model.chosen_nll(logprobs, tokens, real) == 3.0  # (2 + 4) / 2
 
 
 def test_encode_puts_the_beginning_first_and_the_end_last():
