@@ -16,7 +16,7 @@ import hashlib
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -53,6 +53,9 @@ class Sample:
     finish_reason: str
 
 
+Until = Callable[[int, Sample], bool]  # (index of the prompt, its newest sample) -> whether it needs no more
+
+
 def sample(
     model,
     tokenizer,
@@ -66,10 +69,12 @@ def sample(
     top_k: int = 0,
     stop: Sequence[str] = (),
     keys: list[str] | None = None,
+    first: int = 0,
+    until: Until | None = None,
     max_batch: int = MAX_BATCH,
     progress: str | None = None,
 ) -> list[list[Sample]]:
-    """Draw `n` completions for every prompt; `result[i][j]` is sample j of prompt i.
+    """Draw `n` completions for every prompt; `result[i][j]` is sample number first + j of prompt i.
 
     temperature: 0 is greedy decoding; otherwise logits are divided by it.
     top_k, top_p: keep the k most probable tokens (0: all), then the smallest set of tokens that holds at least
@@ -79,6 +84,8 @@ def sample(
         rounding: a batch of another shape may round a logit otherwise, and a draw within that rounding of a
         boundary flips (about one token in a million in float32, far more in bfloat16). Keys are stable ids such
         as `Problem.id`; by default the prompts themselves.
+    first: number of the first sample. n = 8 and later first = 8, n = 8 give what n = 16 gives at once.
+    until: stop drawing for a prompt once it holds, as in `draw_until`; by default all n are drawn.
     max_batch: rows in flight; lower it if the keys and values of a large model do not fit in memory.
     progress: label of a progress bar on standard output; None prints nothing.
 
@@ -96,6 +103,8 @@ def sample(
         top_k=top_k,
         stop=stop,
         keys=list(prompts) if keys is None else keys,
+        first=first,
+        until=until,
         tokenizer=tokenizer,
         max_batch=max_batch,
         progress=progress,
@@ -114,18 +123,30 @@ def sample_ids(
     top_k: int = 0,
     stop: Sequence[str] = (),
     keys: list[str] | None = None,
+    first: int = 0,
+    until: Until | None = None,
     tokenizer=None,
     max_batch: int = MAX_BATCH,
     progress: str | None = None,
 ) -> list[list[Sample]]:
     """`sample` for prompts that are token ids already (with <bos>, if the model wants one).
 
-    Without a tokenizer, `text` is "" and the end-of-sequence token is the one of `model.generation_config`.
-    Default keys are the token ids, joined by blanks.
+    So a partial rationale is continued: its ids are those of the prompt plus those of the part. Without a tokenizer,
+    `text` is "" and the end-of-sequence token is the one of `model.generation_config`. Default keys are the token
+    ids, joined by blanks.
     """
     if keys is None:
         keys = [" ".join(map(str, ids)) for ids in prompt_ids]
-    _check(model, prompt_ids, n, temperature, max_new_tokens, top_p, top_k, stop, keys, tokenizer, max_batch)
+    _check(model, prompt_ids, n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, tokenizer, max_batch)
+    if until is not None:
+        options = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed, "top_p": top_p}
+        options |= {"top_k": top_k, "stop": stop, "tokenizer": tokenizer, "max_batch": max_batch}
+
+        def draw(numbers, number):
+            ids, names = [prompt_ids[i] for i in numbers], [keys[i] for i in numbers]
+            return [found for [found] in sample_ids(model, ids, 1, keys=names, first=number, **options)]
+
+        return draw_until(draw, len(prompt_ids), range(first, first + n), until, progress)
     eos = model.generation_config.eos_token_id if tokenizer is None else tokenizer.eos_token_id
     eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     draw = partial(_draw, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -145,13 +166,43 @@ def sample_ids(
             numbers = list(dict.fromkeys(i for i, _ in block))
             prompts = [prompt_ids[i] for i in numbers]
             owners = [numbers.index(i) for i, _ in block]
-            uniforms = np.stack([_uniforms(seed, keys[i], j, max_new_tokens) for i, j in block])
+            uniforms = np.stack([_uniforms(seed, keys[i], first + j, max_new_tokens) for i, j in block])
             for row, completed in _complete_block(model, prompts, owners, uniforms, draw, ending):
                 i, j = block[row]
                 results[i][j] = completed
                 tokens += len(completed.token_ids)
                 bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
                 bar.update()
+    return results
+
+
+def draw_until(
+    draw: Callable[[list[int], int], list[Sample]],
+    prompts: int,
+    numbers: range,
+    until: Until,
+    progress: str | None = None,
+) -> list[list[Sample]]:
+    """Draw sample after sample for every prompt until its condition holds; samples [prompt][number].
+
+    draw(indices, number): sample `number` of the prompts with these indices. All prompts that are still open are
+    drawn together, one sample each a round. So no sample is drawn in vain, and a prompt's last sample is the first
+    for which `until(index of the prompt, sample)` is true, or the last of `numbers`. The prompts are read anew in every
+    round: where nearly all samples are needed anyway, drawing them at once is faster.
+    """
+    results: list[list[Sample]] = [[] for _ in range(prompts)]
+    left = list(range(prompts))
+    with progress_bar(progress, prompts, "prompt") as bar:
+        for number in numbers:
+            found = draw(left, number) if left else []
+            still = []
+            for i, one in zip(left, found, strict=True):
+                results[i].append(one)
+                if not until(i, one) and number != numbers[-1]:
+                    still.append(i)
+            bar.update(len(left) - len(still))
+            bar.set_postfix_str(f"{sum(map(len, results)):,} samples", refresh=False)
+            left = still
     return results
 
 
@@ -408,11 +459,21 @@ class _Ending:
         return any(s in text for s in self.stop)
 
 
-def _check(model, prompt_ids, n, temperature, max_new_tokens, top_p, top_k, stop, keys, tokenizer, max_batch):
+def _check(model, prompt_ids, n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, tokenizer, max_batch):
     """Raise ValueError for the first bad argument."""
-    for name, value in (("n", n), ("max_new_tokens", max_new_tokens), ("max_batch", max_batch)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, but must be at least 1.")
+    check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, len(prompt_ids))
+    if max_batch < 1:
+        raise ValueError(f"max_batch is {max_batch}, but must be at least 1.")
+    if stop and tokenizer is None:
+        raise ValueError(f"stop is {stop!r}, but stop strings need a tokenizer; pass tokenizer=.")
+    check_lengths(prompt_ids, keys, max_new_tokens, getattr(model.config, "max_position_embeddings", None))
+
+
+def check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, prompts: int) -> None:
+    """Raise ValueError for the first argument that no engine takes."""
+    for name, value, least in (("n", n, 1), ("max_new_tokens", max_new_tokens, 1), ("first", first, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}, but must be at least {least}.")
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}, but must be 0 (greedy) or more.")
     if not 0 < top_p <= 1:
@@ -421,17 +482,18 @@ def _check(model, prompt_ids, n, temperature, max_new_tokens, top_p, top_k, stop
         raise ValueError(f"top_k is {top_k}, but must be 0 (keeps every token) or more.")
     if isinstance(stop, str) or "" in stop:
         raise ValueError(f"stop is {stop!r}, but must be a sequence of non-empty strings, such as ('Q:',).")
-    if stop and tokenizer is None:
-        raise ValueError(f"stop is {stop!r}, but stop strings need a tokenizer; pass tokenizer=.")
-    if len(keys) != len(prompt_ids):
-        raise ValueError(f"{len(keys)} keys were given for {len(prompt_ids)} prompts; give one per prompt.")
+    if len(keys) != prompts:
+        raise ValueError(f"{len(keys)} keys were given for {prompts} prompts; give one per prompt.")
     for key, count in Counter(keys).items():
         if count > 1:
             raise ValueError(
                 f"key {key!r} is given {count} times, so these prompts would share their random numbers; "
                 "raise n for more samples of one prompt, or pass distinct keys."
             )
-    limit = getattr(model.config, "max_position_embeddings", None)
+
+
+def check_lengths(prompt_ids, keys, max_new_tokens: int, limit: int | None) -> None:
+    """Raise ValueError for a prompt without tokens, or one that would grow beyond `limit` positions."""
     for key, ids in zip(keys, prompt_ids, strict=True):
         if len(ids) == 0:
             raise ValueError(f"prompt {key!r} has no tokens; give at least one, such as <bos>.")
