@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if args.command == "data":
             return show_data(args.datasets)
+        if args.command == "sample":
+            return sample(args)
         from smlib.pipeline import run_folder  # here, because they import torch
         from smlib.settings import preset
 
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             refresh(out, ROOT / "notebooks")
         print(f"Open {out / 'index.html'}")
         return 0
-    except (RunError, StageError, ValueError, OSError) as error:
+    except (RunError, StageError, ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -97,6 +99,21 @@ def _parser() -> argparse.ArgumentParser:
     results.add_argument("runs", nargs="+", metavar="RUN", help="run folder; the runs differ in their seed alone")
     data = commands.add_parser("data", help="fetch and check the published datasets, and count their rows")
     data.add_argument("datasets", nargs="*", metavar="DATASET", help="such as gsm8k (default: all thirteen)")
+    sample = commands.add_parser("sample", help="draw samples in bulk, to disk; the same command goes on or widens")
+    sample.add_argument("dataset", help="a generated task such as coin_flip, or a published one such as gsm8k")
+    sample.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder of the shards")
+    sample.add_argument("--split", default="train", help="train (default) or test")
+    sample.add_argument("--questions", type=int, metavar="N", help="the first N (default: all; generated: 1,000)")
+    sample.add_argument("--samples", type=int, default=8, metavar="K", help="per question (default 8)")
+    sample.add_argument("--base", default="tiny", help="tiny (default), a model's folder or a hub id")
+    sample.add_argument("--shots", default="none", help="exemplars before the question: none (default), smlib or wei")
+    sample.add_argument("--engine", default="native", help="native (default), vllm or ray")
+    sample.add_argument("--workers", type=int, default=2, help="processes of the engine ray (default 2)")
+    sample.add_argument("--temperature", type=float, default=1.0)
+    sample.add_argument("--top-p", type=float, default=1.0)
+    sample.add_argument("--max-new-tokens", type=int, default=128)
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--shard", type=int, default=64, help="questions in one file: what a kill loses (default 64)")
     commands.add_parser("pretrain", help="make the tiny base model again; see pretrain --help")
     return parser
 
@@ -114,6 +131,32 @@ def show_data(datasets: list[str]) -> int:
             failed += 1
             print(f"{dataset:19}cannot be used: {error}")
     return min(failed, 1)
+
+
+def sample(args) -> int:
+    """Draw samples of a dataset's questions into a folder of shards (smlib.bulk)."""
+    from smlib import models, prompts
+    from smlib.bulk import Bulk
+    from smlib.engines import make_engine
+    from smlib.problems import TASKS, generate, load
+
+    if args.dataset in TASKS:
+        problems = generate(args.dataset, args.questions or 1000, args.seed, split=args.split)
+    else:
+        problems = load(args.dataset, args.split, limit=args.questions)
+    shots = prompts.shots(args.dataset, args.shots)
+    questions = [(problem.id, prompts.open_prompt(problem, shots)) for problem in problems]
+    source = {"base": args.base, "base_sha256": models.weights_sha256(args.base), "dataset": args.dataset}
+    bulk = Bulk(args.out, make_engine(args.engine, args.base, workers=args.workers), source, args.shard)
+    counts = bulk.draw(
+        questions, args.samples, temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
+        seed=args.seed, stop=prompts.stop(args.shots), progress=args.dataset,
+    )  # fmt: skip
+    print(
+        f"{args.out}: {len(questions):,} questions, {counts['drawn']:,} samples drawn, {counts['found']:,} were there"
+        + f", {counts['dropped']} damaged files drawn again" * bool(counts["dropped"])
+    )
+    return 0
 
 
 def _assignment(text: str) -> tuple[str, object]:

@@ -1,0 +1,210 @@
+"""Bulk sampling: any number of samples for any number of questions, on disk, shard by shard.
+
+    bulk = Bulk(folder, engine, {"base": "tiny"})
+    bulk.draw(questions, n=8, temperature=0.7, max_new_tokens=128, seed=0)  # questions: (key, prompt) pairs
+    for key, samples in bulk.read():
+        ...
+
+The folder holds manifest.json, which says what the samples depend on, and files such as shard-000003.0-8.jsonl: the
+samples number 0 to 7 of the fourth `shard` questions. A shard is drawn, written in one atomic step, and forgotten, so
+memory does not grow with the number of questions, and a killed run loses at most the shard it was at. The same call
+goes on where it stopped; with a larger n it draws the new samples only, into files of their own (0-8, then 8-16).
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from smlib.artifacts import StageError, StageMismatch, replacing
+from smlib.engines import Engine
+from smlib.progress import progress_bar
+from smlib.sampling import Sample, check_drawing
+
+MANIFEST = "manifest.json"
+
+
+class Bulk:
+    """Samples of one engine under one folder.
+
+    source: what besides the drawing decides the samples, such as the base and its SHA-256; kept in the manifest.
+    shard: questions in one file: what a killed run loses, and what is in memory at a time.
+    """
+
+    def __init__(self, folder: str | Path, engine: Engine, source: dict, shard: int = 64):
+        if shard < 1:
+            raise ValueError(f"shard is {shard}, but must be at least 1 question.")
+        self.folder, self.engine, self.shard = Path(folder), engine, shard
+        self.source = {"engine": engine.name, **source, "shard": shard}
+
+    def draw(
+        self,
+        questions: Iterable[tuple[str, str]],
+        n: int,
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        seed: int,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop: Sequence[str] = (),
+        progress: str | None = None,
+    ) -> dict[str, int]:
+        """Draw what is missing of `n` samples for every (key, prompt) of `questions`.
+
+        questions: read once, in order, a shard at a time; keys are unique. The order is part of the run: shard i holds
+            the questions from i * shard on. progress: label of a bar on standard output; it knows the time left where
+            `questions` has a length. The other arguments are those of `sampling.sample`.
+
+        Returns {"drawn": samples drawn now, "found": samples that were on disk, "dropped": damaged files that were
+        drawn again}. Raises StageMismatch, naming what differs, where the folder was made with something else, and
+        StageError where another process is writing to it.
+        """
+        drawing = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
+        drawing |= {"top_p": top_p, "top_k": top_k, "stop": tuple(stop)}
+        check_drawing(n=n, keys=(), first=0, prompts=0, **{k: v for k, v in drawing.items() if k != "seed"})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                self._check_manifest(drawing)
+                return self._draw(questions, n, drawing, progress)
+        except Timeout:
+            raise StageError(f"{self.folder} is being written by another process: choose another folder.") from None
+
+    def _draw(self, questions, n, drawing, progress):
+        counts, tokens, started = {"drawn": 0, "found": 0, "dropped": 0}, 0, time.perf_counter()
+        total, seen = len(questions) * n if hasattr(questions, "__len__") else None, set()
+        with progress_bar(progress, total, "sample") as bar:
+            for number, block in enumerate(_blocks(questions, self.shard)):
+                keys, prompts = map(list, zip(*block, strict=True))
+                seen.update(keys)
+                if len(seen) < number * self.shard + len(block):
+                    raise ValueError(f"a key of shard {number} was given before; give every question a key of its own.")
+                missing, damaged = self._missing(number, block, n)
+                for path in damaged:
+                    bar.write(f"{path.name} is damaged: its samples are drawn again.")
+                    path.unlink()
+                for first, last in missing:
+                    samples = self.engine.sample(prompts, last - first, keys=keys, first=first, **drawing)
+                    self._write({"shard": number, "first": first, "last": last}, drawing, block, samples)
+                    tokens += sum(len(one.token_ids) for group in samples for one in group)
+                drawn = sum(last - first for first, last in missing) * len(block)
+                counts["drawn"] += drawn
+                counts["found"] += n * len(block) - drawn
+                counts["dropped"] += len(damaged)
+                bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
+                bar.update(n * len(block))
+        return counts
+
+    def _missing(self, shard: int, block: list, n: int) -> tuple[list[tuple[int, int]], list[Path]]:
+        """What is not on disk of the samples 0 to n of a shard, as spans (first, last), and its damaged files."""
+        spans, damaged, done = [], [], 0
+        for path in self._files(shard):
+            if (header := _header(path)) is None:
+                damaged.append(path)
+                continue
+            if header["questions"] != _digest(block):
+                raise StageMismatch(
+                    f"{path} holds other questions than are asked for, or in another order, from question "
+                    f"{shard * self.shard} ({block[0][0]!r}) on: give the same ones, or choose another folder."
+                )
+            if done < min(header["first"], n):
+                spans.append((done, min(header["first"], n)))
+            done = header["last"]
+        return spans + [(done, n)] * (done < n), damaged
+
+    def read(self, n: int | None = None) -> Iterator[tuple[str, list[Sample]]]:
+        """Every question's key and its samples, the first n of them (default: all), in the order drawn.
+
+        Raises StageError where a file is damaged, or has fewer than n samples: `draw` makes it good.
+        """
+        for shard in sorted({int(path.name[6:12]) for path in self.folder.glob("shard-*.jsonl")}):
+            found: dict[str, list[Sample]] = {}
+            for path in self._files(shard):
+                header = _header(path)
+                if header is None or header["first"] != max(map(len, found.values()), default=0):
+                    raise StageError(f"{path} is damaged, or the file before it is missing: draw again.")
+                with path.open(encoding="utf-8") as file:
+                    for line in islice(file, 1, 1 + header["rows"]):
+                        row = json.loads(line)
+                        found.setdefault(row["key"], []).extend(map(_sample, row["samples"]))
+            for key, samples in found.items():
+                if n is not None and len(samples) < n:
+                    raise StageError(f"{self.folder} has {len(samples)} of {n} samples of {key!r}: draw {n} first.")
+                yield key, samples[:n]
+
+    def _manifest(self, drawing: dict) -> dict:
+        return json.loads(json.dumps(self.source | {f"drawing.{name}": value for name, value in drawing.items()}))
+
+    def _check_manifest(self, drawing: dict) -> None:
+        path, ours = self.folder / MANIFEST, self._manifest(drawing)
+        theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else ours
+        for name in ours | theirs:
+            mine, other = ours.get(name, "(not set)"), theirs.get(name, "(not set)")
+            if mine != other:
+                raise StageMismatch(
+                    f"{self.folder} was made with {name} = {other!r}, and now {name} = {mine!r} is asked for: choose "
+                    f"another folder, or delete {self.folder}."
+                )
+
+    def _files(self, shard: int) -> list[Path]:
+        """The files of a shard, first samples first."""
+        return sorted(
+            self.folder.glob(f"shard-{shard:06d}.*.jsonl"), key=lambda path: int(path.name.split(".")[1].split("-")[0])
+        )
+
+    def _write(self, header: dict, drawing: dict, block: list, samples: list[list[Sample]]) -> None:
+        """A header, one row a question, and last the SHA-256 of all lines before; the manifest before the first."""
+        if not (self.folder / MANIFEST).exists():
+            with replacing(self.folder / MANIFEST) as tmp:
+                tmp.write_text(json.dumps(self._manifest(drawing), indent=1) + "\n", encoding="utf-8")
+        path = self.folder / f"shard-{header['shard']:06d}.{header['first']}-{header['last']}.jsonl"
+        header |= {"questions": _digest(block), "rows": len(block)}
+        digest = hashlib.sha256()
+        with replacing(path) as tmp, tmp.open("w", encoding="utf-8") as file:
+            rows = ({"key": key, "samples": list(map(_plain, n))} for (key, _), n in zip(block, samples, strict=True))
+            for row in chain([header], rows):
+                line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+                digest.update(line.encode())
+                file.write(line)
+            file.write(_end(digest))
+
+
+def _blocks(questions: Iterable, size: int) -> Iterator[list]:
+    rest = iter(questions)
+    while block := list(islice(rest, size)):
+        yield block
+
+
+def _digest(block: list[tuple[str, str]]) -> str:
+    return hashlib.sha256(json.dumps(block).encode()).hexdigest()
+
+
+def _header(path: Path) -> dict | None:
+    """The first line of a shard's file; None where the file is not whole, as its last line says."""
+    digest, last = hashlib.sha256(), b""
+    with path.open("rb") as file:
+        first = file.readline()
+        file.seek(0)
+        for line in file:
+            digest.update(last)
+            last = line
+    return json.loads(first) if last == _end(digest).encode() else None
+
+
+def _end(digest) -> str:
+    return json.dumps({"sha256": digest.hexdigest()}) + "\n"
+
+
+def _plain(sample: Sample) -> dict:
+    """As JSON; log-probabilities to a millionth of a nat."""
+    return dataclasses.asdict(sample) | {"logprobs": [round(value, 6) for value in sample.logprobs]}
+
+
+def _sample(row: dict) -> Sample:
+    return Sample(row["text"], tuple(row["token_ids"]), tuple(row["logprobs"]), row["finish_reason"])
