@@ -1,80 +1,215 @@
-"""Tokens per second of smlib's sampler beside `model.generate`, on a random tiny Llama, one thread of a CPU.
+"""Tokens per second of smlib's sampler beside its peers, on the tiny base; writes results/sampling_speed.csv.
 
-    python benchmarks/sampling.py
+    python benchmarks/sampling.py [--vllm .venv-vllm/bin/python] [--quick]
 
-Both draw 8 completions for each of the same prompts (40-59 tokens) at temperature 1, up to 96 new tokens. Twelve of
-the 600 tokens count as end-of-sequence, so lengths vary as those of rationales do, with a mean near 45. Tokens up to
-and including the end-of-sequence token count; padding after it does not. Time is processor time, so other work on
-the machine disturbs little; the rounds alternate, and the best of each is shown.
+500 questions of the tiny run's test split, 8 rationales each at temperature 1, at most 128 new tokens, all cores:
+- smlib's native engine;
+- `model.generate` at the best of several batch sizes (found on 64 of the questions, then run on all);
+- transformers' continuous batching, `model.generate_batch` (on 16 of the questions: it is slow on a CPU);
+- vLLM's CPU build, where --vllm names the Python of an environment that has it (`make .venv-vllm/.ready`).
+All draw from the same model at the same temperature, so the lengths are of one distribution; the table says the mean.
+Tokens up to and with the end of a rationale count, padding after it does not. Every contestant runs in a process of its
+own, alone, after a warm-up; the rounds alternate and the best of two is shown.
+
+Then for the native engine: samples per question (1, 4, 16, 64), number of questions (100 to 10,000, through
+smlib.bulk, with the peak memory of the process), and how much of the time the matrix products alone would take.
 """
 
-import random
+import argparse
+import csv
+import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from smlib.sampling import sample_ids
-
-PROMPTS, N, NEW_TOKENS, ROUNDS = 64, 8, 96, 3
-EOS = list(range(2, 14))
+TABLE = Path(__file__).parents[1] / "results" / "sampling_speed.csv"
+COLUMNS = ("what", "engine", "questions", "samples", "setting", "tokens", "mean_length", "seconds", "tokens_per_second")
+NEW_TOKENS, BATCHES = 128, (64, 128, 256, 512)
 
 
-def tiny_llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=600,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        head_dim=32,
-        max_position_embeddings=512,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config).eval()
-    model.generation_config.eos_token_id = EOS
-    return model
+def questions(count: int) -> list[tuple[str, str]]:
+    """(key, prompt) of test questions, the tasks mixed."""
+    from smlib import pipeline, prompts
+    from smlib.settings import preset
+
+    each = -(-count // 4)
+    pools = pipeline.test_problems(preset("tiny", evaluation={"questions": each})).values()
+    mixed = [problem for group in zip(*pools, strict=True) for problem in group]
+    return [(problem.id, prompts.open_prompt(problem)) for problem in mixed[:count]]
 
 
-def ours(model, prompts, max_batch):
-    settings = {"temperature": 1.0, "max_new_tokens": NEW_TOKENS, "seed": 0, "max_batch": max_batch}
-    results = sample_ids(model, prompts, N, **settings)
-    return sum(len(s.token_ids) for samples in results for s in samples)
+def by_engine(engine, asked, samples: int) -> list[int]:
+    """Lengths of the samples that an engine draws."""
+    keys, prompts = zip(*asked, strict=True)
+    drawn = engine.sample(
+        list(prompts), samples, keys=list(keys), temperature=1.0, max_new_tokens=NEW_TOKENS, seed=0
+    )  # fmt: skip
+    return [len(one.token_ids) for group in drawn for one in group]
 
 
-@torch.inference_mode()
-def generate(model, prompts, batch):
-    rows = [prompt for prompt in sorted(prompts, key=len) for _ in range(N)]
-    count = 0
+def by_generate(asked, samples: int, batch: int) -> list[int]:
+    import torch
+
+    from smlib import models
+
+    model, tokenizer = models.load_policy("tiny"), models.load_tokenizer("tiny")
+    rows = sorted((models.encode_prompt(tokenizer, prompt) for _, prompt in asked), key=len)
+    rows = [row for row in rows for _ in range(samples)]
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": NEW_TOKENS}
+    lengths = []
     for start in range(0, len(rows), batch):
         block = rows[start : start + batch]
         width = max(map(len, block))
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in block])
-        output = model.generate(
-            ids, attention_mask=(ids != 0).long(), do_sample=True, top_k=0, max_new_tokens=NEW_TOKENS
-        )
-        ended = torch.isin(output[:, width:], torch.tensor(EOS)).int()
-        count += int((ended.cumsum(1) - ended == 0).sum())
-    return count
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in block])
+        with torch.inference_mode():
+            output = model.generate(ids, attention_mask=(ids != tokenizer.pad_token_id).long(), **options)
+        ended = (output[:, width:] == tokenizer.eos_token_id).int()
+        lengths += (ended.cumsum(1) - ended == 0).sum(1).tolist()
+    return lengths
 
 
-def main():
-    torch.set_num_threads(1)
-    model, draw = tiny_llama(), random.Random(0)
-    prompts = [[1] + [draw.randrange(14, 600) for _ in range(39 + draw.randrange(20))] for _ in range(PROMPTS)]
-    contestants = {("smlib", size): ours for size in (128, 256, 512)}
-    contestants |= {("generate", size): generate for size in (32, 64, 128, 256, 512)}
-    best = dict.fromkeys(contestants, 0.0)
-    for _ in range(ROUNDS):
-        for (name, size), run in contestants.items():
-            start = time.process_time()
-            count = run(model, prompts, size)
-            best[name, size] = max(best[name, size], count / (time.process_time() - start))
-    for (name, size), speed in best.items():
-        print(f"{name:9} batch {size:3}  {speed:8,.0f} tokens/s")
-    top = {who: max(speed for (name, _), speed in best.items() if name == who) for who in ("smlib", "generate")}
-    print(f"ratio of the best: {top['smlib'] / top['generate']:.2f}")
+def by_generate_batch(asked, samples: int) -> list[int]:
+    from transformers import GenerationConfig
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    from smlib import models
+
+    model, tokenizer = models.load_policy("tiny"), models.load_tokenizer("tiny")
+    rows = [models.encode_prompt(tokenizer, prompt) for _, prompt in asked for _ in range(samples)]
+    drawing = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, max_new_tokens=NEW_TOKENS,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    memory = ContinuousBatchingConfig(page_size=32, num_blocks=2048, max_batch_tokens=512)
+    output = model.generate_batch(rows, drawing, memory, warmup=False)
+    return [len(one.generated_tokens) for one in output.values()]
+
+
+def in_bulk(count: int, samples: int, folder: str) -> list[int]:
+    from smlib.bulk import Bulk
+    from smlib.engines import make_engine
+
+    bulk = Bulk(folder, make_engine("native", "tiny"), {"base": "tiny"})
+    bulk.draw(questions(count), samples, temperature=1.0, max_new_tokens=NEW_TOKENS, seed=0)
+    return [len(one.token_ids) for _, group in bulk.read() for one in group]
+
+
+def bound(rows: int = 256) -> float:
+    """Tokens per second if a step were nothing but the model's matrix products, `rows` rows at a time."""
+    import torch
+
+    from smlib import models
+
+    model = models.load_policy("tiny")
+    weights = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1]) for weight in weights}
+    with torch.inference_mode():
+        best = float("inf")
+        for _ in range(50):
+            started = time.perf_counter()
+            for weight in weights:
+                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+            best = min(best, time.perf_counter() - started)
+    return rows / best
+
+
+def measure(job: dict) -> dict:
+    """One job in this process: lengths, seconds, peak memory."""
+    from smlib.artifacts import peak_mib
+    from smlib.engines import make_engine
+
+    kind, samples = job["engine"], job["samples"]
+    if kind == "bound":
+        return {"tokens_per_second": bound()}
+    if kind == "bulk":
+        started = time.perf_counter()
+        lengths = in_bulk(job["questions"], samples, job["folder"])
+        return summary(lengths, time.perf_counter() - started) | {"setting": f"peak {peak_mib():.0f} MiB"}
+    asked = questions(job["questions"])
+    if kind in ("native", "vllm"):
+        engine = make_engine(kind, "tiny")
+        draw = lambda some, n: by_engine(engine, some, n)  # noqa: E731
+    elif kind == "generate":
+        draw = lambda some, n: by_generate(some, n, job["batch"])  # noqa: E731
+    else:
+        draw = by_generate_batch
+    if kind != "generate_batch":
+        draw(asked[:16], 4)  # warm-up
+    started = time.perf_counter()
+    lengths = draw(asked, samples)
+    return summary(lengths, time.perf_counter() - started)
+
+
+def summary(lengths: list[int], seconds: float) -> dict:
+    tokens = sum(lengths)
+    return {
+        "tokens": tokens,
+        "mean_length": round(tokens / len(lengths), 1),
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(tokens / seconds),
+    }
+
+
+def alone(job: dict, python: str = sys.executable) -> dict:
+    """`measure` in a process of its own, whose last line of output is the result."""
+    command = [python, __file__, "--job", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{job} failed:\n{done.stderr[-3000:]}")
+    return job | json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(count: int, samples: int, vllm: str | None) -> list[dict]:
+    few = [alone({"engine": "generate", "questions": 64, "samples": samples, "batch": b}) for b in BATCHES]
+    best = max(few, key=lambda row: row["tokens_per_second"])["batch"]
+    jobs = [({"engine": "native", "questions": count, "samples": samples}, sys.executable)]
+    jobs += [({"engine": "generate", "questions": count, "samples": samples, "batch": best}, sys.executable)]
+    if vllm:
+        jobs.append(({"engine": "vllm", "questions": count, "samples": samples}, vllm))
+    rounds = [[alone(job, python) for job, python in jobs] for _ in range(2)]
+    rows = [max(pair, key=lambda row: row["tokens_per_second"]) for pair in zip(*rounds, strict=True)]
+    rows.append(alone({"engine": "generate_batch", "questions": 16, "samples": samples}))
+    for row in rows:
+        row["what"] = "engines"
+        if "batch" in row:
+            row["setting"] = f"batch {row['batch']}"
+    return rows
+
+
+def grow(largest: int) -> list[dict]:
+    import tempfile
+
+    rows = [{"what": "samples"} | alone({"engine": "native", "questions": 100, "samples": n}) for n in (1, 4, 16, 64)]
+    for count in (100, 1_000, largest):
+        with tempfile.TemporaryDirectory() as folder:
+            row = alone({"engine": "bulk", "questions": count, "samples": 4, "folder": folder})
+        rows.append({"what": "questions"} | row | {"engine": "native, to disk"})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm", metavar="PYTHON", help="Python of an environment with vLLM")
+    parser.add_argument("--quick", action="store_true", help="a tenth of everything; writes no table")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        print("\n" + json.dumps(measure(json.loads(args.job))))
+        return
+    rows = compare(50 if args.quick else 500, 8, args.vllm) + grow(1_000 if args.quick else 10_000)
+    limit = alone({"engine": "bound", "samples": 0})["tokens_per_second"]
+    rows.append({"what": "bound", "engine": "matrix products alone", "tokens_per_second": round(limit)})
+    ours = rows[0]["tokens_per_second"]
+    for row in rows:
+        name = f"{row['engine']}, {row.get('questions', '-')} questions x {row.get('samples', '-')}"
+        extra = f"{row.get('setting', '')}  {ours / row['tokens_per_second']:.2f} of it is native's"
+        print(f"{row['what']:9} {name:45} {row['tokens_per_second']:9,.0f} tokens/s  {extra}")
+    if not args.quick:
+        with TABLE.open("w", newline="") as file:
+            table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
 
 
 if __name__ == "__main__":

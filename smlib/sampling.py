@@ -89,9 +89,10 @@ def sample(
     max_batch: rows in flight; lower it if the keys and values of a large model do not fit in memory.
     progress: label of a progress bar on standard output; None prints nothing.
 
-    Raises ValueError for arguments out of range, equal keys, and prompts that with `max_new_tokens` are longer
-    than the model's `max_position_embeddings`.
+    Raises ValueError for arguments out of range, equal keys, empty prompts, and prompts that with `max_new_tokens`
+    are longer than the model's `max_position_embeddings`.
     """
+    check_prompts(prompts)
     return sample_ids(
         model,
         [tokenizer(prompt)["input_ids"] for prompt in prompts],
@@ -490,6 +491,13 @@ def check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, firs
                 f"key {key!r} is given {count} times, so these prompts would share their random numbers; "
                 "raise n for more samples of one prompt, or pass distinct keys."
             )
+
+
+def check_prompts(prompts: list[str]) -> None:
+    """Raise ValueError for a prompt without text: with <bos> before it, it would pass as one of a token."""
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {index} is empty; give every prompt some text.")
 
 
 def check_lengths(prompt_ids, keys, max_new_tokens: int, limit: int | None) -> None:

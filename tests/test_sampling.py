@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, processors
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from smlib import sampling
 from smlib.sampling import _shares_prompts, _truncate, _uniforms, sample, sample_ids
 
 PROMPTS = ["the cat", "a", "on the mat it sat", "that", "hat"]
@@ -104,7 +105,7 @@ def test_first_token_follows_the_softmax(model, tokenizer, temperature, top_k, t
             kept[token] = probabilities[token]
             mass += probabilities[token]
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": 1}
-    (samples,) = draw(model, tokenizer, ["the"], 3000, max_batch=1500, **settings)
+    (samples,) = draw(model, tokenizer, ["the"], 20_000, max_batch=2000, **settings)
     assert p_value([s.token_ids[0] for s in samples], kept) > 1e-4
 
 
@@ -183,6 +184,44 @@ def test_samples_do_not_depend_on_batch_order_or_n(any_model, tokenizer):
     assert [samples[:4] for samples in many] == expected
     (alone,) = draw(any_model, tokenizer, PROMPTS[:1], n=1)
     assert without_logprobs([alone])[0][0] == expected[0][0]
+
+
+def test_samples_are_addressed_by_number(any_model, tokenizer):
+    """n = 5 is n = 2, and later n = 3 from number 2 on."""
+    whole = without_logprobs(draw(any_model, tokenizer, n=5))
+    start, rest = (without_logprobs(draw(any_model, tokenizer, **part)) for part in ({"n": 2}, {"n": 3, "first": 2}))
+    assert [a + b for a, b in zip(start, rest, strict=True)] == whole
+
+
+def test_drawing_stops_at_the_first_sample_for_which_the_condition_holds(model, tokenizer, monkeypatch):
+    """The samples are those of drawing all at once, up to the first that holds, and no other is computed."""
+    whole = without_logprobs(draw(model, tokenizer, n=6))
+
+    def done(index, one):
+        return "a" in one.text[: 2 + index]
+
+    expected = []
+    for index, samples in enumerate(whole):
+        hits = [number for number, (text, *_) in enumerate(samples) if "a" in text[: 2 + index]]
+        expected.append(samples[: hits[0] + 1] if hits else samples)
+    assert len({len(samples) for samples in expected}) > 2  # otherwise the test shows little
+    computed = []
+    real = sampling._complete_block
+    monkeypatch.setattr(sampling, "_complete_block", lambda *a: (computed.append(len(a[2])), real(*a))[1])
+    assert without_logprobs(draw(model, tokenizer, n=6, until=done)) == expected
+    assert sum(computed) == sum(map(len, expected)) < 6 * len(PROMPTS)
+    tail = without_logprobs(draw(model, tokenizer, n=4, first=2, until=lambda index, one: False))
+    assert tail == [samples[2:] for samples in whole]
+
+
+def test_a_partial_completion_is_continued_as_its_ids(model, tokenizer):
+    """Self-Explore draws from the middle: greedy from a prefix of the greedy answer gives the rest of it."""
+    prompt = tokenizer("on the mat")["input_ids"]
+    settings = {"temperature": 0.0, "max_new_tokens": 12, "seed": 0, "tokenizer": tokenizer}
+    [[whole]] = sample_ids(model, [prompt], 1, **settings)
+    part = list(whole.token_ids[:5])
+    [[rest]] = sample_ids(model, [prompt + part], 1, **settings | {"max_new_tokens": 7})
+    assert rest.token_ids == whole.token_ids[5:]
 
 
 def test_a_lower_token_limit_gives_the_start_of_the_same_sample(model, tokenizer):
@@ -292,6 +331,8 @@ def test_no_prompts_give_no_samples(model, tokenizer):
     ("changes", "message"),
     [
         ({"n": 0}, "n is 0, but must be at least 1"),
+        ({"first": -1}, "first is -1, but must be at least 0"),
+        ({"prompts": ["the", ""]}, "prompt 1 is empty"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_batch": 0}, "max_batch is 0"),
         ({"temperature": -0.5}, "temperature is -0.5, but must be 0"),
