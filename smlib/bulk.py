@@ -30,7 +30,7 @@ MANIFEST = "manifest.json"
 
 
 class Bulk:
-    """Samples of one engine under one folder.
+    """Samples of one engine under one folder; itself an engine (`sample`), without `first` and `until`.
 
     source: what besides the drawing decides the samples, such as the base and its SHA-256; kept in the manifest.
     shard: questions in one file: what a killed run loses, and what is in memory at a time.
@@ -39,7 +39,7 @@ class Bulk:
     def __init__(self, folder: str | Path, engine: Engine, source: dict, shard: int = 64):
         if shard < 1:
             raise ValueError(f"shard is {shard}, but must be at least 1 question.")
-        self.folder, self.engine, self.shard = Path(folder), engine, shard
+        self.folder, self.engine, self.shard, self.name = Path(folder), engine, shard, engine.name
         self.source = {"engine": engine.name, **source, "shard": shard}
 
     def draw(
@@ -75,6 +75,11 @@ class Bulk:
                 return self._draw(questions, n, drawing, progress)
         except Timeout:
             raise StageError(f"{self.folder} is being written by another process: choose another folder.") from None
+
+    def sample(self, prompts: list[str], n: int, *, keys: list[str], **drawing) -> list[list[Sample]]:
+        """`draw` and `read` in one: an engine whose samples are on disk, so that a killed run goes on."""
+        self.draw(list(zip(keys, prompts, strict=True)), n, **drawing)
+        return [samples for _, samples in self.read(n)]
 
     def _draw(self, questions, n, drawing, progress):
         counts, tokens, started = {"drawn": 0, "found": 0, "dropped": 0}, 0, time.perf_counter()

@@ -6,6 +6,7 @@ A stage that is already on disk with the same settings is loaded, one with other
 `smlib.artifacts`). Notebooks call these functions and explain what they do; nothing else writes to a run folder.
 """
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,12 +14,16 @@ from pathlib import Path
 
 from smlib import evaluation, models, ppo, ranking, rationales, reward_model, sft
 from smlib.artifacts import Stage, require
+from smlib.bulk import Bulk
+from smlib.engines import NativeEngine
 from smlib.problems import PUBLISHED, DatasetError, Problem, generate, load, pinned_files
 from smlib.settings import Settings
 
 # Generated questions of the train split are drawn from these seeds, far apart, plus the run's own seed; the tiny
 # base read seeds from 1,000,003. Test questions are of another split and the same for every run.
 _FIRST, _SECOND, _PPO, _TEST, _FRESH = 10_000, 20_000, 30_000, 60_000, 50_000
+
+SHARDS = "shards"  # folder of the samples of a stage that is not finished
 
 METHODS = {"base": "base", "sft": "SFT on r+", "sml": "SML (PPO)"}
 
@@ -94,11 +99,11 @@ def sample_rationales(run_dir: Path, settings: Settings, progress: bool = True) 
     if stage.done:
         return stage
     with stage.recording():
-        tokenizer, base = models.load_tokenizer(settings.base), models.load_policy(settings.base)
+        engine = NativeEngine(models.load_policy(settings.base), models.load_tokenizer(settings.base))
         problems = training_problems(settings)
         rows = rationales.sample_open(
-            base, tokenizer, problems, settings.sampling.samples, author="base", shots=settings.sampling.shots,
-            progress="open rationales" if progress else None, **_drawing(settings),
+            _to_disk(stage, "open", engine), problems, settings.sampling.samples, author="base",
+            shots=settings.sampling.shots, progress="open rationales" if progress else None, **_drawing(settings),
         )  # fmt: skip
         asked = [
             problem
@@ -106,12 +111,12 @@ def sample_rationales(run_dir: Path, settings: Settings, progress: bool = True) 
             for problem in problems[start : start + settings.sampling.conditioned_questions]
         ]
         rows += rationales.sample_conditioned(
-            base, tokenizer, asked, settings.sampling.conditioned_samples, author="base", shots=settings.sampling.shots,
-            progress="answer-conditioned rationales" if progress else None, **_drawing(settings),
+            _to_disk(stage, "conditioned", engine), asked, settings.sampling.conditioned_samples, author="base",
+            shots=settings.sampling.shots, progress="answer-conditioned rationales" if progress else None,
+            **_drawing(settings),
         )  # fmt: skip
         rows = rationales.reanswer(
-            base,
-            tokenizer,
+            _to_disk(stage, "reanswers", engine),
             problems,
             rows,
             seed=settings.seed,
@@ -120,6 +125,7 @@ def sample_rationales(run_dir: Path, settings: Settings, progress: bool = True) 
         )
         stage.write_rows("problems", problems)
         stage.write_rows("rationales", rows)
+        shutil.rmtree(stage.folder / SHARDS)
     return stage
 
 
@@ -171,19 +177,20 @@ def sample_again(run_dir: Path, settings: Settings, progress: bool = True) -> St
     if stage.done:
         return stage
     with stage.recording():
-        tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(tuned.path("model"))
+        engine = NativeEngine(models.load_policy(tuned.path("model")), models.load_tokenizer(settings.base))
         problems = second_problems(settings)
         rows = rationales.sample_open(
-            model, tokenizer, problems, settings.sampling.samples, author="sft",
+            _to_disk(stage, "open", engine), problems, settings.sampling.samples, author="sft",
             progress="rationales of the SFT model" if progress else None, **_drawing(settings),
         )  # fmt: skip
         rows = rationales.reanswer(
-            model, tokenizer, problems, rows, seed=settings.seed, progress="re-answering" if progress else None
+            engine, problems, rows, seed=settings.seed, progress="re-answering" if progress else None
         )
         rows, fate = ranking.rank(rows, settings.ranking.max_per_side)
         stage.write_rows("ranked", rows)
         stage.write_rows("pairs", _pairs(rows, settings))
         stage.write_json("fate.json", fate)
+        shutil.rmtree(stage.folder / SHARDS)
     return stage
 
 
@@ -303,6 +310,14 @@ def run(run_dir: Path, settings: Settings, reward: str = "learned", progress: bo
         stage(run_dir, settings, progress=progress)
         seconds[name] = time.perf_counter() - started
     return seconds
+
+
+def _to_disk(stage: Stage, name: str, engine: NativeEngine) -> Bulk:
+    """The engine with its samples in shards inside the unfinished stage, so that a killed stage goes on from them.
+
+    They are deleted at the stage's end, whose rows say the same; the stage itself checks the settings.
+    """
+    return Bulk(stage.folder / SHARDS / name, engine, {"stage": stage.fingerprint}, shard=256)
 
 
 def _pairs(rows: list[dict], settings: Settings) -> list[dict]:

@@ -8,17 +8,14 @@ is taken away, and both verdicts.
 import random
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from smlib import prompts
 from smlib.answers import grade
+from smlib.engines import Engine
 from smlib.problems import Problem
-from smlib.sampling import sample
 
 
 def sample_open(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine,
     problems: Sequence[Problem],
     n: int,
     *,
@@ -35,9 +32,7 @@ def sample_open(
     shots: whose exemplars come before the question, "none", "smlib" or "wei" (`prompts.few_shot`); a model that has
     not read our documents needs them to know the form.
     """
-    drawn = sample(
-        model,
-        tokenizer,
+    drawn = engine.sample(
         [prompts.open_prompt(problem, prompts.shots(problem.dataset, shots)) for problem in problems],
         n,
         stop=prompts.stop(shots),
@@ -56,8 +51,7 @@ def sample_open(
 
 
 def sample_conditioned(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine,
     problems: Sequence[Problem],
     n: int,
     *,
@@ -81,9 +75,7 @@ def sample_conditioned(
         wrong = prompts.wrong_answers(problem, rng, problems)
         asked += [(problem, problem.answer, index) for index in range(n)]
         asked += [(problem, wrong[index % len(wrong)], index) for index in range(n) if wrong]
-    drawn = sample(
-        model,
-        tokenizer,
+    drawn = engine.sample(
         [
             prompts.conditioned_prompt(problem, given, prompts.shots(problem.dataset, shots, conditioned=True))
             for problem, given, _ in asked
@@ -121,8 +113,7 @@ def _row(problem: Problem, text: str, *, source: str, author: str, given: str | 
 
 
 def reanswer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine,
     problems: Sequence[Problem],
     rows: list[dict],
     *,
@@ -139,9 +130,7 @@ def reanswer(
     """
     by_id = {problem.id: problem for problem in problems}
     asked = {(row["id"], prompts.split_answer(row["text"])[0]): None for row in rows if row["given"] is not None}
-    drawn = sample(
-        model,
-        tokenizer,
+    drawn = engine.sample(
         [
             prompts.reanswer_prompt(by_id[identity], rationale, prompts.shots(by_id[identity].dataset, shots))
             for identity, rationale in asked

@@ -130,3 +130,25 @@ def test_missing_published_sets_are_named_and_left_out(monkeypatch, tmp_path):
     found, missing = pipeline.published_problems(small())
     assert found == {}
     assert "SML_DATA_DIR" in missing and json.dumps(missing)
+
+
+def test_a_stopped_sampling_stage_goes_on_from_its_shards(tmp_path, monkeypatch):
+    """Ctrl-C in the second of three drawings: the first is not drawn again, and the rows are those of a calm run."""
+    small = preset("smoke", "coin_flip")
+    calm = pipeline.sample_rationales(tmp_path / "calm", small, progress=False).read_rows("rationales")
+    real, asked = pipeline.NativeEngine.sample, []
+
+    def sample(self, prompts, n, **drawing):
+        asked.append((len(prompts), n))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(self, prompts, n, **drawing)
+
+    monkeypatch.setattr(pipeline.NativeEngine, "sample", sample)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.sample_rationales(tmp_path / "stopped", small, progress=False)
+    assert list((tmp_path / "stopped" / "01_sampling" / "shards" / "open").glob("shard-*"))
+    stage = pipeline.sample_rationales(tmp_path / "stopped", small, progress=False)
+    assert stage.read_rows("rationales") == calm
+    assert [n for _, n in asked] == [4, 1, 1, 1] and asked[1] == asked[2]  # open; stopped; conditioned; re-answering
+    assert not (stage.folder / "shards").exists()

@@ -10,26 +10,25 @@ SETTINGS = {"author": "base", "temperature": 0.8, "max_new_tokens": 50, "seed": 
 
 
 @pytest.fixture
-def model(monkeypatch):
-    """A stub in place of `sample`: what it is asked goes to `calls`, what it says comes from `say`."""
+def model():
+    """A stub in place of an engine: what it is asked goes to `calls`, what it says comes from `say`."""
 
     class Stub:
         calls: list = []  # noqa: RUF012
         say = staticmethod(lambda prompt, index: f" step {index}.\nThe answer is yes.")
 
-    def sample(model, tokenizer, asked, n, *, keys, **options):
-        stub.calls.append({"prompts": list(asked), "n": n, "keys": list(keys), **options})
-        return [[Sample(stub.say(p, i), (), (), "stop") for i in range(n)] for p in asked]
+        def sample(self, asked, n, *, keys, **options):
+            self.calls.append({"prompts": list(asked), "n": n, "keys": list(keys), **options})
+            return [[Sample(self.say(p, i), (), (), "stop") for i in range(n)] for p in asked]
 
     stub = Stub()
     stub.calls = []
-    monkeypatch.setattr(rationales, "sample", sample)
     return stub
 
 
 def test_open_rows_word_for_word(model):
     model.say = lambda prompt, index: " a step.\nThe answer is no.\n\nQ: More?" if index else " a step."
-    rows = rationales.sample_open(None, None, [COIN], 2, **SETTINGS)
+    rows = rationales.sample_open(model, [COIN], 2, **SETTINGS)
     common = {
         "id": COIN.id,
         "dataset": "coin_flip",
@@ -58,14 +57,14 @@ def test_open_rows_word_for_word(model):
 
 
 def test_open_rows_come_in_the_order_of_the_problems(model):
-    rows = rationales.sample_open(None, None, [SUM, COIN], 3, **SETTINGS)
+    rows = rationales.sample_open(model, [SUM, COIN], 3, **SETTINGS)
     assert [(row["id"], row["index"]) for row in rows] == [(p.id, i) for p in (SUM, COIN) for i in range(3)]
     assert [row["correct"] for row in rows] == [False] * 3 + [True] * 3
 
 
 def test_conditioned_rows_give_gold_and_wrong_answers_equally_often(model):
     model.say = lambda prompt, index: f" because.\nThe answer is {prompt.split('Given answer: ')[1][:-3]}."
-    rows = rationales.sample_conditioned(None, None, [COIN, SUM], 3, **SETTINGS)
+    rows = rationales.sample_conditioned(model, [COIN, SUM], 3, **SETTINGS)
     assert [row["given"] for row in rows[:6]] == ["yes"] * 3 + ["no"] * 3  # the one wrong answer, three times
     gold, wrong = [row["given"] for row in rows[6:9]], [row["given"] for row in rows[9:]]
     assert gold == ["7"] * 3
@@ -76,7 +75,7 @@ def test_conditioned_rows_give_gold_and_wrong_answers_equally_often(model):
 
 
 def test_conditioned_prompts_and_their_random_streams(model):
-    rows = rationales.sample_conditioned(None, None, [COIN, SUM], 2, **SETTINGS)
+    rows = rationales.sample_conditioned(model, [COIN, SUM], 2, **SETTINGS)
     (call,) = model.calls
     problems = [COIN] * 4 + [SUM] * 4
     assert call["n"] == 1
@@ -88,7 +87,7 @@ def test_conditioned_prompts_and_their_random_streams(model):
 
 def test_a_seed_decides_the_wrong_answers(model):
     def given(seed):
-        rows = rationales.sample_conditioned(None, None, [SUM], 4, **SETTINGS | {"seed": seed})
+        rows = rationales.sample_conditioned(model, [SUM], 4, **SETTINGS | {"seed": seed})
         return [row["given"] for row in rows]
 
     assert given(1) == given(1)
@@ -97,7 +96,7 @@ def test_a_seed_decides_the_wrong_answers(model):
 
 def test_a_question_without_another_answer_of_its_kind_gets_gold_only(model):
     alone = Problem("last_letters/train/c", "last_letters", "Which letters?", "yajo", "letters")
-    rows = rationales.sample_conditioned(None, None, [alone], 2, **SETTINGS)
+    rows = rationales.sample_conditioned(model, [alone], 2, **SETTINGS)
     assert [row["given"] for row in rows] == ["yajo", "yajo"]
 
 
@@ -110,15 +109,13 @@ def rows_of(*texts, problem=COIN):
 
 def test_open_rationales_are_not_answered_again(model):
     rows = [row | {"given": None, "answer": "no", "correct": False} for row in rows_of(" a.\nThe answer is no.")]
-    assert rationales.reanswer(None, None, [COIN], rows, seed=0) == [
-        rows[0] | {"reanswer": "no", "reanswer_correct": False}
-    ]
+    assert rationales.reanswer(model, [COIN], rows, seed=0) == [rows[0] | {"reanswer": "no", "reanswer_correct": False}]
 
 
 def test_reanswer_takes_the_answer_sentence_away_and_asks_for_it_again(model):
     model.say = lambda prompt, index: " no."
     rows = rows_of(" a step.\nThe answer is yes.")
-    (answered,) = rationales.reanswer(None, None, [COIN, SUM], rows, seed=3)
+    (answered,) = rationales.reanswer(model, [COIN, SUM], rows, seed=3)
     (call,) = model.calls
     assert call["prompts"] == ["Q: Heads up?\nA: a step.\nThe answer is"]
     assert (call["n"], call["temperature"], call["seed"]) == (1, 0.0, 3)
@@ -130,7 +127,7 @@ def test_equal_rationales_of_one_question_are_answered_once(model):
     model.say = lambda prompt, index: " 7." if "How many" in prompt else " yes."
     rows = rows_of(" a.\nThe answer is yes.", " a.\nThe answer is no.", " b.\nThe answer is no.")
     rows += rows_of(" a.\nThe answer is 7.", problem=SUM)
-    answered = rationales.reanswer(None, None, [COIN, SUM], rows, seed=0)
+    answered = rationales.reanswer(model, [COIN, SUM], rows, seed=0)
     (call,) = model.calls
     assert len(call["prompts"]) == len(set(call["prompts"])) == len(set(call["keys"])) == 3
     assert [row["reanswer"] for row in answered] == ["yes", "yes", "yes", "7"]
@@ -139,16 +136,16 @@ def test_equal_rationales_of_one_question_are_answered_once(model):
 
 def test_an_answer_read_off_is_cut_and_may_be_missing(model):
     model.say = lambda prompt, index: "\nmumble" if " a." in prompt else " yes.\nThe answer is no."
-    first, second = rationales.reanswer(None, None, [COIN], rows_of(" a.", " b."), seed=0)
+    first, second = rationales.reanswer(model, [COIN], rows_of(" a.", " b."), seed=0)
     assert (first["reanswer"], first["reanswer_correct"]) == (None, False)
     assert (second["reanswer"], second["reanswer_correct"]) == ("yes", True)
 
 
 def test_exemplars_come_before_every_prompt_and_a_next_question_stops(model):
     coin = Problem("coin_flip/train/c", "coin_flip", "Heads up?", "yes", "yes_no")
-    rows = rationales.sample_open(None, None, [coin], 1, shots="smlib", **SETTINGS)
-    rows += rationales.sample_conditioned(None, None, [coin], 1, shots="smlib", **SETTINGS)
-    rationales.reanswer(None, None, [coin], rows, seed=3, shots="smlib")
+    rows = rationales.sample_open(model, [coin], 1, shots="smlib", **SETTINGS)
+    rows += rationales.sample_conditioned(model, [coin], 1, shots="smlib", **SETTINGS)
+    rationales.reanswer(model, [coin], rows, seed=3, shots="smlib")
     asked = [prompt for call in model.calls for prompt in call["prompts"]]
     shown = prompts.few_shot("coin_flip")
     given = prompts.few_shot("coin_flip", form="wrong") + prompts.few_shot("coin_flip", form="conditioned")
