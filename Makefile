@@ -13,6 +13,12 @@ test: $(READY)  ## style, unit tests, the smoke pipeline, and the committed note
 	$(BIN)/pytest -q -m slow
 	$(BIN)/pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 notebooks
 
+test-ray: .venv-ray/.ready  ## the Ray engine's tests, in an environment of their own
+	.venv-ray/bin/pytest -q tests/test_ray_engine.py
+
+test-vllm: .venv-vllm/.ready  ## the vLLM engine's tests, in an environment of its own (2.2 GB)
+	.venv-vllm/bin/pytest -q tests/test_vllm_engine.py
+
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
@@ -35,4 +41,10 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/pip install -q --no-deps -e .
 	@touch $@
 
-.PHONY: run test lab bench figures notebooks clean
+.venv-ray/.ready: requirements.lock requirements-ray.lock pyproject.toml
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/pip install -q -r requirements.lock -r requirements-ray.lock
+	.venv-ray/bin/pip install -q --no-deps -e .
+	@touch $@
+
+.PHONY: run test test-ray lab bench figures notebooks clean
