@@ -47,4 +47,11 @@ $(READY): requirements.lock pyproject.toml
 	.venv-ray/bin/pip install -q --no-deps -e .
 	@touch $@
 
-.PHONY: run test test-ray lab bench figures notebooks clean
+.venv-vllm/.ready: requirements-vllm.lock pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q -c requirements-vllm.lock torch
+	.venv-vllm/bin/pip install -q --no-deps -r requirements-vllm.lock
+	.venv-vllm/bin/pip install -q --no-deps -e .
+	@touch $@
+
+.PHONY: run test test-ray test-vllm lab bench figures notebooks clean

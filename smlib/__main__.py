@@ -107,13 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--samples", type=int, default=8, metavar="K", help="per question (default 8)")
     sample.add_argument("--base", default="tiny", help="tiny (default), a model's folder or a hub id")
     sample.add_argument("--shots", default="none", help="exemplars before the question: none (default), smlib or wei")
-    sample.add_argument("--engine", default="native", help="native (default), vllm or ray")
-    sample.add_argument("--workers", type=int, default=2, help="processes of the engine ray (default 2)")
+    sample.add_argument("--engine", default="native", help="native (default) or vllm")
+    sample.add_argument("--workers", type=int, default=1, help="processes of Ray's that draw (default 1: without Ray)")
     sample.add_argument("--temperature", type=float, default=1.0)
     sample.add_argument("--top-p", type=float, default=1.0)
     sample.add_argument("--max-new-tokens", type=int, default=128)
     sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--shard", type=int, default=64, help="questions in one file: what a kill loses (default 64)")
+    shard = "questions in one file: what a kill loses (default 64; with workers more, as they start anew for each)"
+    sample.add_argument("--shard", type=int, default=64, help=shard)
     commands.add_parser("pretrain", help="make the tiny base model again; see pretrain --help")
     return parser
 

@@ -1,13 +1,13 @@
-"""One way to ask for samples, three ways to draw them.
+"""One way to ask for samples, and who draws them.
 
     engine = make_engine("native", "tiny")
     engine.sample(prompts, n=8, keys=keys, temperature=0.7, max_new_tokens=128, seed=0)
 
 - `native`: our own sampler (`smlib.sampling`) on the model in this process;
 - `vllm`: vLLM (`smlib.vllm_engine`), for GPUs and large models;
-- `ray`: workers on one machine or many (`smlib.ray_engine`), each with an engine of the two kinds above.
+- either of them on several workers, on one machine or many, by Ray (`smlib.ray_engine`).
 
-The last two are extras: they are asked for by name, and without the library the error says how to install it.
+vLLM and Ray are extras: without the library the error says how to install it.
 """
 
 from importlib.util import find_spec
@@ -16,8 +16,12 @@ from typing import Protocol
 from smlib import models, sampling
 from smlib.sampling import Sample, Until
 
-ENGINES = ("native", "vllm", "ray")
-EXTRAS = {"vllm": "vllm", "ray": "ray[data]"}
+ENGINES = ("native", "vllm")
+INSTALL = {
+    "ray": "pip install 'smlib[ray]'",
+    "vllm": "in an environment of its own, since it wants an older transformers, pip install vllm==0.32.0, and this "
+    "package with --no-deps",
+}
 
 
 class Engine(Protocol):
@@ -59,21 +63,31 @@ class NativeEngine:
         return sampling.sample(self.model, self.tokenizer, prompts, n, max_batch=self.max_batch, **drawing)
 
 
-def make_engine(name: str, base: str, *, workers: int = 2) -> Engine:
-    """The engine called `name` on a model: "tiny", a folder or a hub id. workers: processes of "ray"."""
+def make_engine(name: str, base: str, *, workers: int = 1) -> Engine:
+    """The engine called `name`, "native" or "vllm", on a model: "tiny", a folder or a hub id.
+
+    workers: more than one are processes of Ray's, each with such an engine.
+    """
     if name not in ENGINES:
         raise ValueError(f"engine {name!r} is unknown; choose one of: {', '.join(ENGINES)}.")
-    if name in EXTRAS and find_spec(name) is None:
-        raise ModuleNotFoundError(
-            f"the engine {name!r} needs a library that is not installed; install it: pip install '{EXTRAS[name]}', "
-            "or choose the engine 'native'."
-        )
+    if workers < 1:
+        raise ValueError(f"workers is {workers}, but must be at least 1.")
+    if workers > 1:
+        _require("ray")
+        from smlib.ray_engine import RayEngine
+
+        return RayEngine(base, workers=workers, inner=name)
     if name == "vllm":
+        _require("vllm")
         from smlib.vllm_engine import VLLMEngine
 
         return VLLMEngine(base)
-    if name == "ray":
-        from smlib.ray_engine import RayEngine
-
-        return RayEngine(base, workers=workers)
     return NativeEngine(models.load_policy(base), models.load_tokenizer(base))
+
+
+def _require(library: str) -> None:
+    if find_spec(library) is None:
+        raise ModuleNotFoundError(
+            f"this engine needs {library}, which is not installed: {INSTALL[library]}; or choose the engine 'native' "
+            "with one worker."
+        )

@@ -11,7 +11,7 @@ import pytest
 from tiny_model import policy, tokenizer
 
 from smlib import __main__ as command
-from smlib import artifacts
+from smlib import artifacts, engines
 from smlib.artifacts import StageError, StageMismatch
 from smlib.bulk import Bulk
 from smlib.engines import NativeEngine
@@ -178,7 +178,8 @@ def test_the_command_widens_and_says_what_it_did(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["--engine", "abacus"], "engine 'abacus' is unknown; choose one of: native, vllm, ray"),
+        (["--engine", "abacus"], "engine 'abacus' is unknown; choose one of: native, vllm"),
+        (["--workers", "0"], "workers is 0, but must be at least 1"),
         (["--samples", "0"], "n is 0, but must be at least 1"),
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--max-new-tokens", "600"], "beyond the model's 512 positions"),
@@ -188,3 +189,10 @@ def test_bad_arguments_are_one_sentence(tmp_path, capsys, changes, words):
     assert command.main(["sample", "coin_flip", "--questions", "2", "--out", str(tmp_path), *changes]) == 1
     assert words in capsys.readouterr().err
     assert not list(tmp_path.glob("*"))[1:]  # the lock at most: a corrected command is not refused
+
+
+@pytest.mark.parametrize(("library", "changes"), [("vllm", ["--engine", "vllm"]), ("ray", ["--workers", "2"])])
+def test_an_engine_that_is_not_there_says_how_to_install_it(tmp_path, capsys, monkeypatch, library, changes):
+    monkeypatch.setattr("smlib.engines.find_spec", lambda name: None)
+    assert command.main(["sample", "coin_flip", "--questions", "2", "--out", str(tmp_path), *changes]) == 1
+    assert f"needs {library}, which is not installed: {engines.INSTALL[library]}" in capsys.readouterr().err

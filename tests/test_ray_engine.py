@@ -1,0 +1,187 @@
+"""Ray workers draw what one process draws, whatever happens to them; `make test-ray` runs this."""
+
+import os
+import threading
+import time
+
+import psutil
+import pytest
+
+from smlib import ray_engine
+from smlib.engines import make_engine
+from smlib.problems import generate
+from smlib.prompts import open_prompt
+
+pytest.importorskip("ray", reason="needs Ray, which has an environment of its own: make test-ray")
+
+PROBLEMS = generate("chain_arithmetic", 12, seed=0) + generate("coin_flip", 12, seed=0)
+PROMPTS = [open_prompt(problem) for problem in PROBLEMS]
+DRAWING = {"keys": [problem.id for problem in PROBLEMS], "temperature": 0.8, "max_new_tokens": 96, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def native():
+    return make_engine("native", "tiny")
+
+
+@pytest.fixture(scope="module")
+def expected(native):
+    return native.sample(PROMPTS, 4, **DRAWING)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """Two workers, and small batches: 12 for four samples of every prompt. All tests share its Ray."""
+    with ray_engine.RayEngine("tiny", workers=2, rows=8) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def lone_engine(engine):
+    """One worker, which starts faster, in the Ray of the other engine."""
+    engine._start()
+    return ray_engine.RayEngine("tiny", workers=1, rows=8)
+
+
+class Bar:
+    """In the place of the progress bar: calls `seen(prompts done)` in this process after every finished batch."""
+
+    def __init__(self, seen):
+        self.seen, self.done = seen, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def update(self, count):
+        self.done += count
+        self.seen(self.done)
+
+
+def workers():
+    """The worker processes below this one, by process id."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "_Worker" in " ".join(process.cmdline()):
+                found[process.pid] = process
+        except psutil.Error:  # it ended meanwhile
+            continue
+    return found
+
+
+def kill_a_busy_worker():
+    """SIGKILL to a worker that is drawing. It is frozen first, so that it cannot finish between look and kill."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for process in workers().values():
+            process.suspend()
+            if ".submit" in " ".join(process.cmdline()):  # Ray puts the running call into the process title
+                process.kill()
+                process.wait(30)
+                return process.pid
+            process.resume()
+        time.sleep(0.01)
+    raise AssertionError("no worker was seen drawing")
+
+
+def assert_same(results, expected):
+    def tokens(all_samples):
+        return [[(s.text, s.token_ids, s.finish_reason) for s in samples] for samples in all_samples]
+
+    assert tokens(results) == tokens(expected)
+    for samples, others in zip(results, expected, strict=True):
+        for one, other in zip(samples, others, strict=True):
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_two_workers_draw_what_one_process_draws(engine, expected, monkeypatch):
+    seen, at_work = [], set()
+
+    def watch(done):
+        seen.append(done)
+        at_work.update(workers())
+
+    monkeypatch.setattr(ray_engine, "progress_bar", lambda label, total, unit: Bar(watch))
+    assert_same(engine.sample(PROMPTS, 4, **DRAWING), expected)
+    assert len(at_work) == 2
+    assert seen == [2 * batches for batches in range(1, 13)]  # as the batches finish
+
+
+def test_a_killed_worker_costs_no_sample(engine, expected, monkeypatch):
+    before, after, killed = set(), set(), {}
+
+    def kill_after_the_first_batch(done):
+        if killed:
+            after.update(workers())
+            return
+        before.update(workers())
+        killed[kill_a_busy_worker()] = done
+
+    monkeypatch.setattr(ray_engine, "progress_bar", lambda label, total, unit: Bar(kill_after_the_first_batch))
+    results = engine.sample(PROMPTS, 4, **DRAWING)
+    [(pid, done)] = killed.items()
+    assert done == 2  # of 24 prompts: at least 10 batches were to come, and one of them was being drawn
+    assert pid in before
+    assert after - before  # another process took its place
+    assert pid not in after
+    assert_same(results, expected)
+
+
+def test_until_is_asked_about_the_callers_prompts(lone_engine, native):
+    answers = [problem.answer for problem in PROBLEMS]
+
+    def right(i, newest):
+        return newest.text.rstrip(" .\n").endswith(answers[i])
+
+    expected = native.sample(PROMPTS, 4, until=right, **DRAWING)
+    assert {len(samples) for samples in expected} >= {1, 4}  # some prompts end early, some do not
+    assert_same(lone_engine.sample(PROMPTS, 4, until=right, **DRAWING), expected)
+
+
+def test_an_error_in_a_worker_is_raised(lone_engine):
+    def fail(i, newest):
+        raise ValueError(f"cannot judge prompt {i}")
+
+    with pytest.raises(RuntimeError, match="a worker failed: ValueError: cannot judge prompt"):
+        lone_engine.sample(PROMPTS[:1], 4, until=fail, **DRAWING | {"keys": ["a"]})
+
+
+def test_a_batch_that_kills_every_worker_ends_in_an_error(lone_engine, monkeypatch, tmp_path):
+    monkeypatch.setattr(ray_engine, "RETRIES", 1)
+    deaths = tmp_path / "deaths"
+
+    def die(i, newest):
+        with deaths.open("a") as file:
+            file.write("x")
+        os._exit(1)
+
+    with pytest.raises(RuntimeError, match="a worker failed: Actor"):
+        lone_engine.sample(PROMPTS[:1], 4, until=die, **DRAWING | {"keys": ["a"]})
+    assert deaths.read_text() == "xx"
+
+
+def test_bad_arguments_are_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(ray_engine.RayEngine, "_start", lambda self: pytest.fail("started"))
+    engine = ray_engine.RayEngine("tiny")
+    for changes, message in (
+        ({"temperature": -1}, "temperature is -1"),
+        ({"keys": ["a"]}, "1 keys were given for 24 prompts"),
+        ({"max_new_tokens": 5000}, "beyond the model's 512 positions"),
+        ({"stop": "Q:"}, "stop is 'Q:'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.sample(PROMPTS, 4, **DRAWING | changes)
+    lock = threading.Lock()
+    with pytest.raises(TypeError, match="until is sent to the workers, but cannot be pickled"):
+        engine.sample(PROMPTS, 4, until=lambda i, newest: lock.locked(), **DRAWING)
+    assert engine.sample([], 4, **DRAWING | {"keys": []}) == []
+    for options, message in (
+        ({"workers": 0}, "workers is 0"),
+        ({"rows": 0}, "rows is 0"),
+        ({"inner": "ray"}, "inner is 'ray'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ray_engine.RayEngine("tiny", **options)
