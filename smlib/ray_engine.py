@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from smlib import models
 from smlib.engines import ENGINES, make_engine
 from smlib.progress import progress_bar
-from smlib.sampling import MAX_BATCH, Sample, check_drawing, check_lengths
+from smlib.sampling import MAX_BATCH, Sample, check_drawing, check_lengths, check_prompts
 
 RETRIES = 3  # of one batch; a batch that kills every worker must end in an error
 
@@ -86,6 +86,7 @@ class RayEngine:
         Raises ValueError for bad arguments and TypeError for an `until` that cannot be sent, before anything starts;
         RuntimeError for an error in a worker, and for a batch on which RETRIES + 1 worker processes died.
         """
+        check_prompts(prompts)
         check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, len(prompts))
         prompt_ids = [models.encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         check_lengths(prompt_ids, keys, max_new_tokens, self.limit)

@@ -151,7 +151,7 @@ def sample_ids(
     eos = model.generation_config.eos_token_id if tokenizer is None else tokenizer.eos_token_id
     eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     draw = partial(_draw, temperature=temperature, top_k=top_k, top_p=top_p)
-    ending = _Ending(eos, tuple(stop), tokenizer)
+    ending = Ending(eos, tuple(stop), tokenizer)
 
     # Prompts of similar length share a block, so that little is padded; the longest come first, so that a lack of
     # memory shows at once.
@@ -424,7 +424,7 @@ def _uniforms(seed: int, key: str, number: int, length: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Ending:
+class Ending:
     """What ends a sample: a token of `eos`, or a string of `stop` in its text."""
 
     eos: tuple[int, ...]

@@ -1,0 +1,141 @@
+"""Draw samples with vLLM: for GPUs and for models too large for our own sampler.
+
+    engine = VLLMEngine("meta-llama/Llama-3.1-8B", dtype="bfloat16")
+    engine.sample(prompts, n=8, keys=keys, temperature=0.7, max_new_tokens=256, seed=0)
+
+Sample j of a prompt is drawn with the vLLM seed `_base_seed(seed, key) + j`: vLLM gives the n samples of one request
+consecutive seeds (`vllm.v1.engine.parallel_sampling`; a test holds it to that), so numbers can be addressed. A sample
+depends on (seed, key, number) only, up to float rounding, which depends on what else is in vLLM's batch and is coarse
+in bfloat16.
+
+vLLM runs its engine in a process of its own unless VLLM_ENABLE_V1_MULTIPROCESSING=0, which is simpler on a CPU; but
+then it also seeds this process's global random numbers and fixes its number of threads.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from smlib import models
+from smlib.progress import progress_bar
+from smlib.sampling import Sample, Ending, check_drawing, check_lengths, check_prompts, draw_until
+
+LEAST_TEMPERATURE = 0.01  # vLLM raises lower ones to this
+
+
+class VLLMEngine:
+    """vLLM on one model.
+
+    base: "tiny", a folder or a hub id. adapter: folder of a peft LoRA adapter for it. options: arguments of
+    `vllm.LLM`, such as dtype (by default the checkpoint's own), max_model_len or tensor_parallel_size.
+    """
+
+    name = "vllm"
+
+    def __init__(self, base: str, adapter: str | None = None, **options):
+        # Here, so that the module can be imported without vLLM, and since it takes seconds.
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        self.tokenizer = models.load_tokenizer(base)
+        self.lora = None
+        if adapter is not None:
+            from vllm.lora.request import LoRARequest
+
+            self.lora = LoRARequest("adapter", 1, str(adapter))
+            rank = json.loads((Path(adapter) / "adapter_config.json").read_text())["r"]
+            options = {"enable_lora": True, "max_lora_rank": _lora_rank(rank)} | options
+        # The samples of a prompt share its keys and values only by the prefix cache. "raw" log-probabilities are those
+        # before temperature and truncation.
+        options = {"enable_prefix_caching": True} | options
+        # vLLM's own default draws from a float32 checkpoint in bfloat16.
+        options = {"dtype": AutoConfig.from_pretrained(models.resolve(base)).dtype or "auto"} | options
+        if current_platform.is_cpu():
+            # Where a batch is full, vLLM reads a prompt in parts, draws after each and rewinds the generator, which
+            # fails on a CPU: "CPU Generator does not use offset".
+            options = {"enable_chunked_prefill": False} | options
+        self.llm = LLM(models.resolve(base), logprobs_mode="raw_logprobs", **options)
+
+    def sample(
+        self,
+        prompts,
+        n,
+        *,
+        keys,
+        temperature,
+        max_new_tokens,
+        seed,
+        top_p=1.0,
+        top_k=0,
+        stop=(),
+        first=0,
+        until=None,
+        progress=None,
+    ) -> list[list[Sample]]:
+        """As `sampling.sample`, and ValueError too for a temperature above 0 and below `LEAST_TEMPERATURE`.
+
+        The longest a prompt may become is vLLM's max_model_len, by default the model's number of positions.
+        """
+        check_prompts(prompts)
+        check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, len(prompts))
+        if 0 < temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature is {temperature}, but vLLM takes none between 0 (greedy) and {LEAST_TEMPERATURE}."
+            )
+        prompt_ids = [models.encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        check_lengths(prompt_ids, keys, max_new_tokens, self.llm.model_config.max_model_len)
+
+        drawing = {"temperature": temperature, "max_tokens": max_new_tokens, "top_p": top_p, "top_k": top_k}
+        if until is None:
+            seeds = [_base_seed(seed, key) + first for key in keys]
+            return self._draw(prompt_ids, seeds, n, stop, progress, drawing)
+
+        def draw(numbers, number):
+            seeds = [_base_seed(seed, keys[i]) + number for i in numbers]
+            return [one for [one] in self._draw([prompt_ids[i] for i in numbers], seeds, 1, stop, None, drawing)]
+
+        return draw_until(draw, len(prompts), range(first, first + n), until, progress)
+
+    def _draw(self, prompt_ids, seeds, n, stop, progress, drawing) -> list[list[Sample]]:
+        """n samples per prompt, with the vLLM seeds seed, seed + 1, ... of the prompt."""
+        from vllm import SamplingParams
+
+        eos = self.tokenizer.eos_token_id
+        # The tokenizer's end token ends a sample, as in our own sampler; those that a generation config adds do not.
+        ends = {"ignore_eos": True, "stop_token_ids": [eos], "stop": list(stop), "detokenize": bool(stop)}
+        parameters = [SamplingParams(n=n, seed=seed, logprobs=0, **ends, **drawing) for seed in seeds]
+        prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
+        bar = progress_bar(progress, n * len(prompts), "sample")
+        requests = self.llm.enqueue(prompts, parameters, lora_request=self.lora, use_tqdm=False)
+        try:
+            outputs = self.llm.wait_for_completion(use_tqdm=False if bar.disable else lambda **_: bar)
+        except BaseException:  # an interrupted cell: without this, the next call would get these samples
+            self.llm.llm_engine.abort_request(requests, internal=True)
+            raise
+        finally:
+            bar.close()
+        ending = Ending((eos,), tuple(stop), self.tokenizer)
+        return [[_to_sample(one, ending) for one in output.outputs] for output in outputs]
+
+
+def _to_sample(completion, ending: Ending) -> Sample:
+    """vLLM's completion, with the text of our own tokenizer: vLLM's is cut and spaced by rules of its own."""
+    ids = list(completion.token_ids)
+    logprobs = [found[token].logprob for token, found in zip(ids, completion.logprobs, strict=True)]
+    return ending.cut(ids, logprobs)
+
+
+def _base_seed(seed: int, key: str) -> int:
+    """The vLLM seed of sample 0, below 2^62, so that numbers can be added.
+
+    A random generator of torch on a CPU uses the lowest 32 bits only: there, two of P prompts with n samples each share
+    some random numbers with a probability of about n P^2 / 2^32 (0.002 % for 100 prompts with 8).
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:8], "little") >> 2
+
+
+def _lora_rank(rank: int) -> int:
+    """The size that vLLM reserves for an adapter of this rank: 8, 16, 32, ..., 512."""
+    return max(8, 2 ** (rank - 1).bit_length())

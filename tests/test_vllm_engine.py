@@ -1,0 +1,235 @@
+"""vLLM draws what our own sampler would: the same boundary, endings, log-probabilities, distribution, addressing.
+
+It needs an environment of its own, with vLLM's build for CPUs: `make test-vllm`.
+"""
+
+import os
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from scipy.stats import chisquare
+
+from smlib import models, sampling
+from smlib.engines import NativeEngine, make_engine
+from smlib.vllm_engine import VLLMEngine, _base_seed
+
+# One process and little memory; set before vLLM is imported.
+for name, value in {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}.items():
+    os.environ.setdefault(name, value)
+pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` runs these tests in its environment")
+
+PROMPTS = ["Q: 2 + 2?\nA:", "Q: Alice has 3 apples and gets 4 more. How many?\nA:", "the", "Q: What is 12 + 7?\nA:"]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return VLLMEngine("tiny", enforce_eager=True)
+
+
+@pytest.fixture(scope="module")
+def native():
+    return make_engine("native", "tiny")
+
+
+@pytest.fixture(scope="module")
+def policy():
+    """The base with a random adapter on all its linear layers."""
+    torch.manual_seed(0)
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(target_modules=layers, r=4, lora_alpha=8, init_lora_weights=False)
+    return get_peft_model(models.load_policy("tiny"), lora).eval()
+
+
+@pytest.fixture(scope="module")
+def adapted(engine, policy, tmp_path_factory):
+    """After `engine`, and for the whole module: the end of one vLLM in this process is the end of all in it."""
+    folder = tmp_path_factory.mktemp("adapter")
+    policy.save_pretrained(folder)
+    return VLLMEngine("tiny", adapter=str(folder), enforce_eager=True)
+
+
+def draw(engine, prompts=PROMPTS, n=6, **changes):
+    settings = {"keys": list(prompts), "temperature": 1.0, "max_new_tokens": 32, "seed": 0} | changes
+    return engine.sample(prompts, n, **settings)
+
+
+def without_logprobs(results):
+    return [[(s.text, s.token_ids, s.finish_reason) for s in samples] for samples in results]
+
+
+def flat(results):
+    return [s for samples in results for s in samples]
+
+
+@torch.no_grad()
+def next_logits(model, tokenizer, prompt, token_ids=()):
+    """Logits [token, vocabulary] from which the tokens after the prompt are drawn."""
+    ids = models.encode_prompt(tokenizer, prompt)
+    return model(torch.tensor([[*ids, *token_ids]])).logits[0, len(ids) - 1 :]
+
+
+def largest_difference(model, tokenizer, prompts, results):
+    """Between the samples' log-probabilities and those of a training forward pass, in nats."""
+    worst = 0.0
+    for prompt, samples in zip(prompts, results, strict=True):
+        for s in samples:
+            logits = next_logits(model, tokenizer, prompt, s.token_ids)[:-1]
+            expected = models.token_logprobs(logits, torch.tensor(s.token_ids))
+            worst = max(worst, (torch.tensor(s.logprobs) - expected).abs().max().item())
+    return worst
+
+
+def test_greedy_equals_the_native_engine(engine, native):
+    ours, theirs = (draw(one, n=1, temperature=0, max_new_tokens=64) for one in (native, engine))
+    assert without_logprobs(theirs) == without_logprobs(ours)
+
+
+def test_logprobs_equal_a_training_forward(engine, native):
+    """Whatever the temperature and the truncation, and in the float32 of the checkpoint."""
+    results = draw(engine, temperature=1.4, top_p=0.95, top_k=50, max_new_tokens=64)
+    assert {s.finish_reason for s in flat(results)} == {"stop", "length"}
+    assert all(len(s.logprobs) == len(s.token_ids) for s in flat(results))
+    assert largest_difference(native.model, native.tokenizer, PROMPTS, results) < 1e-3
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.5, 12, 0.9)])
+def test_first_token_follows_the_softmax(engine, native, temperature, top_k, top_p):
+    logits = next_logits(native.model, native.tokenizer, "the")[-1:]
+    probabilities = sampling._truncate((logits.double() / temperature).softmax(1), top_k, top_p)[0]
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": 1}
+    (samples,) = draw(engine, ["the"], 4000, **settings)
+    counts = torch.bincount(torch.tensor([s.token_ids[0] for s in samples]), minlength=len(probabilities))
+    expected = probabilities / probabilities.sum() * len(samples)
+    assert counts[expected == 0].sum() == 0
+    rare = expected < 5  # pooled
+    groups = [(counts[i].item(), expected[i].item()) for i in (~rare).nonzero()[:, 0]]
+    if expected[rare].sum() > 0:
+        groups.append((counts[rare].sum().item(), expected[rare].sum().item()))
+    assert len(groups) > 2  # otherwise the test shows nothing
+    assert chisquare(*zip(*groups, strict=True)).pvalue > 1e-4
+
+
+def test_samples_do_not_depend_on_batch_order_or_n(engine):
+    expected = without_logprobs(draw(engine, n=8))
+    assert len(set(flat(expected))) > 8
+    many = without_logprobs(draw(engine, n=16))
+    assert [samples[:8] for samples in many] == expected
+    later = without_logprobs(draw(engine, n=8, first=8))
+    assert later == [samples[8:] for samples in many]
+    (alone,) = without_logprobs(draw(engine, PROMPTS[2:3], n=1, first=5))
+    assert alone == expected[2][5:6]
+    crowd = without_logprobs(draw(engine, n=200))  # more tokens to read than vLLM reads in one step
+    assert [samples[:16] for samples in crowd] == many
+    shuffled = without_logprobs(draw(engine, PROMPTS[::-1], n=8))
+    assert shuffled == expected[::-1]
+
+
+def test_seed_and_key_change_the_samples(engine):
+    first, second = without_logprobs(draw(engine, ["the", "the"], keys=["x", "y"]))
+    assert first != second
+    assert without_logprobs(draw(engine, ["the"], keys=["y"])) == [second]
+    assert without_logprobs(draw(engine, ["the"], keys=["y"], seed=1)) != [second]
+
+
+def test_seeds_are_the_published_ones():
+    """SHA-256 of "0 a", first eight bytes, little end first, 62 bits: the same on every machine."""
+    assert _base_seed(0, "a") == 3653435744101636979
+    assert len({_base_seed(seed, key) for seed in range(3) for key in "abc"}) == 9
+
+
+def test_a_stop_string_cuts_the_unstopped_sample_as_in_the_native_engine(engine, native):
+    free = draw(engine, max_new_tokens=48)
+    stop = ("answer", ".\n", free[0][0].text[3:6])
+    stopped = draw(engine, max_new_tokens=48, stop=stop)
+    ending = sampling.Ending((native.tokenizer.eos_token_id,), stop, native.tokenizer)
+    expected = [[ending.cut(list(s.token_ids), list(s.logprobs)) for s in samples] for samples in free]
+    assert without_logprobs(stopped) == without_logprobs(expected)
+    assert sum(a != b for a, b in zip(flat(without_logprobs(free)), flat(without_logprobs(stopped)), strict=True)) > 12
+    assert all(len(s.logprobs) == len(s.token_ids) for s in flat(stopped))
+
+
+def test_text_ends_before_the_end_of_sequence_token_and_token_ids_with_it(engine, native):
+    results = flat(draw(engine))
+    assert {s.finish_reason for s in results} == {"stop", "length"}
+    eos = native.tokenizer.eos_token_id
+    for s in results:
+        assert (s.token_ids[-1] == eos) == (s.finish_reason == "stop")
+        assert eos not in s.token_ids[:-1]
+        assert s.finish_reason == "stop" or len(s.token_ids) == 32
+        assert s.text == native.tokenizer.decode(s.token_ids, skip_special_tokens=True)
+
+
+def test_until_ends_a_prompt_early_with_the_same_samples(engine):
+    everything = without_logprobs(draw(engine, n=6, first=2))
+    results = without_logprobs(draw(engine, n=6, first=2, until=lambda i, s: i == 0 or s.finish_reason == "length"))
+    assert len(results[0]) == 1
+    for samples, full in zip(results, everything, strict=True):
+        assert samples == full[: len(samples)]
+    for samples in results[1:]:
+        reasons = [reason for _, _, reason in samples]
+        assert "length" not in reasons[:-1]
+        assert reasons[-1] == "length" or len(samples) == 6
+
+
+def test_an_interrupted_call_leaves_nothing_behind(engine, monkeypatch):
+    expected = without_logprobs(draw(engine))
+    step, calls = engine.llm.llm_engine.step, []
+
+    def interrupted():
+        calls.append(None)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return step()
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine.llm.llm_engine, "step", interrupted)
+        draw(engine, seed=1)
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    assert without_logprobs(draw(engine)) == expected
+
+
+def test_an_adapter_is_sampled_as_peft_applies_it(native, policy, adapted):
+    greedy = {"n": 1, "temperature": 0}
+    expected = without_logprobs(draw(NativeEngine(policy, native.tokenizer), **greedy))
+    assert without_logprobs(draw(adapted, **greedy)) == expected
+    assert without_logprobs(draw(native, **greedy)) != expected
+    results = draw(adapted)
+    assert largest_difference(policy, native.tokenizer, PROMPTS, results) < 1e-3
+
+
+def test_a_bar_is_drawn_on_standard_output_only_when_asked_for(engine, capfd, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    draw(engine, max_new_tokens=2)
+    assert capfd.readouterr() == ("", "")
+    draw(engine, max_new_tokens=2, progress="sampling")
+    out, err = capfd.readouterr()
+    assert "sampling" in out
+    assert err == ""
+
+
+def test_no_prompts_give_no_samples(engine):
+    assert draw(engine, []) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n": 0}, "n is 0, but must be at least 1"),
+        ({"temperature": -0.5}, "temperature is -0.5, but must be 0"),
+        ({"temperature": 0.005}, "temperature is 0.005, but vLLM takes none between 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"stop": "Q:"}, "stop is 'Q:', but must be a sequence"),
+        ({"keys": ["x"]}, "1 keys were given for 4 prompts"),
+        ({"max_new_tokens": 510}, "max_new_tokens=510 is beyond the model's 512 positions"),
+    ],
+)
+def test_bad_arguments_are_named(engine, changes, message):
+    with pytest.raises(ValueError, match=message):
+        draw(engine, **changes)
