@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from smlib import models
 from smlib.progress import progress_bar
-from smlib.sampling import Sample, Ending, check_drawing, check_lengths, check_prompts, draw_until
+from smlib.sampling import Ending, Sample, check_drawing, check_lengths, check_prompts, draw_until
 
 LEAST_TEMPERATURE = 0.01  # vLLM raises lower ones to this
 
