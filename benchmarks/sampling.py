@@ -18,6 +18,7 @@ smlib.bulk, with the peak memory of the process), and how much of the time the m
 import argparse
 import csv
 import json
+import os
 import subprocess
 import sys
 import time
@@ -26,15 +27,21 @@ from pathlib import Path
 TABLE = Path(__file__).parents[1] / "results" / "sampling_speed.csv"
 COLUMNS = ("what", "engine", "questions", "samples", "setting", "tokens", "mean_length", "seconds", "tokens_per_second")
 NEW_TOKENS, BATCHES = 128, (64, 128, 256, 512)
+VLLM = {  # its engine in this process, compiled, on all cores
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "4",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
 
 
 def questions(count: int) -> list[tuple[str, str]]:
     """(key, prompt) of test questions, the tasks mixed."""
-    from smlib import pipeline, prompts
-    from smlib.settings import preset
+    from smlib import prompts
+    from smlib.problems import TASKS, generate
 
-    each = -(-count // 4)
-    pools = pipeline.test_problems(preset("tiny", evaluation={"questions": each})).values()
+    pools = [generate(task, -(-count // len(TASKS)), 60_000, split="test") for task in TASKS]
     mixed = [problem for group in zip(*pools, strict=True) for problem in group]
     return [(problem.id, prompts.open_prompt(problem)) for problem in mixed[:count]]
 
@@ -154,7 +161,7 @@ def summary(lengths: list[int], seconds: float) -> dict:
 def alone(job: dict, python: str = sys.executable) -> dict:
     """`measure` in a process of its own, whose last line of output is the result."""
     command = [python, __file__, "--job", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | VLLM)
     if done.returncode:
         raise SystemExit(f"{job} failed:\n{done.stderr[-3000:]}")
     return job | json.loads(done.stdout.splitlines()[-1])

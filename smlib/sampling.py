@@ -30,7 +30,8 @@ from transformers.masking_utils import sdpa_mask
 
 from smlib.progress import progress_bar
 
-MAX_BATCH = 256  # rows that step together; more hardly helps a tiny model on a CPU (benchmarks/sampling.py)
+MAX_BATCH = 512  # rows that step together
+MAX_PROMPTS = 256  # of different prompts; the keys and values of more do not fit a CPU's cache
 CHECK_EVERY = 4  # steps between two looks for finished rows
 SHARED_PROMPT_MODELS = ("llama", "mistral", "qwen2", "qwen3")  # plain softmax attention, tested
 
@@ -162,8 +163,9 @@ def sample_ids(
     # Bars go to standard output, since notebooks here keep standard error empty.
     bar = progress_bar(progress, len(rows), "sample")
     with bar, _sampling_mode(model), torch.inference_mode():
-        for start in range(0, len(rows), max_batch):
-            block = rows[start : start + max_batch]
+        size = min(max_batch, MAX_PROMPTS * n)
+        for start in range(0, len(rows), size):
+            block = rows[start : start + size]
             numbers = list(dict.fromkeys(i for i, _ in block))
             prompts = [prompt_ids[i] for i in numbers]
             owners = [numbers.index(i) for i, _ in block]
