@@ -65,13 +65,7 @@ class Stage:
                 # inputs come second: a setting that differs is named before a fingerprint that does
                 ours = _flat(self.settings) | _flat(self.inputs)
                 theirs = _flat(found["settings"]) | _flat(found["inputs"])
-                for key in ours | theirs:
-                    mine, other = ours.get(key, "(not set)"), theirs.get(key, "(not set)")
-                    if mine != other:
-                        raise StageMismatch(
-                            f"{self.folder} was made with {key} = {other!r}, and now {key} = {mine!r} is "
-                            f"asked for: choose another RUN_DIR, or delete the folder {self.folder}."
-                        )
+                refuse_difference(self.folder, ours, theirs, "RUN_DIR")
         return bool(found)
 
     @property
@@ -159,6 +153,20 @@ def require(run_dir: str | Path, name: str) -> Stage:
     stage = Stage(run_dir, name, found["settings"])
     stage.inputs = found["inputs"]
     return stage
+
+
+def refuse_difference(folder: Path, ours: dict, theirs: dict, place: str) -> None:
+    """Raise StageMismatch for the first key in which what made `folder` (theirs) is not what is asked for (ours).
+
+    place: what the reader can choose another of.
+    """
+    for key in ours | theirs:
+        mine, other = ours.get(key, "(not set)"), theirs.get(key, "(not set)")
+        if mine != other:
+            raise StageMismatch(
+                f"{folder} was made with {key} = {other!r}, and now {key} = {mine!r} is "
+                f"asked for: choose another {place}, or delete the folder {folder}."
+            )
 
 
 def peak_mib() -> float:

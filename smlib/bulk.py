@@ -21,12 +21,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from smlib.artifacts import StageError, StageMismatch, replacing
+from smlib.artifacts import MANIFEST, StageError, StageMismatch, refuse_difference, replacing
 from smlib.engines import Engine
 from smlib.progress import progress_bar
 from smlib.sampling import Sample, check_drawing
-
-MANIFEST = "manifest.json"
 
 
 class Bulk:
@@ -149,13 +147,7 @@ class Bulk:
     def _check_manifest(self, drawing: dict) -> None:
         path, ours = self.folder / MANIFEST, self._manifest(drawing)
         theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else ours
-        for name in ours | theirs:
-            mine, other = ours.get(name, "(not set)"), theirs.get(name, "(not set)")
-            if mine != other:
-                raise StageMismatch(
-                    f"{self.folder} was made with {name} = {other!r}, and now {name} = {mine!r} is asked for: choose "
-                    f"another folder, or delete {self.folder}."
-                )
+        refuse_difference(self.folder, ours, theirs, "folder")
 
     def _files(self, shard: int) -> list[Path]:
         """The files of a shard, first samples first."""

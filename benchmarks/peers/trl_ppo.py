@@ -1,7 +1,7 @@
 """Numbers of TRL 1.12's PPOTrainer for tests/test_ppo_oracle.py; writes tests/trl_ppo.json.
 
-    python -m venv /tmp/trl && /tmp/trl/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.12.0
-    /tmp/trl/bin/python benchmarks/peers/trl_ppo.py
+    python -m venv .venv-trl && .venv-trl/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.12.0
+    .venv-trl/bin/python benchmarks/peers/trl_ppo.py
 
 It needs an environment of its own, because ours has a TRL that has no PPOTrainer any more.
 
