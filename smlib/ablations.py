@@ -81,7 +81,7 @@ def ppo_rows(
     answered: `answers` of the SFT model; it is compared with question by question.
     """
     folder = run_dir if reward == "learned" else branch(run_dir, f"ppo-{reward}", (*SAMPLED, "03_reward_model"))
-    stage = pipeline.train_ppo(folder, settings, reward=reward, progress=progress)
+    stage = pipeline.train_policy(folder, settings, reward=reward, progress=progress)
     policy, questions = models.load_policy(stage.path("model")), len(answered) // len(settings.tasks)
     after = answers(settings, policy, questions, len(answered[0]["sampled_texts"]))
     row = _labelled(settings, "PPO's reward", reward)
