@@ -10,7 +10,7 @@ leaves between tensors. So cards count here as 24e9, 40e9 and 80e9 bytes, 7 % le
 Every formula counts what the code of smlib.roles, smlib.ppo, smlib.sampling and of transformers' Llama allocates. The
 letters: H hidden, I intermediate, Q = heads x head size, K = key heads x head size, L layers, V vocabulary; s bytes of
 an element of the residual stream, c of a matrix product's operands (autocast makes c = 2 where s = 4). Attention is
-taken to be fused (SDPA without a mask), so no matrix of heads x length x length is kept. Lengths are the longest:
+taken to be fused (SDPA), so that no matrix of heads x length x length is kept, but for the mask of packed rows. Lengths are the longest:
 every completion is taken to reach its limit.
 """
 
@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 from transformers import LlamaConfig
 
+from smlib.models import CONTINUATIONS_PER_ROW
 from smlib.sampling import MAX_BATCH, MAX_PROMPTS
 from smlib.settings import Settings
 
@@ -30,7 +31,7 @@ ALLOWED = {
     "frozen": ("float32", "bfloat16", "nf4"),
     "precision": ("float32", "bfloat16"),
 }
-SCORED_TOKENS, TEXTS_PER_ROW = 2_048, 4  # how smlib.reward_model lays out what it scores
+SCORED_TOKENS = 2_048  # in a batch of the reward model (reward_model.score)
 PARTS = ("weights", "moments", "gradients", "activations", "logits", "copies", "cache", "scratch")
 CARDS = {"24 GB": 24e9, "40 GB": 40e9, "80 GB": 80e9}
 LLAMA_2_7B = LlamaConfig(  # its config.json: 6.74e9 parameters
@@ -87,9 +88,20 @@ class Choices:
         return 2 if self.lora and self.frozen != "float32" else 4
 
     @property
+    def together(self) -> int:
+        """Completions of one question that share a row and in it their prompt (models.pack, ppo.Batch)."""
+        each = range(CONTINUATIONS_PER_ROW, 0, -1)
+        return next(n for n in each if self.minibatch % n == 0 and self.samples % n == 0)
+
+    @property
+    def length(self) -> int:
+        """Tokens in a row."""
+        return self.prompt + self.together * self.completion
+
+    @property
     def tokens(self) -> int:
         """In a minibatch, prompts included."""
-        return self.minibatch * (self.prompt + self.completion)
+        return self.minibatch // self.together * self.length
 
     @property
     def drawn(self) -> int:
@@ -192,15 +204,16 @@ def layer_activations(config: LlamaConfig, choices: Choices) -> float:
     """What autograd keeps of one decoder layer, per token.
 
     Two norms: the input in float32 (4 H each), its reciprocal root (4), and, if its weight trains, the normalised
-    input (sH). Attention: q, k, v and the output, c (2 Q + 2 K), and a float32 logsumexp per head. MLP: gate,
+    input (sH). Attention: q, k, v and the output, 4 cQ (keys and values are repeated for
+    all heads, as there is a mask), and a float32 logsumexp per head. MLP: gate,
     silu(gate), up and their product, 4 cI. Inputs of linear layers, cH: one for q, k and v and one for gate and up in
     float32; in bfloat16 autocast and peft give each of the five a copy, and LoRA's o_proj (cQ). LoRA: seven inputs of
     its B, c rank.
     """
-    h, i, q, k, _ = widths(config)
+    h, i, q, _, _ = widths(config)
     c, lora = choices.compute, choices.lora
     norms = 2 * (4 * h + 4) + (0 if lora else 2 * choices.stream * h)
-    attention = c * (2 * q + 2 * k) + 4 * config.num_attention_heads
+    attention = 4 * c * q + 4 * config.num_attention_heads
     inputs = c * h * (5 if c == 2 else 2) + (c * q if lora and c == 2 else 0)
     return norms + attention + inputs + 4 * c * i + (7 * c * choices.rank if lora else 0)
 
@@ -209,14 +222,18 @@ def kept(config: LlamaConfig, choices: Choices) -> float:
     """Activations of one pass over a minibatch, up to the last hidden states.
 
     With `recompute` the inputs of the layers alone (sH each). The last norm keeps as much as a layer's; under LoRA the
-    first norm, whose input has no gradient, keeps nothing in its place.
+    first norm, whose input has no gradient, keeps nothing in its place. The mask is one for all layers, but autocast
+    gives each a copy of a float32 one.
     """
     last = (4 + (0 if choices.lora else choices.stream)) * config.hidden_size
     if choices.recompute:
         each = config.num_hidden_layers * choices.stream * config.hidden_size + last
     else:
         each = config.num_hidden_layers * layer_activations(config, choices) + (0 if choices.lora else last)
-    return choices.tokens * each
+    masks = choices.stream
+    if choices.compute < choices.stream and not choices.recompute:
+        masks += 2 * config.num_hidden_layers
+    return choices.tokens * (each + choices.length * masks)
 
 
 def copies(config: LlamaConfig, choices: Choices, passes: int) -> float:
@@ -304,15 +321,15 @@ def rollout(config: LlamaConfig, choices: Choices) -> dict[str, float]:
 
 
 def scoring(config: LlamaConfig, choices: Choices) -> dict[str, float]:
-    """The reward model reads SCORED_TOKENS, or one row of TEXTS_PER_ROW texts, with a mask of length x length; logits
+    """The reward model reads SCORED_TOKENS, or one row of CONTINUATIONS_PER_ROW texts, with a mask of length x length; logits
     of the texts: as they come, in float32 if they are not, and log-softmaxed. Not under autocast, so that an adapter of
     a bfloat16 base works in float32 (8 I more)."""
     scratch = 0.0
     if choices.reward != "none":
         plain = replace(choices, precision="float32") if choices.frozen == "float32" else choices
-        length = choices.prompt + TEXTS_PER_ROW * choices.completion
+        length = choices.prompt + CONTINUATIONS_PER_ROW * choices.completion
         tokens = max(SCORED_TOKENS // length, 1) * length
-        drawn = tokens * TEXTS_PER_ROW * choices.completion // length
+        drawn = tokens * CONTINUATIONS_PER_ROW * choices.completion // length
         logits = drawn * config.vocab_size * (8 if plain.compute == 4 else 10)
         mask = tokens * length * (2 + plain.compute)
         wider = 8 * config.intermediate_size if choices.lora and plain.compute == 2 else 0
@@ -321,12 +338,13 @@ def scoring(config: LlamaConfig, choices: Choices) -> dict[str, float]:
 
 
 def reference(config: LlamaConfig, choices: Choices) -> dict[str, float]:
-    """Log-probabilities and values of a minibatch without gradients: a layer, or the logits of the drawn tokens: as
-    they come, in float32 if they are not, and log-softmaxed."""
+    """Log-probabilities and values of a minibatch without gradients: the mask, and a layer, or the logits of
+    the drawn tokens: as they come, in float32 if they are not, and log-softmaxed."""
     passes = 2 if choices.value == "model" else 1
     cast = 0.0 if choices.lora else copies(config, choices, passes)
     logits = choices.drawn * config.vocab_size * (8 if choices.compute == 4 else 10)
-    scratch = states(config, choices) + max(logits, forward_work(config, choices, choices.tokens))
+    mask = choices.tokens * choices.length * (2 + choices.stream)
+    scratch = states(config, choices) + mask + max(logits, forward_work(config, choices, choices.tokens))
     return resident(config, choices) | {"copies": cast, "scratch": scratch}
 
 

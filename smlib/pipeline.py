@@ -371,12 +371,7 @@ def _add_scores(judge, tokenizer, problems: Sequence[Problem], answered: list[di
 
 def run(run_dir: Path, settings: Settings, reward: str = "learned", progress: bool = True) -> dict[str, float]:
     """All stages in order, without notebooks; returns the seconds of each."""
-    stages = {
-        "01_sampling": sample_rationales,
-        "02_ranking": lambda run_dir, settings, progress: rank_rationales(run_dir, settings),
-        "02_sft": train_sft,
-        "03_second_sampling": sample_again,
-        "03_reward_model": train_reward_model,
+    stages = _BEFORE_POLICY | {
         "04_ppo": lambda run_dir, settings, progress: train_policy(run_dir, settings, "ppo", reward, progress),
         "05_evaluation": evaluate,
     }
@@ -386,6 +381,21 @@ def run(run_dir: Path, settings: Settings, reward: str = "learned", progress: bo
         stage(run_dir, settings, progress=progress)
         seconds[name] = time.perf_counter() - started
     return seconds
+
+
+def before_policy(run_dir: Path, settings: Settings, progress: bool = True) -> None:
+    """Stages 01 to 03: all that `train_policy` needs."""
+    for stage in _BEFORE_POLICY.values():
+        stage(run_dir, settings, progress=progress)
+
+
+_BEFORE_POLICY = {
+    "01_sampling": sample_rationales,
+    "02_ranking": lambda run_dir, settings, progress: rank_rationales(run_dir, settings),
+    "02_sft": train_sft,
+    "03_second_sampling": sample_again,
+    "03_reward_model": train_reward_model,
+}
 
 
 def _to_disk(stage: Stage, name: str, engine: NativeEngine) -> Bulk:
