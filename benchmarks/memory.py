@@ -18,11 +18,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from smlib import memory, models
 from smlib.memory import Choices
-from smlib.ppo import Batch, policy_loss, tabulate, value_loss
+from smlib.ppo import Batch, collate, policy_loss, spread, tabulate, value_loss
 from smlib.roles import Adapters, Roles, SeparateModels
-from smlib.sampling import sample_ids
+from smlib.sampling import Sample, sample_ids
 
 RESULTS = Path(__file__).parents[1] / "results"
+HELD = (  # layout, value, recompute
+    ("separate", "model", False),
+    ("separate", "head", True),
+    ("adapters", "model", True),
+    ("adapters", "head", False),
+)
 MINIBATCHES, COMPLETIONS = (1, 4, 16), (128, 384, 896)  # with prompts of 128 tokens
 
 
@@ -34,9 +40,9 @@ def llama(hidden=256, layers=3, heads=4, kv=4, intermediate=704, vocab=2000, tie
 
 
 SHAPES = {  # what takes most of the memory: (model, minibatch, prompt, completion)
-    "activations": (llama(hidden=128, layers=8, kv=2, intermediate=344, vocab=500), 8, 60, 100),
+    "activations": (llama(hidden=128, layers=8, kv=2, intermediate=344, vocab=500), 8, 60, 68),
     "weights": (llama(hidden=512, layers=2, heads=8, kv=8, intermediate=1376), 1, 16, 32),
-    "logits": (llama(hidden=128, layers=2, kv=1, intermediate=344, vocab=8000), 4, 16, 112),
+    "logits": (llama(hidden=128, layers=2, kv=1, intermediate=344, vocab=8000), 8, 16, 56),
     "tied": (llama(layers=2, vocab=8000, tied=True), 2, 16, 48),
 }
 
@@ -44,7 +50,7 @@ SHAPES = {  # what takes most of the memory: (model, minibatch, prompt, completi
 def cases():
     """(name of the shape, its config, choices)"""
     for name, (config, minibatch, prompt, completion) in SHAPES.items():
-        for layout, value, recompute in product(("separate", "adapters"), ("model", "head"), (False, True)):
+        for layout, value, recompute in HELD:
             reward = "model" if layout == "separate" else "adapter"
             precisions = [("float32", "float32")]
             if name in ("activations", "weights"):
@@ -53,7 +59,7 @@ def cases():
             for precision, frozen in precisions:
                 yield name, config, Choices(
                     layout=layout, value=value, reward=reward, rank=8, frozen=frozen, precision=precision,
-                    recompute=recompute, minibatch=minibatch, rollout_rows=32, prompt=prompt, completion=completion,
+                    recompute=recompute, minibatch=minibatch, rollout_rows=16, prompt=prompt, completion=completion,
                 )  # fmt: skip
 
 
@@ -117,17 +123,17 @@ def optimizer_of(roles: Roles) -> torch.optim.AdamW:
 
 def batch_of(config: LlamaConfig, choices: Choices) -> Batch:
     """One minibatch, all of its completions as long as can be."""
-    length = choices.prompt + choices.completion
-    mask = torch.zeros(choices.minibatch, length - 1, dtype=torch.bool)
-    mask[:, choices.prompt - 1 :] = True
-    ids = torch.randint(config.vocab_size, (choices.minibatch, length))
-    return Batch(ids, mask, torch.zeros(mask.shape), torch.full((choices.minibatch,), length))
+    draw = torch.randint(config.vocab_size, (choices.minibatch, choices.prompt + choices.completion)).tolist()
+    samples = [Sample("", tuple(row[choices.prompt :]), (-1.0,) * choices.completion, "length") for row in draw]
+    prompts = [row[: choices.prompt] for row in draw[:: choices.samples]]
+    return collate([prompts[number // choices.samples] for number in range(len(draw))], samples, 0)
 
 
 def step(roles: Roles, optimizer, batch: Batch, context) -> None:
     """An optimizer step, in the order of smlib.ppo.optimize."""
     with context():
-        logp, values = roles(batch.ids, batch.mask)
+        packed = batch.pack(torch.arange(len(batch.ids)))
+        logp, values = (spread(flat, batch.mask) for flat in roles(packed))
     zeros = torch.zeros_like(logp)
     loss = policy_loss(logp, logp.detach(), zeros + 1, batch.mask, 0.2)[0]
     loss = loss + value_loss(values, zeros, zeros + 1, batch.mask, 0.2)[0]
@@ -145,7 +151,7 @@ def draw(roles: Roles, config: LlamaConfig, choices: Choices) -> None:
 
 def judge_some(judge, config: LlamaConfig, choices: Choices) -> None:
     """As many texts at a time as smlib.reward_model.score takes."""
-    each, texts = choices.completion, memory.TEXTS_PER_ROW
+    each, texts = choices.completion, models.CONTINUATIONS_PER_ROW
     rows = max(memory.SCORED_TOKENS // (choices.prompt + texts * each), 1)
     packed = models.pack([([1] * choices.prompt, [[1] * each] * texts)] * rows, 0)
     with torch.inference_mode():

@@ -1,7 +1,7 @@
 """How much memory PPO takes, computed from a model's shape before anything is loaded.
 
     choices = Choices(layout="adapters", frozen="bfloat16", precision="bfloat16", recompute=True, minibatch=4)
-    peak(LLAMA_2_7B, choices)                    # ("update", 2.3e10): the phase that needs most, and its bytes
+    peak(LLAMA_2_7B, choices)                    # ("rollout", 2.41e10): the phase that needs most, and its bytes
     print(fit(LLAMA_2_7B, choices, 24e9))        # whether that fits, and if not, what each knob gives
 
 All sizes are bytes of tensors. A card needs more: the CUDA context and workspaces (0.5 to 1 GB) and what the allocator
@@ -10,8 +10,8 @@ leaves between tensors. So cards count here as 24e9, 40e9 and 80e9 bytes, 7 % le
 Every formula counts what the code of smlib.roles, smlib.ppo, smlib.sampling and of transformers' Llama allocates. The
 letters: H hidden, I intermediate, Q = heads x head size, K = key heads x head size, L layers, V vocabulary; s bytes of
 an element of the residual stream, c of a matrix product's operands (autocast makes c = 2 where s = 4). Attention is
-taken to be fused (SDPA), so that no matrix of heads x length x length is kept, but for the mask of packed rows. Lengths are the longest:
-every completion is taken to reach its limit.
+taken to be fused (SDPA), so that no matrix of heads x length x length is kept, but for the mask of packed rows.
+Lengths are the longest: every completion is taken to reach its limit.
 """
 
 from collections.abc import Iterable
@@ -321,9 +321,9 @@ def rollout(config: LlamaConfig, choices: Choices) -> dict[str, float]:
 
 
 def scoring(config: LlamaConfig, choices: Choices) -> dict[str, float]:
-    """The reward model reads SCORED_TOKENS, or one row of CONTINUATIONS_PER_ROW texts, with a mask of length x length; logits
-    of the texts: as they come, in float32 if they are not, and log-softmaxed. Not under autocast, so that an adapter of
-    a bfloat16 base works in float32 (8 I more)."""
+    """The reward model reads SCORED_TOKENS, or one row of CONTINUATIONS_PER_ROW texts, with a mask of length x length;
+    logits of the texts: as they come, in float32 if they are not, and log-softmaxed. Not under autocast, so that an
+    adapter of a bfloat16 base works in float32 (8 I more)."""
     scratch = 0.0
     if choices.reward != "none":
         plain = replace(choices, precision="float32") if choices.frozen == "float32" else choices

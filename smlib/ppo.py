@@ -410,6 +410,48 @@ def _my_part() -> slice:
     return slice(state.process_index, None, state.num_processes)
 
 
+@dataclass(frozen=True)
+class Experience:
+    """What an update learns from, and what the log says of it."""
+
+    batch: Batch  # with values, advantages and returns
+    problems: list[Problem]  # of each completion, as all below
+    samples: list[Sample]
+    texts: list[str]
+    scores: Tensor  # [B] as the reward gave them
+    kl: Tensor  # [B] nats
+    moments: "RunningMoments"
+    clock: list[float]  # seconds: the start, after the rollout, at the end
+
+
+def experience(
+    accelerator: Accelerator, roles: Roles, reward: Reward, asked: list[Problem], tokenizer, settings: PPOSettings,
+    state: "State", seed: int,
+) -> Experience:  # fmt: skip
+    """Draw, score, and work out which token deserves what."""
+    clock = [time.perf_counter()]
+    plain = accelerator.unwrap_model(roles)
+    plain.eval()
+    with gathered(plain), autocast(settings, accelerator.device):
+        batch, samples = rollout(plain.policy, tokenizer, asked, settings, seed)
+    clock.append(time.perf_counter())
+
+    problems = [problem for problem in asked for _ in range(settings.samples_per_question)]
+    texts = [drawn.text for drawn in samples]
+    scores = torch.tensor(gather_object(scored(reward, _mine(problems), _mine(texts))), device=accelerator.device)
+    shaped, moments = shape(scores, samples, state.moments, settings)
+    with autocast(settings, accelerator.device):
+        ref_logp, batch.values = tabulate(roles, batch, settings.minibatch, reference=True)
+        if settings.precision == "bfloat16":  # rounds token by token otherwise than in one pass
+            batch.logp, _ = tabulate(roles, batch, settings.minibatch, reference=False)
+    kl = kl_estimate(batch.logp, ref_logp, settings.kl_kind)
+    rewards = token_rewards(shaped, kl, batch.mask, state.kl_coef)
+    advantages, batch.returns = gae(rewards, batch.values, batch.mask, settings.gamma, settings.lam)
+    batch.advantages = whiten(advantages, batch.mask)
+    clock.append(time.perf_counter())
+    return Experience(batch, problems, samples, texts, scores, kl.sum(dim=1), moments, clock)
+
+
 @dataclass
 class State:
     """What an update changes besides weights and optimizer. Randomness is not in it: all that update u draws
@@ -463,7 +505,6 @@ def train(
         roles.recompute_activations()
     groups = [{"params": list(weights.values())} for weights in roles.weights().values()]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-    plain = roles
     roles, optimizer = accelerator.prepare(roles, optimizer)
     run = asdict(settings) | {"seed": seed}
     state = load_checkpoint(out, roles, optimizer, run) or State(kl_coef=settings.kl_coef)
@@ -473,27 +514,9 @@ def train(
     bar = progress_bar(progress if accelerator.is_main_process else None, settings.updates, "update", state.update)
     try:
         while state.update < settings.updates:
-            clock = [time.perf_counter()]
             update_seed = seed * 1_000_003 + state.update
             asked = questions(problems, state.update, settings)
-            plain.eval()
-            with gathered(plain), autocast(settings, accelerator.device):
-                batch, samples = rollout(plain.policy, tokenizer, asked, settings, update_seed)
-            clock.append(time.perf_counter())
-
-            asked = [problem for problem in asked for _ in range(settings.samples_per_question)]
-            texts = [drawn.text for drawn in samples]
-            scores = torch.tensor(gather_object(scored(reward, _mine(asked), _mine(texts))), device=accelerator.device)
-            shaped, moments = shape(scores, samples, state.moments, settings)
-            with autocast(settings, accelerator.device):
-                ref_logp, batch.values = tabulate(roles, batch, settings.minibatch, reference=True)
-                if settings.precision == "bfloat16":  # rounds token by token otherwise than in one pass
-                    batch.logp, _ = tabulate(roles, batch, settings.minibatch, reference=False)
-            kl = kl_estimate(batch.logp, ref_logp, settings.kl_kind)
-            rewards = token_rewards(shaped, kl, batch.mask, state.kl_coef)
-            advantages, batch.returns = gae(rewards, batch.values, batch.mask, settings.gamma, settings.lam)
-            batch.advantages = whiten(advantages, batch.mask)
-            clock.append(time.perf_counter())
+            found = experience(accelerator, roles, reward, asked, tokenizer, settings, state, update_seed)
 
             with uninterrupted():
                 scale = learning_rate_scale(state.update, settings)
@@ -501,14 +524,14 @@ def train(
                 optimizer.param_groups[1]["lr"] = settings.value_learning_rate * scale
                 generator = torch.Generator().manual_seed(update_seed)
                 try:
-                    measured = optimize(accelerator, roles, optimizer, batch, settings, generator)
+                    measured = optimize(accelerator, roles, optimizer, found.batch, settings, generator)
                 except NonFiniteError as error:
-                    raise _with_batch(error, out, batch, state) from error
-                clock.append(time.perf_counter())
-
-                kl, verdicts = kl.sum(dim=1), grade_many(texts, asked)  # KL per completion
+                    raise _with_batch(error, out, found.batch, state) from error
+                clock = [*found.clock, time.perf_counter()]
+                verdicts = grade_many(found.texts, found.problems)
+                batch = found.batch
                 row = {
-                    **observed(state.update, batch, samples, scores, kl, verdicts),
+                    **observed(state.update, batch, found.samples, found.scores, found.kl, verdicts),
                     "kl_coef": state.kl_coef,
                     "explained_variance": explained_variance(batch.values, batch.returns, batch.mask),
                     **measured,
@@ -518,11 +541,11 @@ def train(
                 if accelerator.is_main_process:
                     write_row(out, row)
                     if state.update % examples_every == 0:
-                        write_examples(out, state.update, asked, texts, scores, kl, verdicts)
+                        write_examples(out, state.update, found.problems, found.texts, found.scores, found.kl, verdicts)
                 accelerator.log(row, step=state.update)
                 if settings.kl_target:
                     state.kl_coef = adapt_kl_coef(state.kl_coef, row["kl"], settings.kl_target)
-                state.moments = moments
+                state.moments = found.moments
                 state.rows.append(row)
                 state.update += 1
                 if state.update % checkpoint_every == 0 or state.update == settings.updates:

@@ -64,7 +64,7 @@ def test_what_autograd_keeps_is_what_is_computed(choices):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        roles(batch.ids, batch.mask)
+        roles(batch.pack(torch.arange(len(batch.ids))))
     own = {weight.untyped_storage().data_ptr() for weight in roles.parameters()}
     measured = sum(tensor.untyped_storage().nbytes() for place, tensor in saved.items() if place not in own)
     passes = 2 if choices.value == "model" else 1
@@ -132,13 +132,21 @@ def test_llama_2_7b_by_hand():
     assert memory.lora_parameters(LLAMA_2_7B, 16) == 32 * 16 * (4 * 8192 + 3 * 15104) == 39_976_960
     one = replace(LORA_7B, rollout_rows=1, samples=1, prompt=512, completion=512)
     assert memory.cache(LLAMA_2_7B, one) == 2 * 32 * 4096 * 1024 * 2  # half a MiB a token
-    # float32, one token: two norms, five inputs of width H and 2 Q + 2 K, four of width I, 32 logsumexp
-    assert memory.layer_activations(LLAMA_2_7B, Choices()) == 4 * (2 + 4 * 4096 + 2 * 4096 + 4 * 4096 + 4 * 11008 + 32)
+    # float32, one token: two norms' input, output and root, q, k, v and what attention gives, the inputs of q and gate
+    assert memory.layer_activations(LLAMA_2_7B, Choices()) == 4 * (4 * 4096 + 2 + 4 * 4096 + 32 + 2 * 4096 + 4 * 11008)
+
+
+def test_completions_of_a_question_share_their_prompt_as_in_training():
+    for minibatch, samples, together in ((8, 8, 4), (8, 2, 2), (4, 1, 1)):
+        choices = replace(BASE, minibatch=minibatch, samples=samples)
+        packed = bench.batch_of(SMALL, choices).pack(torch.arange(minibatch))
+        assert choices.together == together
+        assert packed["input_ids"].shape == (minibatch // together, choices.length)
+        assert packed["targets"].numel() == choices.drawn
 
 
 def test_the_reward_model_s_batches_are_those_of_its_scoring():
     assert inspect.signature(reward_model.score).parameters["tokens_per_batch"].default == memory.SCORED_TOKENS
-    assert reward_model.TEXTS_PER_ROW == memory.TEXTS_PER_ROW
 
 
 def test_choices_of_settings():
@@ -163,7 +171,7 @@ CHOICES = st.builds(
     reward=st.sampled_from(("none", "model")),
     recompute=st.booleans(),
     rank=st.integers(1, 64),
-    minibatch=st.integers(1, 64),
+    minibatch=st.integers(1, 32),
     rollout_rows=st.integers(1, 256),
     samples=st.integers(1, 16),
     prompt=st.integers(1, 1000),
@@ -174,10 +182,9 @@ CHOICES = st.builds(
 @given(CHOICES, st.sampled_from(("rank", "minibatch", "rollout_rows", "prompt", "completion")))
 @settings(max_examples=200)
 def test_more_never_takes_less(choices, name):
-    more = replace(choices, **{name: getattr(choices, name) + 1})
-    # the reward model's batch ends at a whole row, so that longer rows may be fewer tokens
-    same = ("rollout", "reference", "update")
-    for phase in same:
+    # one completion more may be one that shares a prompt with others
+    more = replace(choices, **{name: getattr(choices, name) * 2 if name == "minibatch" else getattr(choices, name) + 1})
+    for phase in ("rollout", "reference", "update"):  # the reward model reads whole rows, fewer of them if longer
         few, many = (memory.total(memory.phases(LLAMA_2_7B, each)[phase]) for each in (choices, more))
         assert many >= few - 1
 
