@@ -8,17 +8,19 @@ smlib.ppo runs them.
 
 import copy
 import csv
+import math
 import tempfile
 from itertools import product
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smlib import memory, models
 from smlib.memory import Choices
-from smlib.ppo import Batch, collate, policy_loss, spread, tabulate, value_loss
+from smlib.ppo import Batch, PPOSettings, collate, optimize, tabulate
 from smlib.roles import Adapters, Roles, SeparateModels
 from smlib.sampling import Sample, sample_ids
 
@@ -126,22 +128,16 @@ def batch_of(config: LlamaConfig, choices: Choices) -> Batch:
     draw = torch.randint(config.vocab_size, (choices.minibatch, choices.prompt + choices.completion)).tolist()
     samples = [Sample("", tuple(row[choices.prompt :]), (-1.0,) * choices.completion, "length") for row in draw]
     prompts = [row[: choices.prompt] for row in draw[:: choices.samples]]
-    return collate([prompts[number // choices.samples] for number in range(len(draw))], samples, 0)
+    batch = collate([prompts[number // choices.samples] for number in range(len(draw))], samples, 0)
+    batch.values, batch.returns = torch.zeros_like(batch.logp), torch.ones_like(batch.logp)
+    batch.advantages = batch.returns
+    return batch
 
 
-def step(roles: Roles, optimizer, batch: Batch, context) -> None:
-    """An optimizer step, in the order of smlib.ppo.optimize."""
-    with context():
-        packed = batch.pack(torch.arange(len(batch.ids)))
-        logp, values = (spread(flat, batch.mask) for flat in roles(packed))
-    zeros = torch.zeros_like(logp)
-    loss = policy_loss(logp, logp.detach(), zeros + 1, batch.mask, 0.2)[0]
-    loss = loss + value_loss(values, zeros, zeros + 1, batch.mask, 0.2)[0]
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    for group in optimizer.param_groups:
-        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
-    optimizer.step()
+def steps(roles: Roles, optimizer, batch: Batch, choices: Choices) -> None:
+    """Two optimizer steps: the first finds no moments yet."""
+    plan = PPOSettings(minibatch=choices.minibatch, epochs=2, max_update_kl=math.inf, precision=choices.precision)
+    optimize(Accelerator(), roles, optimizer, batch, plan, torch.Generator())
 
 
 def draw(roles: Roles, config: LlamaConfig, choices: Choices) -> None:
@@ -167,9 +163,8 @@ def measure(config: LlamaConfig, choices: Choices) -> dict[str, int]:
     roles, judge = build(config, choices)
     optimizer, batch = optimizer_of(roles), batch_of(config, choices)
     found, before = {}, held(roles, judge)
-    with Peak() as peak:  # the first step has no moments and no old gradients yet
-        step(roles, optimizer, batch, context)
-        step(roles, optimizer, batch, context)
+    with Peak() as peak:
+        steps(roles, optimizer, batch, choices)
     found["update"] = before + peak.bytes
     before = held(roles, judge, optimizer)
     with Peak() as peak, context():

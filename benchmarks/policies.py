@@ -1,4 +1,4 @@
-"""PPO, RLOO and GRPO from the same start, with as many completions each; and one policy that cheats its reward.
+"""PPO, RLOO and GRPO from the same start, with as many completions each; and a policy that cheats.
 
     python benchmarks/policies.py --seeds 0 1 2 3 4
 
@@ -22,9 +22,10 @@ POLICIES = {  # name: method, reward
     "RLOO, learned reward": ("rloo", "learned"),
     "GRPO, learned reward": ("grpo", "learned"),
 }
-# Steps so large that the policy leaves the texts that the reward model knows; then the same with the knob turned.
-RECKLESS = {"learning_rate": 1e-3, "reward_clip": 0.0}
-HACKED = {"PPO, no price on KL": RECKLESS | {"kl_coef": 0.0}, "PPO, KL at a price": RECKLESS}
+# A reward that is easy to please without solving anything, first at no price for leaving the reference, then at one.
+BRIEF = "learned - 5*words"
+HASTY = {"updates": 30, "learning_rate": 5e-4}
+HACKED = {"brevity, no price on KL": HASTY | {"kl_coef": 0.0}, "brevity, KL at a price": HASTY | {"kl_coef": 0.5}}
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
         answered = ablations.answers(settings, tuned, args.questions)
         jobs = [(name, settings, *how) for name, how in POLICIES.items()]
         for name, changes in HACKED.items() if seed in args.hacked else ():
-            jobs.append((name, preset(args.preset, args.task, seed, ppo=changes), "ppo", "learned"))
+            jobs.append((name, preset(args.preset, args.task, seed, ppo=changes), "ppo", BRIEF))
         for name, chosen, method, reward in jobs:
             if name == OWN:
                 stage = pipeline.train_policy(run, settings)

@@ -1,7 +1,7 @@
 """How much memory PPO takes, computed from a model's shape before anything is loaded.
 
     choices = Choices(layout="adapters", frozen="bfloat16", precision="bfloat16", recompute=True, minibatch=4)
-    peak(LLAMA_2_7B, choices)                    # ("rollout", 2.41e10): the phase that needs most, and its bytes
+    peak(LLAMA_2_7B, choices)                    # ("rollout", 2.39e10): the phase that needs most, and its bytes
     print(fit(LLAMA_2_7B, choices, 24e9))        # whether that fits, and if not, what each knob gives
 
 All sizes are bytes of tensors. A card needs more: the CUDA context and workspaces (0.5 to 1 GB) and what the allocator
@@ -32,6 +32,9 @@ ALLOWED = {
     "precision": ("float32", "bfloat16"),
 }
 SCORED_TOKENS = 2_048  # in a batch of the reward model (reward_model.score)
+COLUMNS = (  # of `table`
+    *ALLOWED, "rank", "recompute", "minibatch", "length", "completion", "rollout_rows",
+)  # fmt: skip
 PARTS = ("weights", "moments", "gradients", "activations", "logits", "copies", "cache", "scratch")
 CARDS = {"24 GB": 24e9, "40 GB": 40e9, "80 GB": 80e9}
 LLAMA_2_7B = LlamaConfig(  # its config.json: 6.74e9 parameters
@@ -65,9 +68,7 @@ class Choices:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} is not allowed; give at least 1.")
         if self.rollout_rows > MAX_BATCH:
-            raise ValueError(
-                f"rollout_rows = {self.rollout_rows}, but the sampler draws {MAX_BATCH} at most at a time."
-            )
+            raise ValueError(f"rollout_rows = {self.rollout_rows}, but the sampler draws {MAX_BATCH} at most at once.")
         if self.reward == "adapter" and self.layout != "adapters":
             raise ValueError("reward 'adapter' needs layout 'adapters': separate models have no base to adapt.")
         if self.frozen != "float32" and self.precision == "float32":
@@ -81,6 +82,11 @@ class Choices:
     def compute(self) -> int:
         """c."""
         return 2 if self.precision == "bfloat16" else 4
+
+    @property
+    def logit(self) -> int:
+        """Bytes while a log-probability is made: a logit as it comes (c), in float32 if it is not, log-softmaxed."""
+        return 8 if self.compute == 4 else 10
 
     @property
     def stream(self) -> int:
@@ -133,9 +139,7 @@ def choices_of(settings: Settings, prompt: int) -> Choices:
 def widths(config: LlamaConfig) -> tuple[int, int, int, int, int]:
     """(H, I, Q, K, V) of a Llama without biases; others are refused, as their layers hold something else."""
     if config.model_type not in ("llama", "mistral") or getattr(config, "attention_bias", False):
-        raise ValueError(
-            f"a {config.model_type!r} model with these options is not counted here; give a Llama's config."
-        )
+        raise ValueError(f"a {config.model_type!r} with these options is not counted here; give a Llama's config.")
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads, key_heads = config.num_attention_heads, config.num_key_value_heads
     return config.hidden_size, config.intermediate_size, heads * size, key_heads * size, config.vocab_size
@@ -191,10 +195,9 @@ def trained(config: LlamaConfig, choices: Choices) -> dict[str, int]:
 
 
 def resident(config: LlamaConfig, choices: Choices) -> dict[str, float]:
-    """What is there in every phase. The gradients are: the last step's stay until the next backward pass."""
+    """What is there in every phase; gradients are not, as ppo.optimize drops them after each step."""
     count = sum(trained(config, choices).values())
-    found = weights(config, choices)
-    return {"weights": sum(found.values()), "moments": 8 * count, "gradients": 4 * count}
+    return {"weights": sum(weights(config, choices).values()), "moments": 8 * count}
 
 
 # ---- activations ---------------------------------------------------------------------------------------------
@@ -203,12 +206,11 @@ def resident(config: LlamaConfig, choices: Choices) -> dict[str, float]:
 def layer_activations(config: LlamaConfig, choices: Choices) -> float:
     """What autograd keeps of one decoder layer, per token.
 
-    Two norms: the input in float32 (4 H each), its reciprocal root (4), and, if its weight trains, the normalised
-    input (sH). Attention: q, k, v and the output, 4 cQ (keys and values are repeated for
-    all heads, as there is a mask), and a float32 logsumexp per head. MLP: gate,
-    silu(gate), up and their product, 4 cI. Inputs of linear layers, cH: one for q, k and v and one for gate and up in
-    float32; in bfloat16 autocast and peft give each of the five a copy, and LoRA's o_proj (cQ). LoRA: seven inputs of
-    its B, c rank.
+    Two norms: the input in float32 (4 H each), its reciprocal root (4), and, if its weight trains, the normalised input
+    (sH). Attention: q, k, v and the output, 4 cQ (keys and values are repeated for all heads, as there is a mask), and
+    a float32 logsumexp per head. MLP: gate, silu(gate), up and their product, 4 cI. Inputs of linear layers, cH: one
+    for q, k and v and one for gate and up in float32; in bfloat16 autocast and peft give each of the five a copy, and
+    LoRA's o_proj (cQ). LoRA: seven inputs of its B, c rank.
     """
     h, i, q, _, _ = widths(config)
     c, lora = choices.compute, choices.lora
@@ -225,15 +227,19 @@ def kept(config: LlamaConfig, choices: Choices) -> float:
     first norm, whose input has no gradient, keeps nothing in its place. The mask is one for all layers, but autocast
     gives each a copy of a float32 one.
     """
-    last = (4 + (0 if choices.lora else choices.stream)) * config.hidden_size
-    if choices.recompute:
-        each = config.num_hidden_layers * choices.stream * config.hidden_size + last
-    else:
-        each = config.num_hidden_layers * layer_activations(config, choices) + (0 if choices.lora else last)
+    layers, last = config.num_hidden_layers, (4 + (0 if choices.lora else choices.stream)) * config.hidden_size
     masks = choices.stream
-    if choices.compute < choices.stream and not choices.recompute:
-        masks += 2 * config.num_hidden_layers
+    if choices.recompute:
+        each = layers * choices.stream * config.hidden_size + last
+    else:
+        each = layers * layer_activations(config, choices) + (0 if choices.lora else last)
+        masks += 2 * layers if choices.compute < choices.stream else 0
     return choices.tokens * (each + choices.length * masks)
+
+
+def states(config: LlamaConfig, choices: Choices) -> float:
+    """The last hidden states of the drawn tokens (sH), and in float32 for the value (4 H), or bfloat16 for the head."""
+    return choices.drawn * config.hidden_size * (choices.stream + (0 if choices.compute == 4 else 4))
 
 
 def copies(config: LlamaConfig, choices: Choices, passes: int) -> float:
@@ -248,16 +254,6 @@ def copies(config: LlamaConfig, choices: Choices, passes: int) -> float:
     return 2 * (lasting + config.vocab_size * config.hidden_size)
 
 
-def computed_again(config: LlamaConfig, choices: Choices) -> float:
-    """With `recompute`: the activations of the one layer that is in work, whose float32 input is there already, and
-    the bfloat16 copies of its float32 weights."""
-    if not choices.recompute:
-        return 0.0
-    known = 4 * config.hidden_size if choices.stream == 4 else 0
-    cast = 0 if choices.stream == choices.compute else 2 * parameters(config)["linear"] / config.num_hidden_layers
-    return choices.tokens * (layer_activations(config, choices) - known) + cast
-
-
 def forward_work(config: LlamaConfig, choices: Choices, tokens: int) -> float:
     """Of a forward pass that keeps nothing: the embeddings, the layer's input, its residual and its normed input (4
     sH), silu(gate), up and their product (3 cI), where LoRA adds its result (4 I); and the widest matrix in bfloat16,
@@ -269,10 +265,15 @@ def forward_work(config: LlamaConfig, choices: Choices, tokens: int) -> float:
 
 def backward_work(config: LlamaConfig, choices: Choices) -> float:
     """Of a layer's backward pass: gradients of the residual stream (2 sH) and in the MLP two more than what is kept of
-    it (2 cI), and LoRA's input in float32 where c is 2 (4 I); the widest matrix as in `forward_work`."""
+    it (2 cI), and LoRA's input in float32 where c is 2 (4 I); the widest matrix as in `forward_work`. With `recompute`
+    also the layer's activations, whose float32 input is there already, and bfloat16 copies of its float32 weights."""
     h, i, _, _, _ = widths(config)
-    wide = 2 * choices.compute * i + (4 * i if choices.lora and choices.compute == 2 else 0)
-    return choices.tokens * (2 * choices.stream * h + wide) + _widest(config, choices)
+    s, c = choices.stream, choices.compute
+    each, cast = 2 * s * h + 2 * c * i + (4 * i if choices.lora and c == 2 else 0), 0.0
+    if choices.recompute:
+        each += layer_activations(config, choices) - (4 * h if s == 4 else 0)
+        cast = 0.0 if s == c else 2 * parameters(config)["linear"] / config.num_hidden_layers
+    return choices.tokens * each + cast + _widest(config, choices)
 
 
 def _widest(config: LlamaConfig, choices: Choices) -> int:
@@ -280,72 +281,55 @@ def _widest(config: LlamaConfig, choices: Choices) -> int:
     return 2 * h * i if choices.compute == 2 and choices.frozen != "bfloat16" else 0
 
 
-def states(config: LlamaConfig, choices: Choices) -> float:
-    """The last hidden states of the drawn tokens (sH), and in float32 for the value (4 H), or bfloat16 for the head."""
-    return choices.drawn * config.hidden_size * (choices.stream + (0 if choices.compute == 4 else 4))
-
-
 # ---- phases --------------------------------------------------------------------------------------------------
 
 
-def cache(config: LlamaConfig, choices: Choices) -> float:
-    """Keys and values when all rows are at their end: of every prompt once (s + c, as the keys come from the rotary
-    embedding in s), of the drawn tokens for every row, stacked (2 s), in steps of 16 tokens."""
-    _, _, _, k, _ = widths(config)
-    s, c = choices.stream, choices.compute
-    return config.num_hidden_layers * k * (_prompts(choices) * choices.prompt * (s + c) + _room(choices) * 2 * s)
+def cache(config: LlamaConfig, choices: Choices, drawn: bool = True) -> float:
+    """Keys and values, when all rows are at their end: of every prompt once (s + c, as the keys come from the rotary
+    embedding in s), and those of the drawn tokens for every row, stacked (2 s), in steps of 16 tokens."""
+    room = choices.rollout_rows * -(-choices.completion // 16) * 16 if drawn else 0
+    each = _prompts(choices) * (choices.stream + choices.compute) + room * 2 * choices.stream
+    return config.num_hidden_layers * widths(config)[3] * each
 
 
 def _prompts(choices: Choices) -> int:
-    return min(-(-choices.rollout_rows // choices.samples), MAX_PROMPTS)
-
-
-def _room(choices: Choices) -> int:
-    return choices.rollout_rows * -(-choices.completion // 16) * 16
+    return min(-(-choices.rollout_rows // choices.samples), MAX_PROMPTS) * choices.prompt  # tokens
 
 
 def rollout(config: LlamaConfig, choices: Choices) -> dict[str, float]:
     """The last step: all of the cache, and either one layer's part of it again, as it grows, with attention's weights,
     or 24 bytes per logit: logits and probabilities (float32), these in float64 and their cumulative sum. Or, before
     there is a drawn token, the reading of the prompts."""
-    _, _, _, k, v = widths(config)
-    rows, c = choices.rollout_rows, choices.compute
-    scores = rows * config.num_attention_heads * (choices.prompt + choices.completion) * (3 * c + 4)
-    again = _room(choices) * 2 * k * choices.stream
-    step = again + scores + forward_work(config, choices, rows) + 4 * rows * v
-    end = {"cache": cache(config, choices), "scratch": max(step, 24 * rows * v)}
-    tokens = _prompts(choices) * choices.prompt
-    prompts = config.num_hidden_layers * k * tokens * (choices.stream + c)
-    start = {"cache": prompts, "scratch": forward_work(config, choices, tokens)}
-    return resident(config, choices) | max(start, end, key=total)
+    rows, logits = choices.rollout_rows, choices.rollout_rows * config.vocab_size
+    start, end = cache(config, choices, drawn=False), cache(config, choices)
+    length = choices.prompt + choices.completion
+    scores = rows * config.num_attention_heads * length * (3 * choices.compute + 4)
+    step = (end - start) / config.num_hidden_layers + scores + forward_work(config, choices, rows) + 4 * logits
+    moments = [(start, forward_work(config, choices, _prompts(choices))), (end, max(step, 24 * logits))]
+    return resident(config, choices) | dict(zip(("cache", "scratch"), max(moments, key=sum), strict=True))
 
 
 def scoring(config: LlamaConfig, choices: Choices) -> dict[str, float]:
     """The reward model reads SCORED_TOKENS, or one row of CONTINUATIONS_PER_ROW texts, with a mask of length x length;
-    logits of the texts: as they come, in float32 if they are not, and log-softmaxed. Not under autocast, so that an
-    adapter of a bfloat16 base works in float32 (8 I more)."""
+    then a layer, or the texts' logits. Without autocast an adapter of a bfloat16 base works in float32 (8 I more)."""
     scratch = 0.0
     if choices.reward != "none":
         plain = replace(choices, precision="float32") if choices.frozen == "float32" else choices
         length = choices.prompt + CONTINUATIONS_PER_ROW * choices.completion
-        tokens = max(SCORED_TOKENS // length, 1) * length
-        drawn = tokens * CONTINUATIONS_PER_ROW * choices.completion // length
-        logits = drawn * config.vocab_size * (8 if plain.compute == 4 else 10)
-        mask = tokens * length * (2 + plain.compute)
+        rows = max(SCORED_TOKENS // length, 1)
+        tokens, drawn = rows * length, rows * CONTINUATIONS_PER_ROW * choices.completion
         wider = 8 * config.intermediate_size if choices.lora and plain.compute == 2 else 0
-        scratch = mask + max(logits, forward_work(config, plain, tokens) + tokens * wider)
+        layer = forward_work(config, plain, tokens) + tokens * wider
+        scratch = tokens * length * (2 + plain.compute) + max(drawn * config.vocab_size * plain.logit, layer)
     return resident(config, choices) | {"scratch": scratch}
 
 
 def reference(config: LlamaConfig, choices: Choices) -> dict[str, float]:
-    """Log-probabilities and values of a minibatch without gradients: the mask, and a layer, or the logits of
-    the drawn tokens: as they come, in float32 if they are not, and log-softmaxed."""
-    passes = 2 if choices.value == "model" else 1
-    cast = 0.0 if choices.lora else copies(config, choices, passes)
-    logits = choices.drawn * config.vocab_size * (8 if choices.compute == 4 else 10)
+    """Log-probabilities and values of a minibatch without gradients: the mask, and a layer or the tokens' logits."""
+    cast = 0.0 if choices.lora else copies(config, choices, 2 if choices.value == "model" else 1)
     mask = choices.tokens * choices.length * (2 + choices.stream)
-    scratch = states(config, choices) + mask + max(logits, forward_work(config, choices, choices.tokens))
-    return resident(config, choices) | {"copies": cast, "scratch": scratch}
+    most = max(choices.drawn * config.vocab_size * choices.logit, forward_work(config, choices, choices.tokens))
+    return resident(config, choices) | {"copies": cast, "scratch": states(config, choices) + mask + most}
 
 
 def update(config: LlamaConfig, choices: Choices) -> dict[str, float]:
@@ -354,41 +338,36 @@ def update(config: LlamaConfig, choices: Choices) -> dict[str, float]:
     What is kept: activations of the policy's pass and the value's; of the N drawn tokens the log-softmax (4 NV), which
     is what the gradient of the logits is made of, and the hidden states. The moments:
 
-    1. the policy's logits are made: they (c NV), their float32 copy if c is 2 (4 NV), and the last step's gradients;
-    2. the end of the forward pass: both passes' activations, and still the last step's gradients;
-    3. the backward pass begins with a value model's layers (made last): as 2, without the gradients, with one layer's
-       work, and that layer's activations if they are computed again;
+    1. the policy's logits are made: they (c NV) and their float32 copy if c is 2 (4 NV);
+    2. a value model's forward pass ends: both passes' activations;
+    3. the backward pass begins with its layers (made last): as 2, with one layer's work, and that layer's activations
+       if they are computed again;
     4. the gradients of the log-softmax and of the logits (8 NV), the value model's pass being done with;
-    5. the policy's last layer in the backward pass, its logits being done with;
+    5. the policy's last layer in the backward pass, its logits being done with and the output head's gradient made;
     6. its first: all gradients but that layer's and the embedding's;
     7. all gradients; a tied embedding's as two, from its two uses, and their sum.
     """
-    h, _, _, _, v = widths(config)
-    fixed, own = resident(config, choices), choices.value == "model"
-    gradients, values = fixed.pop("gradients"), 4 * trained(config, choices)["value"] if own else 0
-    each, nv, c = kept(config, choices), choices.drawn * v, choices.compute
-    one, both = copies(config, choices, 1), copies(config, choices, 2 if own else 1)
-    forward = forward_work(config, choices, choices.tokens) if own and choices.recompute else 0
-    backward = backward_work(config, choices) + computed_again(config, choices)
-
-    def moment(gradients, passes, logits, copies, scratch):
-        activations = passes * each + (states(config, choices) if passes else 0)
-        kept_now = {"activations": activations, "logits": logits * nv, "copies": copies}
-        return fixed | {"gradients": gradients} | kept_now | {"scratch": scratch}
-
+    nv, each = choices.drawn * config.vocab_size, kept(config, choices)
+    alone = each + states(config, choices)
+    one, both = copies(config, choices, 1), copies(config, choices, 2)
     late = 0 if choices.recompute else 1  # recomputation casts a layer's weights anew
-    first = 0 if choices.lora else 4 * (parameters(config)["linear"] / config.num_hidden_layers + v * h)
-    moments = [
-        moment(gradients, 1, 8 if c == 4 else 10, one, 0),
-        moment(gradients, 1 + own, 4, both, forward),
-        moment(values, 1, 12, late * one, 0),
-        moment(values, 1, 0, late * one, backward),
-        moment(gradients - first, 0, 0, 0, backward),
-        moment(gradients, 0, 0, 0, 8 * v * h if config.tie_word_embeddings and not choices.lora else 0),
+    backward = backward_work(config, choices)
+    gradients = {role: 4 * count for role, count in trained(config, choices).items()}
+    whole, value = sum(gradients.values()), gradients["value"]
+    embedding = 0 if choices.lora else 4 * config.vocab_size * config.hidden_size  # its gradient, and the head's
+    layer = 0 if choices.lora else 4 * parameters(config)["linear"] / config.num_hidden_layers
+    moments = [  # gradients, activations, logits, copies, scratch
+        (0, alone, choices.logit * nv, one, 0),
+        (value, alone, 12 * nv, late * one, 0),
+        (value + embedding, alone, 0, late * one, backward),
+        (whole - layer - embedding, 0, 0, 0, backward),
+        (whole, 0, 0, 0, 2 * embedding if config.tie_word_embeddings else 0),
     ]
-    if own:
-        moments.append(moment(0, 2, 4, late * both, backward))
-    return max(moments, key=total)
+    if choices.value == "model":
+        forward = forward_work(config, choices, choices.tokens) if choices.recompute else 0
+        moments += [(0, each + alone, 4 * nv, both, forward), (0, each + alone, 4 * nv, late * both, backward)]
+    parts = ("gradients", "activations", "logits", "copies", "scratch")
+    return resident(config, choices) | dict(zip(parts, max(moments, key=sum), strict=True))
 
 
 def total(parts: dict[str, float]) -> float:
@@ -411,20 +390,16 @@ def peak(config: LlamaConfig, choices: Choices) -> tuple[str, float]:
 
 def knobs(choices: Choices) -> dict[str, Choices]:
     """The choices with one knob turned towards less memory, by its name, those that cost least first."""
-    turned = {}
-    if not choices.recompute:  # a third more work in the update
-        turned["recompute"] = replace(choices, recompute=True)
-    if choices.rollout_rows > 1:  # a slower rollout
-        turned["rollout_rows"] = replace(choices, rollout_rows=choices.rollout_rows // 2)
-    if choices.minibatch > 1:  # more and noisier optimizer steps
-        turned["minibatch"] = replace(choices, minibatch=choices.minibatch // 2)
-    if not choices.lora:  # other weights train, at another learning rate
-        reward = "adapter" if choices.reward == "model" else choices.reward
-        turned["layout"] = replace(choices, layout="adapters", reward=reward)
-    if choices.frozen != "nf4":  # rounded weights
-        less = "bfloat16" if choices.frozen == "float32" else "nf4"
-        turned["frozen"] = replace(choices, frozen=less, precision="bfloat16")
-    return turned
+    less = "bfloat16" if choices.frozen == "float32" else "nf4"
+    reward = "adapter" if choices.reward == "model" else choices.reward
+    turned = {
+        "recompute": replace(choices, recompute=True),  # a third more work in the update
+        "rollout_rows": replace(choices, rollout_rows=max(choices.rollout_rows // 2, 1)),  # a slower rollout
+        "minibatch": replace(choices, minibatch=max(choices.minibatch // 2, 1)),  # more and noisier optimizer steps
+        "layout": replace(choices, layout="adapters", reward=reward),  # other weights train, at another learning rate
+        "frozen": replace(choices, frozen=less, precision="bfloat16"),  # rounded weights
+    }
+    return {name: found for name, found in turned.items() if getattr(found, name) != getattr(choices, name)}
 
 
 @dataclass(frozen=True)
@@ -462,8 +437,7 @@ def fit(config: LlamaConfig, choices: Choices, capacity: float) -> Fit:
     way, now, left = [], choices, needed
     while left > capacity:
         after = {knob: peak(config, turned)[1] for knob, turned in knobs(now).items()}
-        enough = [knob for knob in after if after[knob] <= capacity]
-        knob = enough[0] if enough else min(after, key=after.get, default=None)
+        knob = next((knob for knob in after if after[knob] <= capacity), min(after, key=after.get, default=None))
         if knob is None or after[knob] >= left:
             break
         now, left = knobs(now)[knob], after[knob]
@@ -479,10 +453,8 @@ def table(config: LlamaConfig, variants: Iterable[Choices]) -> list[dict]:
         phase, needed = peak(config, choices)
         parts = {part: every[phase].get(part, 0.0) for part in PARTS}
         sizes = parts | {f"{name} peak": total(found) for name, found in every.items()} | {"peak": needed}
-        row = {name: getattr(choices, name) for name in ("layout", "value", "reward", "frozen", "precision")}
-        row |= {"rank": choices.rank if choices.lora else 0, "recompute": choices.recompute}
-        row |= {"minibatch": choices.minibatch, "length": choices.prompt + choices.completion}
-        row |= {"completion": choices.completion, "rollout_rows": choices.rollout_rows}
+        row = {name: getattr(choices, name) for name in COLUMNS}
+        row |= {"rank": choices.rank if choices.lora else 0, "length": choices.prompt + choices.completion}
         row |= {f"{name} GiB": round(size / 2**30, 2) for name, size in sizes.items()} | {"phase": phase}
         rows.append(row | {f"fits {card}": needed <= size for card, size in CARDS.items()})
     return rows

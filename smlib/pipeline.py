@@ -257,29 +257,28 @@ def train_policy(
     stage = Stage(run_dir, f"04_{method}", _keys(settings, "ppo") | {"reward": reward}, inputs=[tuned, rewarder])
     if stage.done:
         return stage
-    processes = PartialState()
-    if processes.num_processes > 1 and method != "ppo":
+    accelerator = make_accelerator(tracker, stage.folder / "training")
+    if accelerator.num_processes > 1 and method != "ppo":
         raise ValueError(
             f"method {method!r} trains in one process here: start it without accelerate launch or torchrun."
         )
-    processes.wait_for_everyone()  # all have seen that the stage is not done
-    with stage.recording() if processes.is_main_process else nullcontext():
+    accelerator.wait_for_everyone()  # all have seen that the stage is not done
+    with stage.recording() if accelerator.is_main_process else nullcontext():
         tokenizer = models.load_tokenizer(settings.base)
         arguments = {
             "problems": ppo_problems(settings), "tokenizer": tokenizer, "settings": settings.ppo,
             "out": stage.folder / "training", "seed": settings.seed, "progress": method.upper() if progress else None,
         }  # fmt: skip
         if method == "ppo":
-            accelerator = make_accelerator(tracker, stage.folder / "training")
             trained = make_roles(settings, tuned, rewarder)
             ppo.train(trained, make_reward(reward, rewarder, tokenizer, trained), **arguments, accelerator=accelerator)
-            if processes.num_processes > 1:  # each may hold a part only
+            if accelerator.num_processes > 1:  # each may hold a part only
                 trained = ppo.trained_roles(make_roles(settings, tuned, rewarder), stage.folder / "training")
         else:
             trained = models.load_policy(tuned.path("model"))
             trained = _with_lora(trained, settings) if settings.lora.rank else trained
             trl_policy.train(method, trained, reward=make_reward(reward, rewarder, tokenizer), **arguments)
-        if processes.is_main_process:
+        if accelerator.is_main_process:
             stage.write_model("model", trained, tokenizer)
     return stage
 

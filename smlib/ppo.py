@@ -375,13 +375,15 @@ def optimize(
 
         # the processes' gradients are averaged, so that their sum needs their number
         loss = (p_loss + settings.value_coef * v_loss) * mask.sum() / tokens_per_step * accelerator.num_processes
-        optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
-        for group in optimizer.param_groups:
-            norm = accelerator.clip_grad_norm_(group["params"], settings.max_grad_norm)
-            if norm is not None and not math.isfinite(norm):  # None: DeepSpeed has clipped and stepped by itself
-                raise NonFiniteError(f"gradient norm {norm} at optimizer step {steps}")
-        optimizer.step()
+        try:
+            accelerator.backward(loss)
+            for group in optimizer.param_groups:
+                norm = accelerator.clip_grad_norm_(group["params"], settings.max_grad_norm)
+                if norm is not None and not math.isfinite(norm):  # None: DeepSpeed has clipped and stepped by itself
+                    raise NonFiniteError(f"gradient norm {norm} at optimizer step {steps}")
+            optimizer.step()
+        finally:  # no gradient takes memory outside the backward pass, nor adds to the next one's after an error
+            optimizer.zero_grad(set_to_none=True)
         steps += 1
     if not steps:
         raise RuntimeError(
