@@ -465,6 +465,17 @@ def test_policy_learns_the_rewarded_word(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_rounds_the_passes_and_not_the_weights(tmp_path, kind):
+    plan = replace(QUICK, updates=2, epochs=1, minibatch=16, precision="bfloat16")
+    rows, roles = run(tmp_path / "rounded", plan, kind)
+    exact, _ = run(tmp_path / "exact", replace(plan, precision="float32"), kind)
+    assert {weight.dtype for weight in roles.parameters()} == {torch.float32}
+    for row, other in zip(rows, exact, strict=True):
+        assert row["update_kl"] < 1e-6  # the old log-probabilities have the rounding of the new ones
+        assert row["entropy"] == pytest.approx(other["entropy"], rel=0.05) and row["entropy"] != other["entropy"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_value_learns_what_is_to_come(tmp_path, kind):
     """A question that begins with "flip" earns 1, another nothing: the value can know from the prompt."""
 
