@@ -20,7 +20,7 @@ from smlib.engines import Engine
 from smlib.problems import Problem
 
 # "9 + 4 = 13", "$5 * (3 + 2) = $25": an arithmetic expression, "=" and a number.
-_EQUATION = re.compile(r"[\d($€£][\d .,()$€£%+\-*/×÷x]*= *[-$€£]*\d[\d,.]*")
+_EQUATION = re.compile(r"[($€£]*\d[\d .,()$€£%+\-*/×÷x]*= *[-$€£]*\d[\d,.]*")
 _NOT_IN_EQUATIONS = re.compile(r"[ ,$€£]|\.$")
 
 
