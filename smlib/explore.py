@@ -28,12 +28,13 @@ from transformers import PreTrainedTokenizerBase
 from smlib import models, prompts
 from smlib.answers import answer_start, grade
 from smlib.evaluation import pass_at_k
-from smlib.problems import TASKS, Problem
+from smlib.problems import KINDS, TASKS, Problem
 from smlib.sampling import Sample
 from smlib.steps import first_wrong_step
 
 CHOICES = ("shortest", "random", "most_likely")  # which of the correct completions is chosen
-LINES = ("gsm8k", *TASKS)  # datasets in whose rationales one line is one step; in all others sentences are
+# Datasets in whose rationales one line is one step, the word problems and our tasks; in all others sentences are.
+LINES = tuple(dataset for dataset, kind in KINDS.items() if kind == "number" or dataset in TASKS)
 SHORT, MOST = 20, 10  # characters below which a sentence joins the next; steps of sentences at most
 
 _LINE_END = r"(?<=\n)(?!\n)"
@@ -50,13 +51,13 @@ def step_texts(text: str, dataset: str) -> list[str]:
     """The reasoning steps of a rationale; joined, they are its beginning, and its answer is in none of them.
 
     A step ends after its line break, so that what follows begins a new line; a blank line belongs to the step before.
-    In LINES one line is one step. Elsewhere a sentence or line is, where those below SHORT characters join the next,
-    and then the shortest neighbours each other until at most MOST are left (the paper: MATH has about 10 at most).
+    In LINES one line is one step, if there are two. Else a sentence or line is, where those below SHORT characters join
+    the next, and then the shortest neighbours each other until at most MOST are left (the paper: MATH has about 10).
     """
     body, sentence = prompts.split_answer(text)
     if sentence:
         body = body + "\n" * (len(text[len(body) :]) - len(text[len(body) :].lstrip("\n")))
-    by_line = dataset in LINES
+    by_line = dataset in LINES and "\n" in body.strip()
     pieces = _join_short(
         re.split(_LINE_END if by_line else f"{_LINE_END}|{_SENTENCE_END}", body), 1 if by_line else SHORT
     )
@@ -195,7 +196,7 @@ def _recovers(found: Found, rationale: Rationale, steps: int) -> bool:
 
 
 def outcomes(rationale: Rationale, found: Found) -> list[list[bool]]:
-    """[step][number]: which completions of each explored prefix of a rationale recover; its first pit is the last."""
+    """[step][number]: which completions of each explored prefix of a rationale recover, step after step."""
     explored = []
     for step in range(1, len(rationale.ends) + 1):
         if not (attempts := found.get(rationale.key(step))):
