@@ -333,8 +333,8 @@ def pit_report(
 
     One row per k. Shares of the `rationales`: exact, early (a false pit: that step and all before it are right), late
     (a completion recovered from the wrong step) and none; early_expected: the mean of 1 minus the product of
-    1 - (1 - p)^k over the right steps. Shares of the `right_prefixes`, different ones without a wrong step: false_pits;
-    expected: the mean of (1 - p)^k.
+    1 - (1 - p)^k over the right steps; repeated: k other completions show the same pit. Shares of the `right_prefixes`,
+    different ones without a wrong step: false_pits; expected: the mean of (1 - p)^k.
     """
     cases = []
     for one in rationales:
@@ -355,17 +355,14 @@ def _pit_row(cases: list[tuple[int, list[str]]], recovers: dict[str, list[bool]]
     right = dict.fromkeys(key for wrong, keys in cases for key in keys[: wrong - 1])
     missed = {key: not any(recovers[key][:k]) for key in right}
     expected = {key: 1 - pass_at_k(len(recovers[key]) - most, sum(recovers[key][most:]), k) for key in right}
-    kinds, early = Counter(), []
+    kinds, early, repeated = Counter(), [], []
     for wrong, keys in cases:
         pit = first_pit([recovers[key][:k] for key in keys])
+        repeated.append(pit == first_pit([recovers[key][most : most + k] for key in keys]))
         kinds["none" if pit is None else "exact" if pit == wrong else "early" if pit < wrong else "late"] += 1
         early.append(1 - math.prod(1 - expected[key] for key in keys[: wrong - 1]))
     shares = {kind: kinds[kind] / len(cases) for kind in ("exact", "early", "late", "none")}
-    means = {"false_pits": missed.values(), "expected": expected.values(), "early_expected": early}
-    counts = {"rationales": len(cases), "right_prefixes": len(right)}
-    return (
-        {"k": k}
-        | shares
-        | {name: float(np.mean([*values])) if values else 0.0 for name, values in means.items()}
-        | counts
-    )
+    values = {"early_expected": early, "repeated": repeated}
+    values |= {"false_pits": list(missed.values()), "expected": list(expected.values())}
+    means = {name: float(np.mean(found)) if found else 0.0 for name, found in values.items()}
+    return {"k": k, **shares, **means, "rationales": len(cases), "right_prefixes": len(right)}

@@ -371,6 +371,7 @@ def test_the_report_on_two_rationales_counted_by_hand():
     assert (one["exact"], one["early"], one["late"], one["none"]) == (0.5, 0.5, 0, 0)
     assert one["false_pits"] == pytest.approx(1 / 3) and one["expected"] == pytest.approx(1 / 2)
     assert one["early_expected"] == pytest.approx((1 / 2 + 1) / 2)
+    assert (one["repeated"], two["repeated"]) == (0, 0.5)  # by the last two draws a falls at 3, and b at 1
     # k = 2: a falls at 3 (exact), b recovers at 2 and falls at 3 (late); C(1, 2) / C(2, 2) = 0.
     assert (two["exact"], two["early"], two["late"], two["none"]) == (0.5, 0, 0.5, 0)
     assert two["false_pits"] == 0 and two["expected"] == pytest.approx(1 / 3)
