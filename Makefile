@@ -24,6 +24,8 @@ lab: $(READY)  ## open the notebooks in JupyterLab
 
 bench: $(READY)  ## speed and memory, ours beside peers
 	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/ppo.py
+	$(BIN)/python benchmarks/memory.py
 
 figures: $(READY)  ## draw the figures and tables again from the finished stages
 	$(BIN)/python -m smlib run --preset tiny --from 0 --publish

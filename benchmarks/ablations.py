@@ -1,14 +1,15 @@
-"""The three questions that readers of notebook 03 ask, measured: writes results/ablations.csv.
+"""Which pairs should the reward model learn from? Measured: writes results/ablations.csv.
 
     python benchmarks/ablations.py --seeds 0 1 2
 
 For every seed it takes the finished run runs/PRESET-all-seedSEED (`make run`), and in folders of their own trains
-a reward model for each choice of pairs, and PPO with the answer checker as reward. A stopped run goes on.
+a reward model for each choice of pairs. A stopped run goes on.
 """
 
 import argparse
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 from smlib import ablations, models, pipeline
@@ -31,21 +32,19 @@ def main() -> None:
         run = pipeline.run_folder(args.runs, args.preset, args.task, seed)
         try:
             tuned = models.load_policy(require(run, "02_sft").path("model"))
-            require(run, "04_ppo")
+            require(run, "03_reward_model")
         except StageError as error:
             raise SystemExit(str(error)) from None
         answered = ablations.answers(settings, tuned, args.questions)
         for pairs, wrong in ablations.PAIRS:
             rows += ablations.reward_rows(run, settings, pairs, wrong, answered)
-        for reward in ("learned", "checker"):
-            rows += ablations.ppo_rows(run, settings, reward, answered)
-        write(rows, args.out)
+        write(rows, ablations.COLUMNS, args.out)
         print(f"seed {seed}: {len(rows)} rows in all", flush=True)
 
 
-def write(rows: list[dict], out: Path) -> None:
+def write(rows: list[dict], columns: Sequence[str], out: Path) -> None:
     text = io.StringIO()
-    table = csv.DictWriter(text, ablations.COLUMNS, lineterminator="\n")
+    table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     with replacing(out) as tmp:

@@ -1,4 +1,4 @@
-"""The command line: `python -m smlib run` executes the notebooks, `results` pools runs, `pretrain` makes the base.
+"""The command line: `python -m smlib run` executes the notebooks, `policy` runs stage 04 alone, `results` pools runs.
 
 A run is a folder: `run.json` says what it was asked to do, `notebooks/` holds the executed notebooks and
 their HTML, `timings.json` their time and memory, `index.html` links them, and each stage of the method has a
@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
             return show_data(args.datasets)
         if args.command == "sample":
             return sample(args)
+        if args.command == "policy":
+            return policy(args)
         from smlib.pipeline import run_folder  # here, because they import torch
         from smlib.settings import preset
 
@@ -115,6 +117,15 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     shard = "questions in one file: what a kill loses (default 64; with workers more, as they start anew for each)"
     sample.add_argument("--shard", type=int, default=64, help=shard)
+    policy = commands.add_parser("policy", help="stage 04 alone, by a method of choice, in one process or many")
+    policy.add_argument("--preset", default="tiny", help="the run's preset (default tiny)")
+    policy.add_argument("--task", default="all", help="the run's task, or all (default)")
+    policy.add_argument("--seed", type=int, default=0)
+    policy.add_argument("--out", help="run folder with stages 01 to 03 (default: runs/PRESET-TASK-seedSEED)")
+    policy.add_argument("--method", default="ppo", help="ppo (default), or rloo or grpo by TRL")
+    formula = "learned (default), checker, or a sum such as 'learned - 0.1*words'"
+    policy.add_argument("--reward", default="learned", help=formula)
+    policy.add_argument("--tracker", default="", help="log to one of accelerate's trackers too, such as tensorboard")
     commands.add_parser("pretrain", help="make the tiny base model again; see pretrain --help")
     return parser
 
@@ -157,6 +168,21 @@ def sample(args) -> int:
         f"{args.out}: {len(questions):,} questions, {counts['drawn']:,} samples drawn, {counts['found']:,} were there"
         + f", {counts['dropped']} damaged files drawn again" * bool(counts["dropped"])
     )
+    return 0
+
+
+def policy(args) -> int:
+    """Train the policy of a run whose stages 01 to 03 are done, under `accelerate launch` too."""
+    from accelerate import PartialState
+
+    from smlib import pipeline
+    from smlib.settings import preset
+
+    settings = preset(args.preset, args.task, args.seed)
+    run = pipeline.run_folder(args.out or "", args.preset, args.task, args.seed)
+    stage = pipeline.train_policy(run, settings, args.method, args.reward, tracker=args.tracker)
+    if PartialState().is_main_process:
+        print(f"{stage.folder}: model/ is the policy, training/log.csv its way there")
     return 0
 
 

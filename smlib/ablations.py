@@ -1,21 +1,23 @@
-"""Change one choice of a finished run and measure what it does: the reward model's pairs, or PPO's reward.
+"""Change one choice of a finished run and measure what it does: the reward model's pairs, or how the policy learns.
 
 A variant is a folder inside the run that links the run's earlier stages and makes its own from there on: by the
 same stage functions, resumable, and without touching the run. Everything is measured on fresh questions of the
 train split, never on a test set.
 """
 
+import csv
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from smlib import evaluation, models, pipeline, reward_model
-from smlib.artifacts import require
+from smlib.artifacts import Stage, require
 from smlib.settings import Settings
 
 PAIRS = (("both", "both"), ("base", "both"), ("both", "open"), ("both", "conditioned"))  # reward.pairs, reward.wrong
 SAMPLED = ("01_sampling", "02_ranking", "02_sft", "03_second_sampling")
 TABLE = Path(__file__).parents[1] / "results" / "ablations.csv"  # what benchmarks/ablations.py writes
+CURVE_COLUMNS = ("policy", "seed", "update", "tokens", "reward", "accuracy", "kl", "entropy", "length")
 COLUMNS = ("seed", "setting", "value", "metric", "score", "low", "high", "n")
 
 
@@ -73,18 +75,32 @@ def reward_rows(
     return rows
 
 
-def ppo_rows(
-    run_dir: str | Path, settings: Settings, reward: str, answered: list[dict], progress: bool = True
-) -> list[dict]:
-    """PPO with the "learned" reward (the run's own) or the "checker": accuracy, and its gain over the SFT model.
+def policy(
+    run_dir: str | Path, settings: Settings, name: str, method: str, reward: str, progress: bool = True
+) -> Stage:
+    """The policy of a run trained another way (`pipeline.train_policy`), in the variant `name`."""
+    folder = branch(run_dir, f"policy-{name}", (*SAMPLED, "03_reward_model"))
+    return pipeline.train_policy(folder, settings, method, reward, progress=progress)
 
-    answered: `answers` of the SFT model; it is compared with question by question.
-    """
-    folder = run_dir if reward == "learned" else branch(run_dir, f"ppo-{reward}", (*SAMPLED, "03_reward_model"))
-    stage = pipeline.train_ppo(folder, settings, reward=reward, progress=progress)
-    policy, questions = models.load_policy(stage.path("model")), len(answered) // len(settings.tasks)
-    after = answers(settings, policy, questions, len(answered[0]["sampled_texts"]))
-    row = _labelled(settings, "PPO's reward", reward)
+
+def curve_rows(stage: Stage, settings: Settings, name: str) -> list[dict]:
+    """The log of a trained policy, a row for each update: CURVE_COLUMNS; tokens are all drawn so far."""
+    with stage.path("training/log.csv").open() as file:
+        log = list(csv.DictReader(file))
+    rows, tokens = [], 0
+    for row in log:
+        tokens += int(row["tokens"])
+        numbers = [round(float(row[column]), 4) for column in CURVE_COLUMNS[4:]]
+        rows.append(dict(zip(CURVE_COLUMNS, (name, settings.seed, int(row["update"]), tokens, *numbers), strict=True)))
+    return rows
+
+
+def policy_rows(stage: Stage, settings: Settings, name: str, answered: list[dict]) -> list[dict]:
+    """A trained policy's accuracy on the questions of `answered`, the SFT model's `answers`, and its gain over it,
+    question by question."""
+    trained, questions = models.load_policy(stage.path("model")), len(answered) // len(settings.tasks)
+    after = answers(settings, trained, questions, len(answered[0]["sampled_texts"]))
+    row = _labelled(settings, "policy", name)
     rows = []
     for metric, values in _accuracies(after).items():
         share = metric == "greedy"

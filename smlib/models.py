@@ -5,13 +5,15 @@ and joined, here and nowhere else, so that sampling, training and scoring see th
 """
 
 import hashlib
+import warnings
 from bisect import bisect_left
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -59,8 +61,32 @@ def load_tokenizer(name: str = "tiny") -> PreTrainedTokenizerBase:
 
 
 def load_policy(name: str | Path = "tiny") -> PreTrainedModel:
-    """A causal language model in float32, in eval mode."""
+    """A causal language model in float32, in eval mode; a folder of a LoRA adapter is merged into its base.
+
+    An adapter's base is sought beside it first, as stages name theirs by a relative path.
+    """
+    folder = Path(resolve(str(name)))
+    if (folder / "adapter_config.json").is_file():
+        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        base = folder / base if (folder / base).exists() else base
+        return PeftModel.from_pretrained(load_policy(base), folder).merge_and_unload().eval()
     return AutoModelForCausalLM.from_pretrained(resolve(str(name)), dtype=torch.float32).eval()
+
+
+def add_lora(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: str) -> PeftModel:
+    """Put a trainable LoRA adapter (2106.09685) of scale alpha / rank, without dropout, on a model that stays as it is.
+
+    targets: a regular expression of module names, or "all-linear" for all but the output head. base: what the saved
+    adapter names as its base.
+    """
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about how peft asks it
+        adapted = get_peft_model(model, config)
+    config.base_model_name_or_path = base
+    # peft would look into the base, where saving is, for a vocabulary that training does not change
+    adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
+    return adapted
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -101,8 +127,11 @@ def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     return -flat.view(ids.shape)
 
 
+CONTINUATIONS_PER_ROW = 4  # that share a prefix; attention's work grows with the square of a row's length
+
+
 def pack(groups: Sequence[tuple[list[int], list[list[int]]]], pad_id: int, device="cpu") -> dict[str, Tensor]:
-    """Lay out every (prefix, its continuations) as one row, so that a model reads a prefix once: for `packed_logprobs`.
+    """Lay out every (prefix, its continuations) as one row, so that a model reads a prefix once: for `packed_states`.
 
     A row is prefix + continuation + continuation + ...; every continuation has the positions that follow the prefix,
     and its tokens see the prefix and themselves only. So the log-probabilities are those of prefix + continuation
@@ -141,11 +170,8 @@ def pack(groups: Sequence[tuple[list[int], list[list[int]]]], pad_id: int, devic
     return {name: tensor.to(device) for name, tensor in packed.items()}
 
 
-def packed_logprobs(model: PreTrainedModel, packed: dict[str, Tensor]) -> Tensor:
-    """log p of every token of every continuation in `packed`, given its prefix and the tokens before it: [N].
-
-    Only their states go on to the vocabulary, whose logits are what takes the memory.
-    """
+def packed_states(model: PreTrainedModel, packed: dict[str, Tensor]) -> Tensor:
+    """The last hidden states from which the N tokens of the continuations in `packed` are predicted: [N, H]."""
     hidden = ~packed["attention_mask"]
     bias = torch.zeros(hidden.shape, dtype=model.dtype, device=hidden.device)  # eager attention adds its mask
     states = model.get_decoder()(
@@ -154,8 +180,17 @@ def packed_logprobs(model: PreTrainedModel, packed: dict[str, Tensor]) -> Tensor
         attention_mask=bias.masked_fill_(hidden, torch.finfo(bias.dtype).min),
         use_cache=False,
     ).last_hidden_state
-    logits = model.get_output_embeddings()(states.flatten(0, 1)[packed["sources"]])
-    return token_logprobs(logits, packed["targets"])
+    return states.flatten(0, 1)[packed["sources"]]
+
+
+def packed_logprobs(model: PreTrainedModel, packed: dict[str, Tensor], states: Tensor | None = None) -> Tensor:
+    """log p of every token of every continuation in `packed`, given its prefix and the tokens before it: [N].
+
+    Only their states go on to the vocabulary, whose logits are what takes the memory. states: `packed_states` of this
+    model, where they are at hand.
+    """
+    states = packed_states(model, packed) if states is None else states
+    return token_logprobs(model.get_output_embeddings()(states), packed["targets"])
 
 
 def sum_rows(values: Tensor, rows: Tensor) -> Tensor:

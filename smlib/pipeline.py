@@ -6,17 +6,23 @@ A stage that is already on disk with the same settings is loaded, one with other
 `smlib.artifacts`). Notebooks call these functions and explain what they do; nothing else writes to a run folder.
 """
 
+import copy
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from smlib import evaluation, models, ppo, ranking, rationales, reward_model, sft
+from accelerate import Accelerator, PartialState
+
+from smlib import evaluation, models, ppo, ranking, rationales, reward_model, sft, trl_policy
+from smlib.answers import Reward
 from smlib.artifacts import Stage, require
 from smlib.bulk import Bulk
 from smlib.engines import NativeEngine
 from smlib.problems import PUBLISHED, DatasetError, Problem, generate, load, pinned_files
+from smlib.roles import Adapters, Roles, SeparateModels
 from smlib.settings import Settings
 
 # Generated questions of the train split are drawn from these seeds, far apart, plus the run's own seed; the tiny
@@ -25,6 +31,8 @@ _FIRST, _SECOND, _PPO, _TEST, _FRESH = 10_000, 20_000, 30_000, 60_000, 50_000
 
 SHARDS = "shards"  # folder of the samples of a stage that is not finished
 
+POLICY_METHODS = ("ppo", "rloo", "grpo")
+REWARDS = ("learned", "checker", "words")
 METHODS = {"base": "base", "sft": "SFT on r+", "sml": "SML (PPO)"}
 
 
@@ -154,6 +162,7 @@ def train_sft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
         return stage
     with stage.recording():
         tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(settings.base)
+        model = _with_lora(model, settings) if settings.lora.rank else model
         rows = [row for row in ranked.read_rows("ranked") if settings.sft.source in ("both", row["source"])]
         log = sft.train_sft(
             model, tokenizer, training_problems(settings), rows,
@@ -161,7 +170,8 @@ def train_sft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
             seed=settings.seed, progress="SFT on r+" if progress else None,
         )  # fmt: skip
         stage.write_rows("log", log)
-        stage.write_model("model", model, tokenizer)
+        # merged: the base of the reward model's and of PPO's adapters
+        stage.write_model("model", model.merge_and_unload() if settings.lora.rank else model, tokenizer)
     return stage
 
 
@@ -203,6 +213,7 @@ def train_reward_model(run_dir: Path, settings: Settings, progress: bool = True)
         return stage
     with stage.recording():
         tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(tuned.path("model"))
+        model = _with_lora(model, settings) if settings.lora.rank else model
         problems = training_problems(settings) + second_problems(settings)
         everything = ranked.read_rows("pairs") + second.read_rows("pairs")
         used = [
@@ -224,28 +235,92 @@ def train_reward_model(run_dir: Path, settings: Settings, progress: bool = True)
     return stage
 
 
-def train_ppo(run_dir: Path, settings: Settings, reward: str = "learned", progress: bool = True) -> Stage:
-    """04_ppo: the SFT model, improved by PPO against the reward model (or, reward="checker", the gold answers).
+def train_policy(
+    run_dir: Path,
+    settings: Settings,
+    method: str = "ppo",
+    reward: str = "learned",
+    progress: bool = True,
+    tracker: str = "",
+) -> Stage:
+    """04_METHOD: the SFT model, improved against a reward by "ppo", "rloo" or "grpo" (the latter two by TRL).
 
-    Writes model/, and log.csv and examples.jsonl in training/; a killed run goes on from its last checkpoint.
+    reward: "learned" (the reward model, in nats), "checker" (1 for the gold answer), or a sum such as
+    "learned - 0.1*words". tracker: one of accelerate's, such as "tensorboard", that PPO logs to besides its log.csv.
+    Writes model/, for PPO with the value in model/value/, and log.csv and examples.jsonl in training/; a killed run
+    goes on from its last checkpoint. Under `accelerate launch` or `torchrun` PPO's processes share the work.
     """
-    if reward not in ("learned", "checker"):
-        raise ValueError(f"reward must be 'learned' or 'checker', not {reward!r}")
+    if method not in POLICY_METHODS:
+        raise ValueError(f"method {method!r} is unknown; choose one of: {', '.join(POLICY_METHODS)}.")
+    reward_model.weighted_sum(reward, dict.fromkeys(REWARDS))  # refuses an unknown one before anything is loaded
     tuned, rewarder = require(run_dir, "02_sft"), require(run_dir, "03_reward_model")
-    stage = Stage(run_dir, "04_ppo", _keys(settings, "ppo") | {"reward": reward}, inputs=[tuned, rewarder])
+    stage = Stage(run_dir, f"04_{method}", _keys(settings, "ppo") | {"reward": reward}, inputs=[tuned, rewarder])
     if stage.done:
         return stage
-    with stage.recording():
+    accelerator = make_accelerator(tracker, stage.folder / "training")
+    if accelerator.num_processes > 1 and method != "ppo":
+        raise ValueError(
+            f"method {method!r} trains in one process here: start it without accelerate launch or torchrun."
+        )
+    accelerator.wait_for_everyone()  # all have seen that the stage is not done
+    with stage.recording() if accelerator.is_main_process else nullcontext():
         tokenizer = models.load_tokenizer(settings.base)
-        policy, reference = (models.load_policy(tuned.path("model")) for _ in range(2))
-        judge = reward_model.learned_reward(models.load_policy(rewarder.path("model")), tokenizer)
-        ppo.train(
-            policy, reference, ppo.value_head(policy), judge if reward == "learned" else reward_model.checker_reward,
-            ppo_problems(settings), tokenizer, settings.ppo, stage.folder / "training", seed=settings.seed,
-            progress="PPO" if progress else None,
-        )  # fmt: skip
-        stage.write_model("model", policy, tokenizer)
+        arguments = {
+            "problems": ppo_problems(settings), "tokenizer": tokenizer, "settings": settings.ppo,
+            "out": stage.folder / "training", "seed": settings.seed, "progress": method.upper() if progress else None,
+        }  # fmt: skip
+        if method == "ppo":
+            trained = make_roles(settings, tuned, rewarder)
+            ppo.train(trained, make_reward(reward, rewarder, tokenizer, trained), **arguments, accelerator=accelerator)
+            if accelerator.num_processes > 1:  # each may hold a part only
+                trained = ppo.trained_roles(make_roles(settings, tuned, rewarder), stage.folder / "training")
+        else:
+            trained = models.load_policy(tuned.path("model"))
+            trained = _with_lora(trained, settings) if settings.lora.rank else trained
+            trl_policy.train(method, trained, reward=make_reward(reward, rewarder, tokenizer), **arguments)
+        if accelerator.is_main_process:
+            stage.write_model("model", trained, tokenizer)
     return stage
+
+
+def make_roles(settings: Settings, tuned: Stage, rewarder: Stage) -> Roles:
+    """PPO's roles as the settings hold them: models of their own, or adapters of the SFT model."""
+    policy, head = models.load_policy(tuned.path("model")), settings.ppo.value == "head"
+    if settings.lora.rank:
+        return Adapters(_with_lora(policy, settings), rewarder.path("model"), share_trunk=head)
+    value = None if head else copy.deepcopy(policy).get_decoder()
+    return SeparateModels(policy, models.load_policy(tuned.path("model")), value)
+
+
+def make_reward(formula: str, rewarder: Stage, tokenizer, roles: Roles | None = None) -> Reward:
+    """The reward of a formula (see `train_policy`); roles: where the reward model is one of their adapters."""
+    rewards = {"checker": reward_model.checker_reward, "words": reward_model.word_count}
+    if isinstance(roles, Adapters):
+
+        def learned(problems, texts):
+            with roles.using("reward") as model:
+                return reward_model.score(model, tokenizer, problems, texts)
+
+        rewards["learned"] = learned
+    elif "learned" in formula:
+        judge = models.load_policy(rewarder.path("model")).to(PartialState().device)
+        rewards["learned"] = reward_model.learned_reward(judge, tokenizer)
+    return reward_model.weighted_sum(formula, rewards)
+
+
+def make_accelerator(tracker: str, folder: Path) -> Accelerator:
+    """accelerate as it was launched, with one of its trackers, or with none where tracker is ""."""
+    try:
+        return Accelerator(log_with=tracker or None, project_dir=folder)
+    except ValueError as error:
+        raise ValueError(
+            f"tracker {tracker!r} cannot be used: {error}; install it, or choose 'tensorboard'."
+        ) from error
+
+
+def _with_lora(model, settings: Settings):
+    lora = settings.lora
+    return models.add_lora(model, lora.rank, lora.alpha, lora.targets, base="../../02_sft/model")
 
 
 def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
@@ -295,13 +370,8 @@ def _add_scores(judge, tokenizer, problems: Sequence[Problem], answered: list[di
 
 def run(run_dir: Path, settings: Settings, reward: str = "learned", progress: bool = True) -> dict[str, float]:
     """All stages in order, without notebooks; returns the seconds of each."""
-    stages = {
-        "01_sampling": sample_rationales,
-        "02_ranking": lambda run_dir, settings, progress: rank_rationales(run_dir, settings),
-        "02_sft": train_sft,
-        "03_second_sampling": sample_again,
-        "03_reward_model": train_reward_model,
-        "04_ppo": lambda run_dir, settings, progress: train_ppo(run_dir, settings, reward, progress),
+    stages = _BEFORE_POLICY | {
+        "04_ppo": lambda run_dir, settings, progress: train_policy(run_dir, settings, "ppo", reward, progress),
         "05_evaluation": evaluate,
     }
     seconds = {}
@@ -310,6 +380,21 @@ def run(run_dir: Path, settings: Settings, reward: str = "learned", progress: bo
         stage(run_dir, settings, progress=progress)
         seconds[name] = time.perf_counter() - started
     return seconds
+
+
+def before_policy(run_dir: Path, settings: Settings, progress: bool = True) -> None:
+    """Stages 01 to 03: all that `train_policy` needs."""
+    for stage in _BEFORE_POLICY.values():
+        stage(run_dir, settings, progress=progress)
+
+
+_BEFORE_POLICY = {
+    "01_sampling": sample_rationales,
+    "02_ranking": lambda run_dir, settings, progress: rank_rationales(run_dir, settings),
+    "02_sft": train_sft,
+    "03_second_sampling": sample_again,
+    "03_reward_model": train_reward_model,
+}
 
 
 def _to_disk(stage: Stage, name: str, engine: NativeEngine) -> Bulk:
@@ -329,6 +414,8 @@ def _keys(settings: Settings, *groups: str) -> dict:
     common = {"preset": settings.preset, "tasks": settings.tasks, "seed": settings.seed, "base": settings.base}
     if digest := models.weights_sha256(settings.base):  # other weights under the same name make another run
         common["base_sha256"] = digest
+    if settings.lora.rank:
+        common["lora"] = asdict(settings.lora)
     return common | {group: asdict(getattr(settings, group)) for group in groups}
 
 

@@ -173,14 +173,12 @@ def token_strip(axes, tokens: Sequence[str], values: Sequence[float], limit: flo
 
 
 def ablations(rows) -> Figure:
-    """The table of `smlib.ablations` (a DataFrame): one panel per question, one point with its interval per seed."""
+    """results/ablations.csv (a DataFrame): one panel per question, one point with its interval per seed."""
     found = list(dict.fromkeys(rows["metric"]))
     panels = {
         "Held-out pairs ranked right (%)": [name for name in found if name.startswith("held-out")],
         "Right answers (%)": [name for name in found if name.startswith(("best of", "mean of"))],
-        "PPO's gain over SFT (points)": [name for name in found if name.endswith("gain over SFT")],
     }
-    panels = {title: metrics for title, metrics in panels.items() if metrics}
     figure, every = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), squeeze=False)
     for axes, (title, metrics) in zip(every[0], panels.items(), strict=True):
         values = list(dict.fromkeys(rows.loc[rows["metric"].isin(metrics), "value"]))
@@ -191,8 +189,6 @@ def ablations(rows) -> Figure:
             error = 100 * np.array([one["score"] - one["low"], one["high"] - one["score"]])
             places = [values.index(value) for value in one["value"]] + steps
             axes.errorbar(100 * one["score"], places, xerr=error, fmt="o", markersize=4, elinewidth=1, label=metric)
-        if title.startswith("PPO's gain"):
-            axes.axvline(0, color=COLOURS["grey"], linewidth=0.8)
         axes.set(yticks=range(len(values)), yticklabels=values, xlabel=title, ylim=(len(values) - 0.4, -0.6))
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8)
     return figure

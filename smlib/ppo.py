@@ -5,7 +5,8 @@ One update, in the order of the code:
     rollout -> score -> reference log-probs, values -> per-token rewards -> GAE -> minibatches -> log row
 
 Four roles: the *policy* that learns, the frozen *reference* it may not stray far from (the SFT model), the
-*reward* that scores a finished text, and the *value* that predicts from every prefix the reward to come.
+*reward* that scores a finished text, and the *value* that predicts from every prefix the reward to come
+(`smlib.roles` has the ways to hold them).
 
 Shapes. B completions with their prompts are padded on the right to L tokens: `ids [B, L]`. Everything per
 token is `[B, T]` with T = L - 1: column t speaks of the token ids[:, t + 1], predicted from ids[:, : t + 1].
@@ -19,6 +20,7 @@ divergence" (2020, joschu.net/blog/kl-approx.html).
 
 import csv
 import json
+import math
 import shutil
 import signal
 import threading
@@ -26,20 +28,26 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import chain, pairwise
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object, reduce
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 from smlib.answers import Reward, grade_many
-from smlib.models import encode_prompt, token_logprobs
+from smlib.models import CONTINUATIONS_PER_ROW, encode_prompt, pack, pad_right
 from smlib.problems import Problem
 from smlib.progress import progress_bar
 from smlib.prompts import open_prompt
+from smlib.roles import Roles, gathered
 from smlib.sampling import Sample, sample_ids
 
+ALL = slice(None)
 SECONDS = ("rollout_seconds", "score_seconds", "update_seconds")  # phases in the log
 
 
@@ -47,13 +55,14 @@ SECONDS = ("rollout_seconds", "score_seconds", "update_seconds")  # phases in th
 class PPOSettings:
     """Rollouts are always drawn at temperature 1: PPO's ratio is about the distribution that was sampled."""
 
+    value: str = "head"  # "head": on the policy's trunk; "model": a trunk, or with LoRA an adapter, of its own
     updates: int = 60
     episodes: int = 128  # completions per update
     samples_per_question: int = 8  # of them, from the same question: the more, the better centred
     epochs: int = 1  # passes over the completions of one update
     minibatch: int = 16  # completions per optimizer step
     learning_rate: float = 2.5e-4
-    value_learning_rate: float = 5e-4  # of the value model, or of the value head
+    value_learning_rate: float = 5e-4  # of the value head, and of its own trunk
     warmup_updates: int = 3  # linear warm-up, then linear decay to zero
     kl_coef: float = 0.08  # reward lost per nat of KL to the reference
     kl_target: float = 0.0  # nats per completion that kl_coef is steered to; 0 = kl_coef stays fixed
@@ -70,10 +79,14 @@ class PPOSettings:
     normalize_reward: bool = True  # by the running mean and deviation of all scores so far
     reward_clip: float = 1.0  # bound on the size of a shaped score, so that outliers do not rule; 0 = none
     max_update_kl: float = 0.05  # nats per token between the sampling policy and the new one; then stop early
+    precision: str = "float32"  # of forward and backward passes; "bfloat16" where the hardware gains from it
+    recompute: bool = False  # activations in the backward pass: less memory, more time
 
     def __post_init__(self):
-        if self.kl_kind not in ("k1", "k3"):
-            raise ValueError(f"kl_kind {self.kl_kind!r} is unknown; choose 'k1' or 'k3'.")
+        choices = {"kl_kind": ("k1", "k3"), "value": ("head", "model"), "precision": ("float32", "bfloat16")}
+        for name, (one, other) in choices.items():
+            if getattr(self, name) not in (one, other):
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose {one!r} or {other!r}.")
         if self.episodes % self.samples_per_question:
             raise ValueError(
                 f"episodes = {self.episodes} is no multiple of samples_per_question = "
@@ -93,7 +106,10 @@ class PPOSettings:
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x over the real tokens: x, mask [B, T] -> scalar."""
-    return x[mask].mean()
+    real = x[mask]
+    if not len(real):
+        raise ValueError("there is no real token to take a mean of: the mask is False everywhere.")
+    return real.mean()
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
@@ -232,79 +248,70 @@ class RunningMoments:
 class Batch:
     """The completions of one update; the last three fields are filled in once they are scored."""
 
+    prompts: list[list[int]]  # one for each completion; those of one question are one object
+    completions: list[list[int]]
     ids: Tensor  # [B, L]
     mask: Tensor  # [B, T], as all below
     logp: Tensor  # under the policy that drew them
-    lengths: Tensor  # [B] tokens of prompt and completion
     values: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
 
-    def minibatches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple]:
-        """Yield (rows, width): completions of similar length, and the T that is enough for them.
+    def minibatches(self, size: int, generator: torch.Generator | None = None, part: slice = ALL) -> Iterator[Tensor]:
+        """Yield the row numbers of `size` completions at a time, `part` of them.
 
-        Sorting by length saves most of the padding. With a generator, ties and the order are shuffled.
+        Neighbours of one question stay together in groups, so that `pack` lets them share their prompt, and groups of
+        similar length come together, which saves padding. With a generator, ties and the order are shuffled.
         """
-        order = torch.randperm(len(self.ids), generator=generator) if generator else torch.arange(len(self.ids))
-        groups = order[self.lengths[order].argsort(stable=True)].split(size)
-        turn = torch.randperm(len(groups), generator=generator) if generator else range(len(groups))
-        for group in turn:
-            rows = groups[group]
-            yield rows.to(self.ids.device), int(self.lengths[rows].max()) - 1
+        groups = torch.tensor(self._groups(size))  # [number, completions in each]
+        lengths = self.mask.sum(dim=1).cpu()[groups].sum(dim=1)
+        lengths += torch.tensor([len(self.prompts[row]) for row in groups[:, 0].tolist()])
+        order = torch.randperm(len(groups), generator=generator) if generator else torch.arange(len(groups))
+        batches = order[lengths[order].argsort(stable=True)].split(size // groups.shape[1])
+        turn = torch.randperm(len(batches), generator=generator) if generator else range(len(batches))
+        for number in turn:
+            yield groups[batches[number]][part].flatten()
+
+    def _groups(self, size: int) -> list[range]:
+        """Neighbours with the same prompt in groups of one size, the largest that comes out even everywhere."""
+        runs = [len(list(run)) for _, run in groupby(self.prompts, key=id)]
+        fits = [n for n in range(1, CONTINUATIONS_PER_ROW + 1) if not any(count % n for count in (size, *runs))]
+        return [range(start, start + fits[-1]) for start in range(0, len(self.prompts), fits[-1])]
+
+    def pack(self, rows: Tensor, pad_id: int = 0) -> dict[str, Tensor]:
+        """These completions for a forward pass (`models.pack`), neighbours of one question in one row."""
+        groups: list[tuple] = []
+        for row in rows.tolist():
+            prompt, completion = self.prompts[row], self.completions[row]
+            if groups and groups[-1][0] is prompt and len(groups[-1][1]) < CONTINUATIONS_PER_ROW:
+                groups[-1][1].append(completion)
+            else:
+                groups.append((prompt, [completion]))
+        return pack(groups, pad_id, self.ids.device)
+
+
+def spread(flat: Tensor, mask: Tensor) -> Tensor:
+    """Numbers of the N real tokens in their table, 0 elsewhere: [N], mask [B, T] -> [B, T]."""
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
 def collate(prompts: list[list[int]], samples: list[Sample], pad_id: int, device="cpu") -> Batch:
     """Join each prompt to its completion, pad on the right, and lay the drawn log-probabilities beside it."""
-    lengths = torch.tensor([len(p) + len(s.token_ids) for p, s in zip(prompts, samples, strict=True)])
-    ids = torch.full((len(prompts), int(lengths.max())), pad_id)
+    if not samples or not all(drawn.token_ids for drawn in samples):
+        raise ValueError(f"{len(samples)} completions, some without a token: PPO needs at least one token in each.")
+    completions = [list(drawn.token_ids) for drawn in samples]
+    ids = pad_right([prompt + tail for prompt, tail in zip(prompts, completions, strict=True)], pad_id)
     mask = torch.zeros(len(prompts), ids.shape[1] - 1, dtype=torch.bool)
-    logp = torch.zeros(mask.shape)
-    for row, (prompt, drawn) in enumerate(zip(prompts, samples, strict=True)):
-        start, end = len(prompt), len(prompt) + len(drawn.token_ids)
-        ids[row, :end] = torch.tensor([*prompt, *drawn.token_ids])
-        mask[row, start - 1 : end - 1] = True
-        logp[row, start - 1 : end - 1] = torch.tensor(drawn.logprobs)
-    return Batch(ids.to(device), mask.to(device), logp.to(device), lengths)
-
-
-def completion_states(model, ids: Tensor, mask: Tensor) -> Tensor:
-    """Last hidden states from which the N real tokens are predicted: ids [B, T + 1], mask [B, T] -> [N, H].
-
-    No attention mask: padding is on the right, and a causal model never looks there. Only these states go on
-    to the vocabulary, whose logits are what takes the memory.
-    """
-    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][mask]
-
-
-def completion_logprobs(model, states: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Log-probabilities of the real tokens from their states [N, H] -> [B, T], 0 elsewhere."""
-    logits = model.get_output_embeddings()(states)
-    return _spread(token_logprobs(logits, ids[:, 1:][mask]), mask)
-
-
-def completion_values(value, states: Tensor, mask: Tensor) -> Tensor:
-    """Values of the prefixes before the real tokens from their states [N, H] -> [B, T], 0 elsewhere."""
-    head = value if isinstance(value, nn.Linear) else value.score
-    states = states.to(next(head.parameters()).dtype)  # a float32 head on a bfloat16 trunk
-    return _spread(head(states).squeeze(-1).float(), mask)
-
-
-def _spread(flat: Tensor, mask: Tensor) -> Tensor:
-    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
-
-
-def value_head(policy) -> nn.Linear:
-    """A value that costs no second model: a scalar linear head on the policy's own last hidden state.
-
-    It starts at zero, so at first it predicts the mean of normalised rewards and does not disturb the trunk.
-    """
-    head = nn.Linear(policy.config.hidden_size, 1).to(policy.device)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
+    for row, (prompt, tail) in enumerate(zip(prompts, completions, strict=True)):
+        mask[row, len(prompt) - 1 : len(prompt) + len(tail) - 1] = True
+    logp = spread(torch.tensor([number for drawn in samples for number in drawn.logprobs]), mask)
+    return Batch(prompts, completions, ids.to(device), mask.to(device), logp.to(device))
 
 
 # ---- one update --------------------------------------------------------------------------------------------
+#
+# With several processes each draws, scores and differentiates its share; what they found is gathered, so that all
+# have the whole batch, and an update is the same, up to rounding, for any number of them.
 
 
 def rollout(policy, tokenizer, problems: list[Problem], settings: PPOSettings, seed: int):
@@ -312,64 +319,71 @@ def rollout(policy, tokenizer, problems: list[Problem], settings: PPOSettings, s
     prompts = [encode_prompt(tokenizer, open_prompt(problem)) for problem in problems]
     drawn = sample_ids(
         policy,
-        prompts,
+        _mine(prompts),
         settings.samples_per_question,
         temperature=1.0,
         max_new_tokens=settings.max_new_tokens,
         seed=seed,
-        keys=[problem.id for problem in problems],
+        keys=[problem.id for problem in _mine(problems)],
         tokenizer=tokenizer,
     )
-    samples = [one for group in drawn for one in group]
+    samples = gather_object([one for group in drawn for one in group])
     repeated = [prompt for prompt in prompts for _ in range(settings.samples_per_question)]
     return collate(repeated, samples, tokenizer.pad_token_id, policy.device), samples
 
 
 @torch.no_grad()
-def reference_and_values(policy, reference, value, batch: Batch, size: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities under the reference and values before the update: both [B, T]."""
-    ref_logp, values = torch.zeros_like(batch.logp), torch.zeros_like(batch.logp)
-    trunk = policy if isinstance(value, nn.Linear) else value
-    for rows, width in batch.minibatches(size):
-        ids, mask = batch.ids[rows, : width + 1], batch.mask[rows, :width]
-        states = completion_states(reference, ids, mask)
-        ref_logp[rows, :width] = completion_logprobs(reference, states, ids, mask)
-        values[rows, :width] = completion_values(value, completion_states(trunk, ids, mask), mask)
-    return ref_logp, values
+def tabulate(roles: Roles, batch: Batch, size: int, reference: bool) -> tuple[Tensor, Tensor]:
+    """What `Roles.forward` gives, for all completions: log-probabilities and values [B, T], `size` at a time."""
+    logp, values = torch.zeros_like(batch.logp), torch.zeros_like(batch.logp)
+    for rows in batch.minibatches(size, part=_my_part()):
+        logp[rows], values[rows] = (spread(flat, batch.mask[rows]) for flat in roles(batch.pack(rows), reference))
+    return reduce(logp, "sum"), reduce(values, "sum")
 
 
-def optimize(policy, value, optimizer, batch: Batch, settings: PPOSettings, generator) -> dict:
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is not a finite number."""
+
+
+def optimize(
+    accelerator: Accelerator, roles: Roles, optimizer, batch: Batch, settings: PPOSettings, generator: torch.Generator
+) -> dict:
     """Epochs of minibatches over one batch; returns the means of what was measured on the way.
 
     A minibatch weighs by its tokens: as they are sorted by length, tokens of short completions would weigh
     more otherwise. Stops early once the policy is max_update_kl away from the one that drew the batch.
+    Raises NonFiniteError before the weights are touched by what is not finite.
     """
     measured, steps = [], 0
     tokens_per_step = batch.mask.sum() * min(settings.minibatch / len(batch.ids), 1.0)
-    passes = (batch.minibatches(settings.minibatch, generator) for _ in range(settings.epochs))
-    for rows, width in chain.from_iterable(passes):
-        ids, mask = batch.ids[rows, : width + 1], batch.mask[rows, :width]
-        old_logp, old_values = batch.logp[rows, :width], batch.values[rows, :width]
-        advantages, returns = batch.advantages[rows, :width], batch.returns[rows, :width]
+    passes = (batch.minibatches(settings.minibatch, generator, _my_part()) for _ in range(settings.epochs))
+    for rows in chain.from_iterable(passes):
+        mask, old_logp, old_values = batch.mask[rows], batch.logp[rows], batch.values[rows]
+        advantages, returns = batch.advantages[rows], batch.returns[rows]
 
-        states = completion_states(policy, ids, mask)
-        logp = completion_logprobs(policy, states, ids, mask)
-        value_states = states if isinstance(value, nn.Linear) else completion_states(value, ids, mask)
-        values = completion_values(value, value_states, mask)
-
+        with autocast(settings, mask.device):
+            logp, values = (spread(flat, mask) for flat in roles(batch.pack(rows)))
         p_loss, p_clipped = policy_loss(logp, old_logp, advantages, mask, settings.clip)
         v_loss, v_clipped = value_loss(values, old_values, returns, mask, settings.value_clip)
         update_kl = masked_mean(kl_estimate(old_logp, logp.detach(), "k3"), mask)
-        measured.append(torch.stack([p_loss, v_loss, p_clipped, v_clipped, update_kl]).detach())
-        if update_kl > settings.max_update_kl:
+        found = torch.stack([p_loss, v_loss, p_clipped, v_clipped, update_kl]).detach() * mask.sum()
+        measured.append(reduce(found, "sum") / reduce(mask.sum(), "sum"))
+        if not measured[-1].isfinite().all():
+            raise NonFiniteError(f"policy loss {p_loss}, value loss {v_loss}, KL {update_kl} at optimizer step {steps}")
+        if measured[-1][-1] > settings.max_update_kl:
             break
 
-        loss = (p_loss + settings.value_coef * v_loss) * mask.sum() / tokens_per_step
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for group in optimizer.param_groups:
-            nn.utils.clip_grad_norm_(group["params"], settings.max_grad_norm, error_if_nonfinite=True)
-        optimizer.step()
+        # the processes' gradients are averaged, so that their sum needs their number
+        loss = (p_loss + settings.value_coef * v_loss) * mask.sum() / tokens_per_step * accelerator.num_processes
+        try:
+            accelerator.backward(loss)
+            for group in optimizer.param_groups:
+                norm = accelerator.clip_grad_norm_(group["params"], settings.max_grad_norm)
+                if norm is not None and not math.isfinite(norm):  # None: DeepSpeed has clipped and stepped by itself
+                    raise NonFiniteError(f"gradient norm {norm} at optimizer step {steps}")
+            optimizer.step()
+        finally:  # no gradient takes memory outside the backward pass, nor adds to the next one's after an error
+            optimizer.zero_grad(set_to_none=True)
         steps += 1
     if not steps:
         raise RuntimeError(
@@ -378,6 +392,66 @@ def optimize(policy, value, optimizer, batch: Batch, settings: PPOSettings, gene
         )
     names = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "update_kl")
     return dict(zip(names, torch.stack(measured).mean(dim=0).tolist(), strict=True)) | {"steps": steps}
+
+
+def autocast(settings: PPOSettings, device: torch.device) -> torch.autocast:
+    """The context of `settings.precision`: with "bfloat16" matrix products are rounded to it, weights are not."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
+
+
+def _mine(rows: list) -> list:
+    """This process's share of a list: neighbours, in the order of the processes."""
+    state = PartialState()
+    each = len(rows) // state.num_processes
+    return rows[state.process_index * each :][:each]
+
+
+def _my_part() -> slice:
+    """This process's share of a minibatch whose groups are sorted by length: every n-th, for equal work."""
+    state = PartialState()
+    return slice(state.process_index, None, state.num_processes)
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What an update learns from, and what the log says of it."""
+
+    batch: Batch  # with values, advantages and returns
+    problems: list[Problem]  # of each completion, as all below
+    samples: list[Sample]
+    texts: list[str]
+    scores: Tensor  # [B] as the reward gave them
+    kl: Tensor  # [B] nats
+    moments: "RunningMoments"
+    clock: list[float]  # seconds: the start, after the rollout, at the end
+
+
+def experience(
+    accelerator: Accelerator, roles: Roles, reward: Reward, asked: list[Problem], tokenizer, settings: PPOSettings,
+    state: "State", seed: int,
+) -> Experience:  # fmt: skip
+    """Draw, score, and work out which token deserves what."""
+    clock = [time.perf_counter()]
+    plain = accelerator.unwrap_model(roles)
+    plain.eval()
+    with gathered(plain), autocast(settings, accelerator.device):
+        batch, samples = rollout(plain.policy, tokenizer, asked, settings, seed)
+    clock.append(time.perf_counter())
+
+    problems = [problem for problem in asked for _ in range(settings.samples_per_question)]
+    texts = [drawn.text for drawn in samples]
+    scores = torch.tensor(gather_object(scored(reward, _mine(problems), _mine(texts))), device=accelerator.device)
+    shaped, moments = shape(scores, samples, state.moments, settings)
+    with autocast(settings, accelerator.device):
+        ref_logp, batch.values = tabulate(roles, batch, settings.minibatch, reference=True)
+        if settings.precision == "bfloat16":  # rounds token by token otherwise than in one pass
+            batch.logp, _ = tabulate(roles, batch, settings.minibatch, reference=False)
+    kl = kl_estimate(batch.logp, ref_logp, settings.kl_kind)
+    rewards = token_rewards(shaped, kl, batch.mask, state.kl_coef)
+    advantages, batch.returns = gae(rewards, batch.values, batch.mask, settings.gamma, settings.lam)
+    batch.advantages = whiten(advantages, batch.mask)
+    clock.append(time.perf_counter())
+    return Experience(batch, problems, samples, texts, scores, kl.sum(dim=1), moments, clock)
 
 
 @dataclass
@@ -392,120 +466,132 @@ class State:
 
 
 def train(
-    policy,
-    reference,
-    value,
+    roles: Roles,
     reward: Reward,
     problems: Callable[[int], list[Problem]],
     tokenizer,
     settings: PPOSettings,
     out: str | Path,
     *,
+    accelerator: Accelerator | None = None,
     seed: int = 0,
     checkpoint_every: int = 10,
     examples_every: int = 10,
     progress: str | None = None,
 ) -> list[dict]:
-    """Train `policy` and `value` in place; return one row (dict) per update, as in out/log.csv.
+    """Train policy and value of `roles` in place; return one row (dict) per update, as in out/log.csv.
 
-    policy, reference: causal language models of one class; the reference is frozen here. What has
-        requires_grad is what trains, so LoRA roles work as full models do.
-    value: `value_head(policy)`, or a model of its own: a transformers token classifier with one label.
     reward: any callable(problems, completion texts) -> scores. The checker (`grade_many`) is called too, but
         its accuracy goes to the log only and never into training.
     problems: update number (from 0) -> `settings.questions` problems. A pure function, so that resuming is
         exact; fresh questions in every update keep the policy from learning them by heart.
     out: folder of log.csv, examples.jsonl and the newest checkpoint. A folder with a checkpoint of the same
         settings is resumed; on a CPU the end is bit-equal to that of an uninterrupted run.
+    accelerator: it says on what device and in how many processes (`accelerate launch`) to train, and where to log
+        besides: `Accelerator(log_with="tensorboard", project_dir=out)`. None: one of its defaults.
     progress: label of a progress bar on standard output; None prints nothing.
 
-    Ctrl-C saves a checkpoint and raises KeyboardInterrupt. Raises CollapseError where going on is pointless.
+    Ctrl-C saves a checkpoint and raises KeyboardInterrupt. Raises CollapseError where going on is pointless, and
+    NonFiniteError with the batch saved.
     """
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise ValueError(
             f"pad token {tokenizer.pad_token!r} must exist and differ from the end token "
             f"{tokenizer.eos_token!r}: give padding a token of its own, or ends are taken for padding."
         )
+    accelerator = accelerator or Accelerator()
+    _check_shares(settings, accelerator.num_processes)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    reference.requires_grad_(False)
-    for model in (policy, reference, value):
-        model.eval()  # no dropout: the first ratio of an update is 1
-    groups = [{"params": list(_trained(model).values())} for model in (policy, value)]
+    if settings.recompute:
+        roles.recompute_activations()
+    groups = [{"params": list(weights.values())} for weights in roles.weights().values()]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    roles, optimizer = accelerator.prepare(roles, optimizer)
     run = asdict(settings) | {"seed": seed}
-    state = load_checkpoint(out, policy, value, optimizer, run) or State(kl_coef=settings.kl_coef)
-    _start_logs(out, state)
-    bar = progress_bar(progress, settings.updates, "update", initial=state.update)
+    state = load_checkpoint(out, roles, optimizer, run) or State(kl_coef=settings.kl_coef)
+    if accelerator.is_main_process:
+        start_logs(out, state)
+    accelerator.init_trackers("ppo", run)
+    bar = progress_bar(progress if accelerator.is_main_process else None, settings.updates, "update", state.update)
     try:
         while state.update < settings.updates:
-            clock = [time.perf_counter()]
             update_seed = seed * 1_000_003 + state.update
-            asked = _asked(problems, state.update, settings)
-            batch, samples = rollout(policy, tokenizer, asked, settings, update_seed)
-            clock.append(time.perf_counter())
+            asked = questions(problems, state.update, settings)
+            found = experience(accelerator, roles, reward, asked, tokenizer, settings, state, update_seed)
 
-            asked = [problem for problem in asked for _ in range(settings.samples_per_question)]
-            texts = [drawn.text for drawn in samples]
-            scores = _scores(reward, asked, texts).to(policy.device)
-            shaped = center(scores, settings.samples_per_question) if settings.center_by_question else scores
-            moments = state.moments.add(shaped)
-            shaped = moments.normalize(shaped) if settings.normalize_reward else shaped
-            shaped = clip_scores(shaped, settings.reward_clip)
-            cut = torch.tensor([drawn.finish_reason == "length" for drawn in samples], device=policy.device)
-            shaped = shaped - settings.missing_end_penalty * cut
-
-            ref_logp, batch.values = reference_and_values(policy, reference, value, batch, settings.minibatch)
-            kl = kl_estimate(batch.logp, ref_logp, settings.kl_kind)
-            rewards = token_rewards(shaped, kl, batch.mask, state.kl_coef)
-            advantages, batch.returns = gae(rewards, batch.values, batch.mask, settings.gamma, settings.lam)
-            batch.advantages = whiten(advantages, batch.mask)
-            clock.append(time.perf_counter())
-
-            with _uninterrupted():
+            with uninterrupted():
                 scale = learning_rate_scale(state.update, settings)
                 optimizer.param_groups[0]["lr"] = settings.learning_rate * scale
                 optimizer.param_groups[1]["lr"] = settings.value_learning_rate * scale
                 generator = torch.Generator().manual_seed(update_seed)
-                measured = optimize(policy, value, optimizer, batch, settings, generator)
-                clock.append(time.perf_counter())
-
-                verdicts = grade_many(texts, asked)
-                kl = kl.sum(dim=1)  # per completion
+                try:
+                    measured = optimize(accelerator, roles, optimizer, found.batch, settings, generator)
+                except NonFiniteError as error:
+                    raise _with_batch(error, out, found.batch, state) from error
+                clock = [*found.clock, time.perf_counter()]
+                verdicts = grade_many(found.texts, found.problems)
+                batch = found.batch
                 row = {
-                    "update": state.update,
-                    "reward": scores.mean().item(),
-                    "accuracy": _share(verdict.correct for verdict in verdicts),
-                    "invalid": _share(verdict.extracted is None for verdict in verdicts),
-                    "kl": kl.mean().item(),
+                    **observed(state.update, batch, found.samples, found.scores, found.kl, verdicts),
                     "kl_coef": state.kl_coef,
-                    "entropy": -masked_mean(batch.logp, batch.mask).item(),  # Monte Carlo: -E log p
-                    "length": batch.mask.sum().item() / len(samples),
-                    "cut": _share(cut.tolist()),
                     "explained_variance": explained_variance(batch.values, batch.returns, batch.mask),
                     **measured,
                     "learning_rate": settings.learning_rate * scale,
                     **dict(zip(SECONDS, (end - start for start, end in pairwise(clock)), strict=True)),
                 }
-                _write_row(out, row, first=not state.rows)
-                if state.update % examples_every == 0:
-                    _write_examples(out, state.update, asked, texts, scores, kl, verdicts)
+                if accelerator.is_main_process:
+                    write_row(out, row)
+                    if state.update % examples_every == 0:
+                        write_examples(out, state.update, found.problems, found.texts, found.scores, found.kl, verdicts)
+                accelerator.log(row, step=state.update)
                 if settings.kl_target:
                     state.kl_coef = adapt_kl_coef(state.kl_coef, row["kl"], settings.kl_target)
-                state.moments = moments
+                state.moments = found.moments
                 state.rows.append(row)
                 state.update += 1
                 if state.update % checkpoint_every == 0 or state.update == settings.updates:
-                    save_checkpoint(out, policy, value, optimizer, state, run)
+                    save_checkpoint(out, roles, optimizer, state, run)
             bar.update()
             bar.set_postfix(reward=f"{row['reward']:.2f}", accuracy=f"{row['accuracy']:.2f}")
             check_collapse(state.rows)
     except KeyboardInterrupt:
-        save_checkpoint(out, policy, value, optimizer, state, run)
+        save_checkpoint(out, roles, optimizer, state, run)
         raise
     finally:
         bar.close()
+        for tracker in accelerator.trackers:
+            tracker.finish()
     return state.rows
+
+
+def shape(
+    scores: Tensor, samples: list[Sample], moments: RunningMoments, settings: PPOSettings
+) -> tuple[Tensor, RunningMoments]:
+    """What a completion earns, besides the KL it pays: scores [B] -> [B], and the moments with these scores in them.
+
+    Centred by question, normalised, clipped, and less the penalty where a completion was cut by its length.
+    """
+    shaped = center(scores, settings.samples_per_question) if settings.center_by_question else scores
+    moments = moments.add(shaped)
+    shaped = clip_scores(moments.normalize(shaped) if settings.normalize_reward else shaped, settings.reward_clip)
+    cut = torch.tensor([drawn.finish_reason == "length" for drawn in samples], device=scores.device)
+    return shaped - settings.missing_end_penalty * cut, moments
+
+
+def observed(update: int, batch: Batch, samples: list[Sample], scores: Tensor, kl: Tensor, verdicts) -> dict:
+    """The part of a log row that is about the completions: scores [B], kl [B] in nats per completion."""
+    return {
+        "update": update,
+        "reward": scores.mean().item(),
+        "accuracy": _share(verdict.correct for verdict in verdicts),
+        "invalid": _share(verdict.extracted is None for verdict in verdicts),
+        "kl": kl.mean().item(),
+        "entropy": -masked_mean(batch.logp, batch.mask).item(),  # Monte Carlo: -E log p
+        "length": batch.mask.sum().item() / len(samples),
+        "tokens": batch.mask.sum().item(),
+        "cut": _share(drawn.finish_reason == "length" for drawn in samples),
+    }
 
 
 class CollapseError(RuntimeError):
@@ -532,26 +618,41 @@ def check_collapse(rows: list[dict], last: int = 5) -> None:
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(out: Path, policy, value, optimizer, state: State, run: dict) -> None:
+# A full state is the same for one process and for many, sharded or not; frozen weights are not in it.
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+
+
+def save_checkpoint(out: Path, roles: Roles, optimizer, state: State, run: dict) -> None:
     """Write out/checkpoint-UPDATE in one atomic step, then remove older ones. It holds what training changes:
-    the weights that train, the optimizer and the state."""
-    folder, tmp = out / f"checkpoint-{state.update:06d}", out / "checkpoint.tmp"
+    the weights that train, the optimizer and the state. All processes call it, the first one writes (with DeepSpeed,
+    which knows no whole optimizer, each its part)."""
+    folder, tmp, processes = out / f"checkpoint-{state.update:06d}", out / "checkpoint.tmp", PartialState()
     if folder.exists():
         return
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir()
-    save_file(_trained(policy), tmp / "policy.safetensors")
-    save_file(_trained(value), tmp / "value.safetensors")
-    plain = {"state": asdict(state), "optimizer": optimizer.state_dict(), "run": run}
-    torch.save(plain, tmp / "state.pt")
-    tmp.rename(folder)
-    for old in out.glob("checkpoint-*"):
-        if old != folder:
-            shutil.rmtree(old)
+    if processes.is_main_process:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir()
+    processes.wait_for_everyone()
+    names = {name.removeprefix("module.") for name, weight in roles.named_parameters() if weight.requires_grad}
+    weights = states.get_model_state_dict(roles, options=_FULL)
+    weights = {name.removeprefix("module."): weight for name, weight in weights.items()}
+    if _by_deepspeed(roles):
+        roles.save_checkpoint(str(tmp), tag="deepspeed", exclude_frozen_parameters=True)
+        moments = None
+    else:
+        moments = states.get_optimizer_state_dict(roles, optimizer, options=_FULL)
+    if processes.is_main_process:
+        save_file({name: weight for name, weight in weights.items() if name in names}, tmp / "weights.safetensors")
+        torch.save({"state": asdict(state), "optimizer": moments, "run": run}, tmp / "state.pt")
+        tmp.rename(folder)
+        for old in out.glob("checkpoint-*"):
+            if old != folder:
+                shutil.rmtree(old)
+    processes.wait_for_everyone()
 
 
-def load_checkpoint(out: Path, policy, value, optimizer, run: dict) -> State | None:
-    """Put the newest checkpoint of `out` into policy, value and optimizer; None if there is none."""
+def load_checkpoint(out: Path, roles: Roles, optimizer, run: dict) -> State | None:
+    """Put the newest checkpoint of `out` into roles and optimizer; None if there is none."""
     folder = max(out.glob("checkpoint-*"), default=None)
     if folder is None:
         return None
@@ -562,36 +663,61 @@ def load_checkpoint(out: Path, policy, value, optimizer, run: dict) -> State | N
                 f"{folder} was trained with {name} = {plain['run'].get(name)!r}, not {now!r}: give another "
                 "folder, or delete this one to start again."
             )
-    for model, file in ((policy, "policy.safetensors"), (value, "value.safetensors")):
-        model.load_state_dict(load_file(folder / file), strict=False)
-    optimizer.load_state_dict(plain["optimizer"])
+    if (plain["optimizer"] is None) != _by_deepspeed(roles):
+        raise ValueError(
+            f"{folder} was trained {'with' if plain['optimizer'] is None else 'without'} DeepSpeed: go on so."
+        )
+    if _by_deepspeed(roles):
+        roles.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
+    else:
+        states.set_model_state_dict(roles, load_file(folder / "weights.safetensors"), options=_FULL)
+        states.set_optimizer_state_dict(roles, optimizer, plain["optimizer"], options=_FULL)
     return State(**plain["state"] | {"moments": RunningMoments(**plain["state"]["moments"])})
 
 
-def _trained(model) -> dict[str, Tensor]:
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+def _by_deepspeed(roles) -> bool:
+    return hasattr(roles, "save_checkpoint")  # the engine that DeepSpeed wraps a module in
 
 
-def _start_logs(out: Path, state: State) -> None:
+def trained_roles(roles: Roles, out: Path) -> Roles:
+    """Fresh roles with the weights of the newest checkpoint of `out`, whole, whatever parts trained them."""
+    weights = load_file(max(out.glob("checkpoint-*")) / "weights.safetensors")
+    roles.load_state_dict(weights, strict=False)
+    return roles
+
+
+def _with_batch(error: NonFiniteError, out: Path, batch: Batch, state: State) -> NonFiniteError:
+    """The same error, after the batch was saved: it says where and what next."""
+    path = out / "nonfinite.safetensors"
+    if PartialState().is_main_process:
+        tensors = {name: value.cpu() for name, value in vars(batch).items() if isinstance(value, Tensor)}
+        save_file(tensors, path)
+    return NonFiniteError(
+        f"update {state.update}: {error}. Its batch is in {path}; the weights of the last checkpoint are as they were. "
+        "A lower learning_rate, a lower reward_clip, or float32 in place of bfloat16 are the knobs."
+    )
+
+
+def start_logs(out: Path, state: State) -> None:
     """Take back what was logged after the checkpoint that training starts from."""
     (out / "log.csv").unlink(missing_ok=True)
-    for number, row in enumerate(state.rows):
-        _write_row(out, row, first=number == 0)
+    for row in state.rows:
+        write_row(out, row)
     examples = out / "examples.jsonl"
     lines = examples.read_text(encoding="utf-8").splitlines(keepends=True) if examples.exists() else []
     kept = [line for line in lines if json.loads(line)["update"] < state.update]
     examples.write_text("".join(kept), encoding="utf-8")
 
 
-def _write_row(out: Path, row: dict, first: bool) -> None:
+def write_row(out: Path, row: dict) -> None:
     with open(out / "log.csv", "a", newline="") as file:
         writer = csv.DictWriter(file, list(row))
-        if first:
+        if not file.tell():
             writer.writeheader()
         writer.writerow(row)
 
 
-def _write_examples(out: Path, update: int, problems, texts, scores: Tensor, kl: Tensor, verdicts) -> None:
+def write_examples(out: Path, update: int, problems, texts, scores: Tensor, kl: Tensor, verdicts) -> None:
     """Eight completions of an update, evenly spaced, so of several questions, for a human to read."""
     rows = list(zip(problems, texts, scores.tolist(), kl.tolist(), verdicts, strict=True))
     with open(out / "examples.jsonl", "a", encoding="utf-8") as file:
@@ -609,7 +735,8 @@ def _write_examples(out: Path, update: int, problems, texts, scores: Tensor, kl:
 # ---- small helpers -----------------------------------------------------------------------------------------
 
 
-def _asked(problems, update: int, settings: PPOSettings) -> list[Problem]:
+def questions(problems, update: int, settings: PPOSettings) -> list[Problem]:
+    """The problems of an update, refused if their number is not that of the settings."""
     asked = problems(update)
     if len(asked) != settings.questions:
         raise ValueError(
@@ -619,14 +746,28 @@ def _asked(problems, update: int, settings: PPOSettings) -> list[Problem]:
     return asked
 
 
-def _scores(reward: Reward, problems: list[Problem], texts: list[str]) -> Tensor:
+def _check_shares(settings: PPOSettings, processes: int) -> None:
+    size = settings.minibatch
+    groups = size // max(
+        n for n in range(1, CONTINUATIONS_PER_ROW + 1) if not (settings.samples_per_question % n or size % n)
+    )
+    if processes > 1 and (settings.questions % processes or groups % processes or settings.episodes % size):
+        raise ValueError(
+            f"{settings.questions} questions per update and {groups} groups of completions in a minibatch of {size} "
+            f"cannot be shared by {processes} processes: make both a multiple of them, and episodes = "
+            f"{settings.episodes} a multiple of minibatch = {size}."
+        )
+
+
+def scored(reward: Reward, problems: list[Problem], texts: list[str]) -> list[float]:
+    """The reward of each text, refused if it is not one finite number for each."""
     scores = torch.tensor(reward(problems, texts), dtype=torch.float32)
     if scores.shape != (len(texts),) or not scores.isfinite().all():
         raise ValueError(
             f"the reward gave shape {tuple(scores.shape)} with {int(scores.isfinite().sum())} finite numbers "
             f"for {len(texts)} completions; give one finite number for each."
         )
-    return scores
+    return scores.tolist()
 
 
 def _share(flags: Iterable[bool]) -> float:
@@ -635,7 +776,7 @@ def _share(flags: Iterable[bool]) -> float:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Ctrl-C inside takes effect at the end, so that a checkpoint never holds half an update."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Ctrl-C only ever reaches the main thread

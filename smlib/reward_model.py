@@ -17,6 +17,7 @@ PPO leads the policy, is neither. Therefore nll_coef times -log p of the chosen 
 the two differ, is added (iterative RPO, 2404.19733, eq. 1, adds the same term over the whole chosen text).
 """
 
+import re
 import tempfile
 from collections.abc import Sequence
 
@@ -30,8 +31,6 @@ from smlib import models, prompts
 from smlib.answers import Reward, grade
 from smlib.problems import Problem
 from smlib.sft import fit, trainer_options
-
-TEXTS_PER_ROW = 4  # of one question; attention's work grows with the square of a row's length
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, problem: Problem, text: str) -> list[int]:
@@ -144,8 +143,8 @@ def score(
     keys, groups = [], []
     for problem, found in asked.values():
         head, found = models.encode_prompt(tokenizer, prompts.open_prompt(problem)), list(found)
-        for start in range(0, len(found), TEXTS_PER_ROW):
-            some = found[start : start + TEXTS_PER_ROW]
+        for start in range(0, len(found), models.CONTINUATIONS_PER_ROW):
+            some = found[start : start + models.CONTINUATIONS_PER_ROW]
             keys.append([(problem.id, text) for text in some])
             groups.append((head, [models.encode_completion(tokenizer, text) for text in some]))
     lengths = [len(head) + sum(map(len, tails)) for head, tails in groups]
@@ -179,6 +178,33 @@ def learned_reward(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 def checker_reward(problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
     """The answer checker as a reward: 1 if the stated answer is gold, else 0. It reads gold answers."""
     return [float(grade(text, problem).correct) for problem, text in zip(problems, texts, strict=True)]
+
+
+def word_count(problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
+    """The number of words: "learned - 0.1*words" is a reward that likes brevity."""
+    return [float(len(text.split())) for text in texts]
+
+
+_TERM = re.compile(r"\s*([+-]?)\s*(?:(\d+(?:\.\d+)?|\.\d+)\s*\*\s*)?([a-z]+)\s*")
+
+
+def weighted_sum(formula: str, rewards: dict[str, Reward]) -> Reward:
+    """One reward out of several by a formula such as "learned", "learned + 5*checker" or "learned - 0.1*words".
+
+    Raises ValueError for what is no sum of the names in `rewards`, each with a number before it or none.
+    """
+    terms = list(_TERM.finditer(formula))
+    if "".join(term[0] for term in terms) != formula or not all(term[1] for term in terms[1:]) or not terms:
+        raise ValueError(f"reward {formula!r} is not a sum such as 'learned + 5*checker'.")
+    if unknown := [term[3] for term in terms if term[3] not in rewards]:
+        raise ValueError(f"reward {unknown[0]!r} in {formula!r} is unknown; choose from: {', '.join(rewards)}.")
+    weights = [(float(term[1] + (term[2] or "1")), rewards[term[3]]) for term in terms]
+
+    def total(problems, texts):
+        columns = [[weight * score for score in reward(problems, texts)] for weight, reward in weights]
+        return [sum(row) for row in zip(*columns, strict=True)]
+
+    return total
 
 
 def pair_accuracy(

@@ -1,4 +1,5 @@
-"""Every number a run depends on, and the named sets of them: `smoke` (for tests) and `tiny` (the tutorial).
+"""Every number a run depends on, and the named sets of them: `smoke` (for tests), `tiny` (the tutorial) and
+`tiny-lora` (the same with LoRA adapters over one base, as a large model would be trained).
 
 settings = preset("tiny", task="coin_flip", seed=1)
 settings = preset("tiny", sampling={"temperature": 0.7}, reward={"pairs": "base"})
@@ -101,6 +102,20 @@ class DPOSettings:
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters in place of full fine-tuning, in all stages that train: SFT (merged at its end), the reward
+    model and PPO (adapters of the SFT model, which stays as it is)."""
+
+    rank: int = 0  # 0: full fine-tuning
+    alpha: int = 32  # the adapter counts alpha / rank times
+    targets: str = "all-linear"
+
+    def __post_init__(self):
+        if self.rank < 0:
+            raise ValueError(f"lora.rank {self.rank} is not allowed; give 0 for full fine-tuning, or a rank from 1.")
+
+
+@dataclass(frozen=True)
 class EvaluationSettings:
     """Stage 5. Fresh questions, one greedy answer and `samples` drawn ones to each."""
 
@@ -126,6 +141,7 @@ class Settings:
     evaluation: EvaluationSettings
     explore: ExploreSettings
     dpo: DPOSettings
+    lora: LoraSettings = LoraSettings()
 
 
 PRESETS = {
@@ -150,6 +166,13 @@ PRESETS = {
         "dpo": DPOSettings(epochs=1.0, batch=8),
     },
 }
+
+_LORA_RATES = {  # adapters start at zero and want larger steps than the weights themselves
+    "sft": replace(PRESETS["tiny"]["sft"], learning_rate=6e-3),
+    "reward": replace(PRESETS["tiny"]["reward"], learning_rate=2e-3),
+    "ppo": replace(PRESETS["tiny"]["ppo"], value="model", learning_rate=2.5e-3, value_learning_rate=2.5e-3),
+}
+PRESETS["tiny-lora"] = PRESETS["tiny"] | _LORA_RATES | {"lora": LoraSettings(rank=16)}
 
 
 def preset(name: str, task: str = "all", seed: int = 0, **overrides) -> Settings:

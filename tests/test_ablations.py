@@ -47,13 +47,15 @@ def test_variants_are_measured_and_the_run_stays_as_it_was(tmp_path):
     tuned = models.load_policy(require(tmp_path, "02_sft").path("model"))
     answered = ablations.answers(SMALL, tuned, 6, k=4)
     rows = ablations.reward_rows(tmp_path, SMALL, "base", "open", answered, progress=False)
-    rows += ablations.ppo_rows(tmp_path, SMALL, "learned", answered, progress=False)
-    rows += ablations.ppo_rows(tmp_path, SMALL, "checker", answered, progress=False)
+    stage = ablations.policy(tmp_path, SMALL, "grpo", "grpo", "checker", progress=False)
+    rows += ablations.policy_rows(stage, SMALL, "GRPO", answered)
+    (curve,) = ablations.curve_rows(stage, SMALL, "GRPO")
+    assert tuple(curve) == ablations.CURVE_COLUMNS and curve["tokens"] == round(16 * curve["length"])
     assert all(tuple(row) == ablations.COLUMNS for row in rows)
     assert all(row["low"] <= row["score"] <= row["high"] and row["n"] > 0 for row in rows)
     best, mean = ([row for row in rows if row["metric"] == f"{name} of 4"] for name in ("best", "mean"))
     assert len(best) == len(mean) == 1 and best[0]["n"] == 6
-    assert {row["value"] for row in rows} == {"pairs base, wrong open", "learned", "checker"}
+    assert {row["value"] for row in rows} == {"pairs base, wrong open", "GRPO"}
     after = {name: require(tmp_path, name).fingerprint for name in before}
     assert after == before
     made = require(tmp_path / "ablations" / "reward-base-open", "03_reward_model")

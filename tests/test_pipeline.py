@@ -1,10 +1,15 @@
 """The whole pipeline on a handful of questions: what each stage leaves, that it repeats, and what it refuses."""
 
+import copy
 import json
+import shutil
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
+from peft import PeftModel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from smlib import models, pipeline
 from smlib.artifacts import StageError, StageMismatch, require
@@ -112,7 +117,7 @@ def test_a_finished_stage_is_loaded_and_other_settings_are_refused(finished):
     with pytest.raises(StageMismatch, match=r"sft\.learning_rate"):
         pipeline.train_sft(finished, small(sft={"learning_rate": 1e-5}), progress=False)
     with pytest.raises(StageMismatch, match="reward"):
-        pipeline.train_ppo(finished, small(), reward="checker", progress=False)
+        pipeline.train_policy(finished, small(), reward="checker", progress=False)
 
 
 def test_a_missing_stage_names_the_notebook_to_run_first(tmp_path):
@@ -121,8 +126,85 @@ def test_a_missing_stage_names_the_notebook_to_run_first(tmp_path):
 
 
 def test_an_unknown_reward_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="'learned' or 'checker', not 'human'"):
-        pipeline.train_ppo(tmp_path, small(), reward="human")
+    with pytest.raises(ValueError, match=r"reward 'human' .* choose from: learned, checker, words"):
+        pipeline.train_policy(tmp_path, small(), reward="human")
+    with pytest.raises(ValueError, match="method 'a2c' is unknown; choose one of: ppo, rloo, grpo"):
+        pipeline.train_policy(tmp_path, small(), method="a2c")
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_the_other_methods_leave_the_same_files(finished, method):
+    stage = pipeline.train_policy(finished, small(), method=method, reward="learned + 2*checker", progress=False)
+    ppo = require(finished, "04_ppo")
+    for file in ("training/log.csv", "training/examples.jsonl"):
+        assert stage.path(file).read_text()
+    ours, theirs = (pd.read_csv(one.path("training/log.csv")) for one in (stage, ppo))
+    shared = ["update", "accuracy", "kl", "entropy", "length", "tokens", "cut"]  # drawn from the same SFT model
+    pd.testing.assert_frame_equal(ours[shared], theirs[shared], atol=1e-5)  # the KL is zero up to rounding
+    before = models.load_policy(require(finished, "02_sft").path("model")).state_dict()
+    after = models.load_policy(stage.path("model")).state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.fixture(scope="module")
+def with_adapters(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "adapters"
+    settings = small(lora={"rank": 4}, ppo=SMALL["ppo"] | {"value": "model"})
+    pipeline.run(run, settings, progress=False)
+    return run, settings
+
+
+def test_with_lora_one_base_holds_every_role(with_adapters, tmp_path):
+    """The SFT model is whole; reward model and policy are adapters of it, in peft's format, and move with the run."""
+    run, _ = with_adapters
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    base = models.load_policy(require(moved, "02_sft").path("model"))
+    for name in ("03_reward_model", "04_ppo"):
+        folder = require(moved, name).path("model")
+        assert not (folder / "model.safetensors").exists()
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "../../02_sft/model" and config["r"] == 4
+        adapted = PeftModel.from_pretrained(copy.deepcopy(base), folder)
+        ids = torch.tensor([[1, 5, 9, 20]])
+        with torch.no_grad():
+            logits = adapted(ids).logits
+            torch.testing.assert_close(models.load_policy(folder)(ids).logits, logits, rtol=1e-4, atol=1e-4)
+            assert not torch.equal(base(ids).logits, logits)
+    assert (require(moved, "04_ppo").path("model") / "value" / "adapter_config.json").is_file()
+
+
+def test_the_reward_adapter_scores_as_the_reward_model_did(with_adapters):
+    """Within PPO's roles the reward is an adapter; its scores are those that were recorded when it was trained."""
+    run, settings = with_adapters
+    tuned, rewarder = require(run, "02_sft"), require(run, "03_reward_model")
+    tokenizer, roles = models.load_tokenizer(), pipeline.make_roles(settings, tuned, rewarder)
+    reward = pipeline.make_reward("learned", rewarder, tokenizer, roles)
+    problems = {p.id: p for p in pipeline.training_problems(settings) + pipeline.second_problems(settings)}
+    pairs = rewarder.read_rows("held_out")
+    assert pairs
+    scores = reward([problems[pair["id"]] for pair in pairs], [pair["chosen"] for pair in pairs])
+    assert scores == pytest.approx([pair["chosen_score"] for pair in pairs], abs=1e-3)
+    assert roles.adapter == "default"
+
+
+def test_with_lora_the_other_methods_train_an_adapter(with_adapters):
+    run, settings = with_adapters
+    folder = pipeline.train_policy(run, settings, method="grpo", progress=False).path("model")
+    assert (folder / "adapter_config.json").is_file() and not (folder / "model.safetensors").exists()
+
+
+def test_tensorboard_gets_what_the_log_gets(finished, tmp_path):
+    for name in ("02_sft", "03_reward_model"):
+        shutil.copytree(finished / name, tmp_path / name)
+    stage = pipeline.train_policy(tmp_path, small(), progress=False, tracker="tensorboard")
+    events = EventAccumulator(str(next((stage.folder / "training").rglob("events.*")).parent))
+    events.Reload()
+    log = pd.read_csv(stage.path("training/log.csv"))
+    for column in log.columns.drop("update"):
+        assert [event.value for event in events.Scalars(column)] == pytest.approx(list(log[column]), rel=1e-5)
+    with pytest.raises(ValueError, match="tracker 'abacus' cannot be used"):
+        pipeline.make_accelerator("abacus", tmp_path)
 
 
 def test_missing_published_sets_are_named_and_left_out(monkeypatch, tmp_path):

@@ -4,26 +4,29 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from peft import PeftModel
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.models import WordLevel
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
-    LlamaForTokenClassification,
     PreTrainedTokenizerFast,
 )
 
-from smlib import ppo
+from smlib import models, ppo
 from smlib.ppo import PPOSettings
 from smlib.problems import Problem
+from smlib.roles import Adapters, SeparateModels
 from smlib.sampling import Sample
 
 WORDS = [
@@ -79,7 +82,7 @@ def test_clip_scores_by_hand():
 
 def test_token_logprobs_by_hand():
     logits = torch.tensor([[[0.0, math.log(3)], [2.0, 2.0]]])  # p = 1/4, 3/4; then 1/2, 1/2
-    logp = ppo.token_logprobs(logits, torch.tensor([[1, 0]]))
+    logp = models.token_logprobs(logits, torch.tensor([[1, 0]]))
     torch.testing.assert_close(logp, tensor([0.75, 0.5]).log())
 
 
@@ -224,7 +227,7 @@ def test_padding_changes_nothing(spans, left, right, seed):
 
 
 def make_tokenizer():
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 0)])
     return PreTrainedTokenizerFast(
@@ -245,11 +248,23 @@ def make_policy(seed=0):
     return LlamaForCausalLM(tiny_config()).eval()
 
 
-def make_value(kind, policy):
-    if kind == "head":
-        return ppo.value_head(policy)
-    torch.manual_seed(1)
-    return LlamaForTokenClassification(tiny_config(num_labels=1)).eval()
+KINDS = ["head", "model", "adapters", "adapters, one trunk"]
+
+
+def make_roles(kind="head", dtype=torch.float32):
+    policy, reference = make_policy().to(dtype), make_policy().to(dtype)
+    if kind.startswith("adapters"):
+        return Adapters(models.add_lora(policy, 4, 8, "all-linear", base="base"), share_trunk=kind != "adapters")
+    return SeparateModels(policy, reference, make_policy(1).get_decoder() if kind == "model" else None)
+
+
+def shuffled(roles):
+    """The roles with every trained weight moved away from its start."""
+    torch.manual_seed(5)
+    for weights in roles.weights().values():
+        for weight in weights.values():
+            weight.data.add_(0.05 * torch.randn_like(weight))
+    return roles
 
 
 def questions(n):
@@ -280,79 +295,134 @@ def test_collate_aligns_completions_with_the_tokens_that_predict_them():
     assert batch.mask.int().tolist() == [[0, 0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1, 1, 1]]
     assert batch.logp[0].tolist() == [0, 0, 0, -1, -2, -3, 0, 0, 0]
     assert batch.ids[:, 1:][batch.mask].tolist() == [8, 9, 1, 8, 9, 10, 11]
-    assert batch.lengths.tolist() == [7, 10]
+    assert batch.completions == [[8, 9, 1], [8, 9, 10, 11]]
 
 
-def test_padding_on_the_right_needs_no_attention_mask():
-    policy = make_policy()
-    batch, *_ = some_batch(policy)
-    real = torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]
-    with torch.no_grad():
-        without, given = policy(batch.ids).logits, policy(batch.ids, attention_mask=real.long()).logits
-    torch.testing.assert_close(without[real], given[real], rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(without[~real], given[~real])  # the padding itself does differ
-
-
-@pytest.mark.parametrize("kind", ["head", "model"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_forward_passes_equal_one_completion_at_a_time(kind):
-    policy = make_policy()
-    value = make_value(kind, policy)
-    if kind == "head":
-        torch.nn.init.normal_(value.weight)
-    batch, prompts, samples = some_batch(policy)
-    ref_logp, values = ppo.reference_and_values(policy, policy, value, batch, size=2)
+    roles = shuffled(make_roles(kind))
+    batch, prompts, samples = some_batch(make_policy())
+    tables = ppo.tabulate(roles, batch, 2, reference=True) + ppo.tabulate(roles, batch, 2, reference=False)
+    if "adapters" in kind:
+        peft = roles.model
+        value = roles.trained[-1]
     for row, (prompt, drawn) in enumerate(zip(prompts, samples, strict=True)):
-        ids = torch.tensor([[*prompt, *drawn.token_ids]])
+        ids, start, real = torch.tensor([[*prompt, *drawn.token_ids]]), len(prompt) - 1, batch.mask[row]
         with torch.no_grad():
-            output = policy(ids, output_hidden_states=True)
-            scalar = value(output.hidden_states[-1]) if kind == "head" else value(ids).logits
-        logp = output.logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        start, real = len(prompt) - 1, batch.mask[row]
-        torch.testing.assert_close(ref_logp[row][real], logp[start:])
-        torch.testing.assert_close(values[row][real], scalar[0, start:-1, 0])
-        assert (ref_logp[row][~real] == 0).all() and (values[row][~real] == 0).all()
+            if "adapters" in kind:  # by peft's own switches
+                with peft.disable_adapter():
+                    reference = peft(ids).logits
+                peft.set_adapter(value)
+                states = peft(ids, output_hidden_states=True).hidden_states[-1]
+                peft.set_adapter("default")
+                policy = peft(ids).logits
+            else:
+                reference, policy = make_policy()(ids).logits, roles.policy(ids).logits
+                trunk = roles.policy.get_decoder() if kind == "head" else roles.value
+                states = trunk(ids).last_hidden_state
+            values = roles.head(states)[0, start:-1, 0]
+        expected = [
+            logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[start:, 0] for logits in (reference, policy)
+        ]
+        for table, numbers in zip(tables, [expected[0], values, expected[1], values], strict=True):
+            torch.testing.assert_close(table[row][real], numbers)
+            assert (table[row][~real] == 0).all()
+        assert not torch.allclose(*expected)
+
+
+def numbered_batch(sizes, samples):
+    """Completions of these sizes, `samples` of one question as neighbours, all prompts of 2 tokens."""
+    prompts = [prompt for prompt in [[0, 4] for _ in range(len(sizes) // samples)] for _ in range(samples)]
+    drawn = [Sample("", (7,) * size, (-1.0,) * size, "length") for size in sizes]
+    return ppo.collate(prompts, drawn, pad_id=2)
 
 
 def test_minibatches_hold_every_completion_once_and_are_sorted_by_length():
-    lengths = torch.tensor([5, 9, 3, 8, 4, 7, 6])
-    batch = ppo.Batch(torch.zeros(7, 9), torch.zeros(7, 8), torch.zeros(7, 8), lengths)
+    batch = numbered_batch([3, 7, 1, 6, 2, 5, 4], samples=1)
     parts = list(batch.minibatches(3, torch.Generator().manual_seed(0)))
-    assert sorted(row for rows, _ in parts for row in rows.tolist()) == list(range(7))
-    assert sorted((sorted(lengths[rows].tolist()), width) for rows, width in parts) == [
-        ([3, 4, 5], 4),
-        ([6, 7, 8], 7),
-        ([9], 8),
-    ]
+    assert sorted(row for rows in parts for row in rows.tolist()) == list(range(7))
+    sizes = batch.mask.sum(dim=1)
+    assert sorted(sorted(sizes[rows].tolist()) for rows in parts) == [[1, 2, 3], [4, 5, 6], [7]]
+
+
+@pytest.mark.parametrize(
+    ("samples", "size", "together"), [(8, 16, 4), (4, 8, 4), (6, 12, 3), (4, 6, 2), (5, 10, 1), (2, 3, 1)]
+)
+def test_completions_of_one_question_share_its_prompt(samples, size, together):
+    sizes = torch.randint(1, 9, (4 * samples,), generator=torch.Generator().manual_seed(samples)).tolist()
+    batch = numbered_batch(sizes, samples)
+    parts = list(batch.minibatches(size, torch.Generator().manual_seed(0)))
+    assert sorted(row for rows in parts for row in rows.tolist()) == list(range(len(sizes)))
+    for rows in parts:
+        groups = rows.view(-1, together)
+        assert (groups[:, :1] + torch.arange(together) == groups).all()  # neighbours
+        assert all(batch.prompts[row] is batch.prompts[group[0]] for group in groups for row in group)
+        packed = batch.pack(rows)
+        assert len(packed["input_ids"]) <= len(groups)  # two groups may meet again
+        assert packed["targets"].tolist() == [7] * sum(sizes[row] for row in rows)
+
+
+def test_processes_divide_every_minibatch_among_them():
+    batch = numbered_batch(list(range(1, 33)), samples=8)
+    everyones = list(batch.minibatches(16, torch.Generator().manual_seed(3)))
+    parts = [list(batch.minibatches(16, torch.Generator().manual_seed(3), slice(k, None, 2))) for k in (0, 1)]
+    for whole, one, other in zip(everyones, *parts, strict=True):
+        assert sorted(one.tolist() + other.tolist()) == sorted(whole.tolist()) and len(one) == len(other)
 
 
 def test_rollout_carries_the_log_probabilities_of_a_training_forward():
-    policy, plan = make_policy(), PPOSettings(episodes=8, samples_per_question=4, max_new_tokens=6)
-    batch, samples = ppo.rollout(policy, make_tokenizer(), questions(2)(0), plan, seed=0)
-    again, _ = ppo.reference_and_values(policy, policy, ppo.value_head(policy), batch, size=8)
+    roles, plan = make_roles(), PPOSettings(episodes=8, samples_per_question=4, max_new_tokens=6)
+    batch, samples = ppo.rollout(roles.policy, make_tokenizer(), questions(2)(0), plan, seed=0)
+    again, _ = ppo.tabulate(roles, batch, 8, reference=False)
     torch.testing.assert_close(batch.logp, again, rtol=1e-5, atol=1e-5)
     assert batch.mask.sum(1).tolist() == [len(drawn.token_ids) for drawn in samples]
 
 
-def test_every_token_weighs_the_same_however_the_minibatches_fall():
-    policy = make_policy()
-    value = ppo.value_head(policy)
-    batch, *_ = some_batch(policy)  # 3 and 4 real tokens
-    batch.logp, batch.values = ppo.reference_and_values(policy, policy, value, batch, size=2)
+def measured_batch(roles):
+    """A batch of 3 and 4 real tokens, with random advantages and returns."""
+    batch, *_ = some_batch(roles.policy)
+    batch.logp, batch.values = ppo.tabulate(roles, batch, 2, reference=False)
     batch.advantages, batch.returns = torch.randn(2, *batch.mask.shape, generator=torch.Generator().manual_seed(0))
+    return batch
+
+
+def gradients(roles, plan, batch=None):
+    """Gradients of one pass over the batch, averaged over its optimizer steps."""
 
     class Recorder(torch.optim.SGD):
-        total = 0
+        totals = ()
 
         def step(self):
-            self.total = self.total + policy.lm_head.weight.grad
+            found = [weight.grad.clone() for group in self.param_groups for weight in group["params"]]
+            self.totals = [a + b for a, b in zip(self.totals, found, strict=True)] if self.totals else found
 
-    gradients = []
-    for minibatch in (1, 2):
-        plan = PPOSettings(epochs=1, minibatch=minibatch, max_grad_norm=1e9)
-        recorder = Recorder([*policy.parameters(), *value.parameters()], lr=0.1)
-        steps = ppo.optimize(policy, value, recorder, batch, plan, torch.Generator())["steps"]
-        gradients.append(recorder.total / steps)
-    torch.testing.assert_close(*gradients)
+    groups = [{"params": list(weights.values())} for weights in roles.weights().values()]
+    recorder = Recorder(groups, lr=0.1)
+    batch = batch or measured_batch(roles)
+    steps = ppo.optimize(Accelerator(), roles, recorder, batch, plan, torch.Generator())["steps"]
+    return [total / steps for total in recorder.totals]
+
+
+def test_every_token_weighs_the_same_however_the_minibatches_fall():
+    plans = [PPOSettings(epochs=1, minibatch=minibatch, max_grad_norm=1e9) for minibatch in (1, 2)]
+    one, other = (gradients(make_roles(), plan) for plan in plans)
+    torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputed_activations_give_the_same_gradients(kind):
+    plan = PPOSettings(epochs=1, minibatch=2, max_grad_norm=1e9)
+    kept, again = shuffled(make_roles(kind)), shuffled(make_roles(kind))
+    again.recompute_activations()
+    batch = measured_batch(kept)
+    torch.testing.assert_close(gradients(kept, plan, batch), gradients(again, plan, batch))
+
+
+def test_dropout_is_refused_where_activations_are_recomputed():
+    roles = make_roles()
+    roles.policy.config.attention_dropout = 0.1
+    with pytest.raises(ValueError, match=r"attention_dropout = 0\.1"):
+        roles.recompute_activations()
 
 
 # ---- training ----------------------------------------------------------------------------------------------
@@ -364,40 +434,74 @@ QUICK = PPOSettings(
 )  # fmt: skip
 
 
-def run(out, plan=QUICK, kind="head", reward=says_yes, problems=None, tokenizer=None, **options):
-    """Train from the same start -> (rows, policy, value)."""
-    policy, reference = make_policy(), make_policy()
-    value = make_value(kind, policy)
-    problems = problems or questions(plan.questions)
-    tokenizer = tokenizer or make_tokenizer()
-    rows = ppo.train(policy, reference, value, reward, problems, tokenizer, plan, out, **options)
-    return rows, policy, value
+def run(out, plan=QUICK, kind="head", reward=says_yes, problems=None, tokenizer=None, roles=None, **options):
+    """Train from the same start -> (rows, roles)."""
+    roles, problems = roles or make_roles(kind), problems or questions(plan.questions)
+    return ppo.train(roles, reward, problems, tokenizer or make_tokenizer(), plan, out, **options), roles
+
+
+def same_weights(one, other):
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def without_times(rows):
     return [{name: cell for name, cell in row.items() if name not in ppo.SECONDS} for row in rows]
 
 
-@pytest.mark.parametrize("kind", ["head", "model"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_policy_learns_the_rewarded_word(tmp_path, kind):
     plan = replace(QUICK, updates=25, episodes=32, kl_coef=0.01, kl_target=0.0)
-    rows, *_ = run(tmp_path, plan, kind)
+    plan = replace(plan, learning_rate=2e-2, value_learning_rate=5e-2) if "adapters" in kind else plan
+    roles = make_roles(kind)
+    if "adapters" in kind:  # their head is frozen, and the logits of freshly drawn weights are all but zero
+        roles.policy.get_output_embeddings().weight.data.mul_(8)
+    rows, _ = run(tmp_path, plan, roles=roles)
     first, last = rows[0]["reward"], sum(row["reward"] for row in rows[-3:]) / 3
     assert first < 0.2
     assert last > 0.8
     assert rows[-1]["kl"] > rows[0]["kl"] == pytest.approx(0, abs=1e-4)
     assert rows[-1]["entropy"] < rows[0]["entropy"]
-    assert max(row["explained_variance"] for row in rows) > 0.3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_rounds_the_passes_and_not_the_weights(tmp_path, kind):
+    plan = replace(QUICK, updates=2, epochs=1, minibatch=16, precision="bfloat16")
+    rows, roles = run(tmp_path / "rounded", plan, kind)
+    exact, _ = run(tmp_path / "exact", replace(plan, precision="float32"), kind)
+    assert {weight.dtype for weight in roles.parameters()} == {torch.float32}
+    for row, other in zip(rows, exact, strict=True):
+        assert row["update_kl"] < 1e-6  # the old log-probabilities have the rounding of the new ones
+        assert row["entropy"] == pytest.approx(other["entropy"], rel=0.05) and row["entropy"] != other["entropy"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_value_learns_what_is_to_come(tmp_path, kind):
+    """A question that begins with "flip" earns 1, another nothing: the value can know from the prompt."""
+
+    def asked(update):
+        words = ["flip heads", "heads"] * 2
+        return [Problem(f"toy/train/{update * 4 + i}", "toy", word, "yes", "yes_no") for i, word in enumerate(words)]
+
+    def pays(problems, texts):
+        return [float("flip" in problem.question) for problem in problems]
+
+    plan = replace(QUICK, updates=15, learning_rate=1e-6, value_learning_rate=1e-2, kl_coef=0.0, kl_target=0.0)
+    plan = replace(plan, center_by_question=False, missing_end_penalty=0.0, value_clip=1.0)
+    rows, _ = run(tmp_path, plan, kind, reward=pays, problems=asked)
+    assert rows[0]["explained_variance"] == pytest.approx(0, abs=0.01)
+    last = max(row["explained_variance"] for row in rows[-3:])
+    assert last > (0.95 if kind in ("model", "adapters") else 0.3)  # a linear head on the policy's states sees less
 
 
 def test_large_kl_coefficient_keeps_the_policy_at_the_reference(tmp_path):
-    free, *_ = run(tmp_path / "free", replace(QUICK, updates=12, kl_coef=0.0, kl_target=0.0))
-    held, *_ = run(tmp_path / "held", replace(QUICK, updates=12, kl_coef=5.0, kl_target=0.0))
+    free, _ = run(tmp_path / "free", replace(QUICK, updates=12, kl_coef=0.0, kl_target=0.0))
+    held, _ = run(tmp_path / "held", replace(QUICK, updates=12, kl_coef=5.0, kl_target=0.0))
     assert held[-1]["kl"] < 0.2 * free[-1]["kl"]
 
 
 def test_kl_coefficient_follows_the_kl(tmp_path):
-    rows, *_ = run(tmp_path)
+    rows, _ = run(tmp_path)
     for row, after in pairwise(rows):
         assert after["kl_coef"] == ppo.adapt_kl_coef(row["kl_coef"], row["kl"], QUICK.kl_target)
     assert rows[1]["kl_coef"] == pytest.approx(QUICK.kl_coef * 0.98)  # no KL yet, so the penalty falls
@@ -405,14 +509,14 @@ def test_kl_coefficient_follows_the_kl(tmp_path):
 
 def test_missing_end_is_punished(tmp_path):
     plan = replace(QUICK, updates=15, episodes=32, kl_coef=0.0, kl_target=0.0, missing_end_penalty=1.0)
-    rows, *_ = run(tmp_path, plan, reward=lambda problems, texts: [0.0] * len(texts))
+    rows, _ = run(tmp_path, plan, reward=lambda problems, texts: [0.0] * len(texts))
     assert rows[0]["cut"] > 0.3
     assert rows[-1]["cut"] < 0.2 * rows[0]["cut"]
 
 
 def test_update_stops_early_beyond_its_kl(tmp_path):
     plan = replace(QUICK, updates=2, epochs=5, warmup_updates=0, learning_rate=3e-2, max_update_kl=0.02)
-    rows, *_ = run(tmp_path, plan)
+    rows, _ = run(tmp_path, plan)
     assert 1 <= rows[0]["steps"] < plan.epochs * plan.episodes // plan.minibatch
 
 
@@ -430,7 +534,7 @@ def test_rollout_of_another_policy_is_refused(tmp_path, monkeypatch):
 
 
 def test_log_and_examples_are_on_disk(tmp_path):
-    rows, *_ = run(tmp_path, examples_every=2)
+    rows, _ = run(tmp_path, examples_every=2)
     with open(tmp_path / "log.csv") as file:
         logged = [{name: float(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
     assert logged == rows
@@ -441,13 +545,13 @@ def test_log_and_examples_are_on_disk(tmp_path):
 
 
 def test_accuracy_is_logged_and_never_trained_on(tmp_path, monkeypatch):
-    rows, policy, _ = run(tmp_path / "a")
+    rows, roles = run(tmp_path / "a")
     verdict = ppo.grade_many(["The answer is yes."], questions(1)(0))[0]
     assert verdict.correct
     monkeypatch.setattr(ppo, "grade_many", lambda texts, problems: [verdict] * len(texts))
-    fooled, same, _ = run(tmp_path / "b")
+    fooled, same = run(tmp_path / "b")
     assert [row["accuracy"] for row in fooled] == [1.0] * len(fooled) != [row["accuracy"] for row in rows]
-    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), same.parameters(), strict=True))
+    assert same_weights(roles, same)
 
 
 # ---- resume ------------------------------------------------------------------------------------------------
@@ -469,27 +573,26 @@ def dies_at(update, error):
     return reward
 
 
-@pytest.mark.parametrize("kind", ["head", "model"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("error", [Killed, KeyboardInterrupt])
 def test_resumed_run_ends_bit_equal(tmp_path, kind, error):
     options = {"kind": kind, "checkpoint_every": 2, "examples_every": 1}
-    rows, policy, value = run(tmp_path / "whole", **options)
+    rows, roles = run(tmp_path / "whole", **options)
     with pytest.raises(error):
         run(tmp_path / "killed", reward=dies_at(3, error), **options)
     saved = [folder.name for folder in (tmp_path / "killed").glob("checkpoint*")]
     assert saved == ["checkpoint-000003" if error is KeyboardInterrupt else "checkpoint-000002"]
 
-    resumed, policy_again, value_again = run(tmp_path / "killed", **options)
+    resumed, again = run(tmp_path / "killed", **options)
     assert without_times(resumed) == without_times(rows)
-    for one, other in ((policy, policy_again), (value, value_again)):
-        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert same_weights(roles, again)
     assert len((tmp_path / "killed" / "log.csv").read_text().splitlines()) == 1 + QUICK.updates
     examples = [(tmp_path / name / "examples.jsonl").read_text() for name in ("whole", "killed")]
     assert examples[0] == examples[1]
 
 
 def test_interrupt_inside_an_update_waits_for_its_end(tmp_path, monkeypatch):
-    rows, policy, _ = run(tmp_path / "whole")
+    rows, roles = run(tmp_path / "whole")
     optimize = ppo.optimize
 
     def interrupted(*args):
@@ -501,16 +604,16 @@ def test_interrupt_inside_an_update_waits_for_its_end(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "stopped")
     assert (tmp_path / "stopped" / "checkpoint-000001").is_dir()
-    resumed, policy_again, _ = run(tmp_path / "stopped")
+    resumed, again = run(tmp_path / "stopped")
     assert without_times(resumed) == without_times(rows)
-    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), policy_again.parameters(), strict=True))
+    assert same_weights(roles, again)
 
 
 def test_finished_run_is_loaded_and_not_repeated(tmp_path):
-    rows, policy, _ = run(tmp_path)
-    again, loaded, _ = run(tmp_path, reward=dies_at(0, Killed))
+    rows, roles = run(tmp_path)
+    again, loaded = run(tmp_path, reward=dies_at(0, Killed))
     assert again == rows
-    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), loaded.parameters(), strict=True))
+    assert same_weights(roles, loaded)
 
 
 def test_checkpoint_of_other_settings_is_refused(tmp_path):
@@ -522,32 +625,60 @@ def test_checkpoint_of_other_settings_is_refused(tmp_path):
 def test_checkpoint_that_was_not_finished_is_ignored(tmp_path):
     (tmp_path / "checkpoint.tmp").mkdir()
     (tmp_path / "checkpoint.tmp" / "policy.safetensors").write_bytes(b"half")
-    rows, *_ = run(tmp_path)
+    rows, _ = run(tmp_path)
     assert len(rows) == QUICK.updates
 
 
 def test_frozen_weights_stay_and_are_not_saved(tmp_path):
-    policy, reference = make_policy(), make_policy()
-    policy.get_input_embeddings().requires_grad_(False)
-    value = ppo.value_head(policy)
-    before = policy.get_input_embeddings().weight.clone()
-    ppo.train(policy, reference, value, says_yes, questions(4), make_tokenizer(), QUICK, tmp_path)
-    assert torch.equal(policy.get_input_embeddings().weight, before)
-    saved = ppo.load_file(tmp_path / "checkpoint-000004" / "policy.safetensors")
-    assert saved and "model.embed_tokens.weight" not in saved
+    roles = make_roles()
+    embedding = roles.policy.get_input_embeddings().requires_grad_(False)
+    before = embedding.weight.clone()
+    run(tmp_path, roles=roles)
+    assert torch.equal(embedding.weight, before)
+    saved = ppo.load_file(tmp_path / "checkpoint-000004" / "weights.safetensors")
+    assert saved and not any("embed_tokens" in name or "reference" in name for name in saved)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lora_trains_and_saves_its_adapters_only(tmp_path, dtype):
-    policy = get_peft_model(make_policy().to(dtype), LoraConfig(r=4, target_modules="all-linear"))
-    base = policy.get_base_model().model.embed_tokens.weight.clone()
-    start = {name: weight.clone() for name, weight in policy.named_parameters() if weight.requires_grad}
-    reference, value = make_policy().to(dtype), ppo.value_head(policy)
-    ppo.train(policy, reference, value, says_yes, questions(4), make_tokenizer(), QUICK, tmp_path)
-    assert torch.equal(policy.get_base_model().model.embed_tokens.weight, base)
-    saved = ppo.load_file(tmp_path / "checkpoint-000004" / "policy.safetensors")
-    assert saved.keys() == start.keys() and all("lora" in name for name in saved)
-    assert any(not torch.equal(saved[name], start[name]) for name in saved)
+    roles, base = make_roles("adapters", dtype), make_policy().to(dtype)
+    start = {name: weight.clone() for part in roles.weights().values() for name, weight in part.items()}
+    run(tmp_path, roles=roles)
+    kept = {name.replace("base_layer.", ""): weight for name, weight in roles.policy.named_parameters()}
+    assert all(torch.equal(kept[name], weight) for name, weight in base.named_parameters())
+    saved = ppo.load_file(tmp_path / "checkpoint-000004" / "weights.safetensors")
+    assert {name.removeprefix("model.").removeprefix("head.") for name in saved} == {
+        name.removeprefix("head.") for name in start
+    }
+    assert all(not torch.equal(weight, start[name]) for name, weight in roles.weights()["policy"].items())
+
+
+def test_adapters_are_saved_in_the_format_of_peft(tmp_path):
+    """The folder is an adapter of the base, as its value/ is; together they compute what the roles did."""
+    roles = shuffled(make_roles("adapters"))
+    roles.save_pretrained(tmp_path)
+    ids = torch.tensor([[0, 4, 6, 5, 8, 9, 1]])
+    with torch.no_grad():
+        logp, values = roles(models.pack([([0, 4, 6, 5], [[8, 9, 1]])], 2))
+        policy = PeftModel.from_pretrained(make_policy(), tmp_path)
+        again = policy(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        value = PeftModel.from_pretrained(make_policy(), tmp_path / "value")
+        head = ppo.load_file(tmp_path / "value" / "head.safetensors")
+        states = value(ids, output_hidden_states=True).hidden_states[-1]
+        scalars = (states @ head["weight"].T + head["bias"])[0, :-1, 0]
+    torch.testing.assert_close(again[3:], logp)
+    torch.testing.assert_close(scalars[3:], values)
+
+
+@pytest.mark.parametrize("kind", ["head", "model"])
+def test_policy_and_value_are_saved(tmp_path, kind):
+    roles = shuffled(make_roles(kind))
+    roles.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert same_weights(again, roles.policy)
+    saved = ppo.load_file(tmp_path / "value" / "value.safetensors")
+    assert saved.keys() == roles.weights()["value"].keys()
+    assert all(torch.equal(saved[name], weight) for name, weight in roles.weights()["value"].items())
 
 
 # ---- bad input and collapse --------------------------------------------------------------------------------
@@ -597,3 +728,87 @@ def test_collapse_of_exploration_is_reported():
     with pytest.raises(ppo.CollapseError, match="explores no more"):
         ppo.check_collapse(log_rows(entropy=flat, reward=[0.5] * 5 + [0.4] * 5))
     ppo.check_collapse(log_rows(entropy=flat, reward=[0.5] * 5 + [0.9] * 5))  # converged, not collapsed
+
+
+# ---- batches at the edge -----------------------------------------------------------------------------------
+
+
+def test_mask_without_a_real_token_is_refused():
+    with pytest.raises(ValueError, match="no real token"):
+        ppo.masked_mean(torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("samples", [[], [Sample("", (), (), "stop")]])
+def test_empty_batch_and_empty_completion_are_refused(samples):
+    with pytest.raises(ValueError, match="at least one token in each"):
+        ppo.collate([[0, 4]] * len(samples), samples, pad_id=2)
+
+
+def test_equal_rewards_leave_the_policy_where_it_is(tmp_path):
+    plan = replace(QUICK, kl_coef=0.0, kl_target=0.0, missing_end_penalty=0.0, value_coef=0.0)
+    rows, roles = run(tmp_path, plan, reward=lambda problems, texts: [3.0] * len(texts))
+    assert same_weights(roles.policy, make_policy())
+    assert {row["reward"] for row in rows} == {3.0}
+
+
+@pytest.mark.parametrize("kind", ["head", "model"])
+def test_rationale_of_one_token(tmp_path, kind):
+    """Every completion is one token, cut or EOS; there is still something to learn from."""
+    plan = replace(QUICK, max_new_tokens=1, updates=8)
+    rows, _ = run(tmp_path, plan, kind, reward=lambda problems, texts: [float(text == "yes.") for text in texts])
+    assert {row["length"] for row in rows} == {1.0}
+    assert all(math.isfinite(cell) for row in rows for cell in row.values())
+    assert rows[-1]["reward"] > rows[0]["reward"]
+
+
+def test_rationale_cut_at_its_limit_has_its_score_on_the_last_token(tmp_path, monkeypatch):
+    seen = []
+    honest = ppo.token_rewards
+
+    def noted(scores, kl, mask, kl_coef):
+        rewards = honest(scores, kl, mask, kl_coef)
+        seen.append((scores.clone(), mask, rewards + kl_coef * kl * mask))
+        return rewards
+
+    monkeypatch.setattr(ppo, "token_rewards", noted)
+    plan = replace(QUICK, max_new_tokens=3, updates=1, missing_end_penalty=2.0, normalize_reward=False)
+    rows, _ = run(tmp_path, plan, reward=lambda problems, texts: [0.0] * len(texts))
+    scores, mask, terminal = seen[0]
+    cut = scores == -2.0
+    assert 0 < cut.float().mean().item() == rows[0]["cut"]
+    for row in range(len(scores)):
+        last = mask[row].nonzero().max()
+        assert terminal[row, last].item() == pytest.approx(scores[row].item(), abs=1e-6)
+        assert terminal[row].abs().sum().item() == pytest.approx(abs(scores[row].item()), abs=1e-5)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nan_stops_with_the_batch_saved_and_the_weights_whole(tmp_path, monkeypatch, where):
+    run(tmp_path, replace(QUICK, updates=2), checkpoint_every=1)  # so far so good
+    roles = make_roles()
+    shutil.rmtree(tmp_path)
+    honest = ppo.policy_loss
+    calls = iter(range(1000))
+
+    def broken(logp, *others):
+        loss, clipped = honest(logp, *others)
+        if next(calls) == 5:  # the second optimizer step of the second update: an update has four
+            loss = loss * math.nan if where == "loss" else loss + 0 * logp.sum().sqrt()
+        return loss, clipped
+
+    monkeypatch.setattr(ppo, "policy_loss", broken)
+    with pytest.raises(ppo.NonFiniteError, match=r"update 1: .*nonfinite\.safetensors"):
+        run(tmp_path, QUICK, roles=roles, checkpoint_every=1)
+    saved = ppo.load_file(tmp_path / "nonfinite.safetensors")
+    assert {"ids", "mask", "logp", "values", "advantages", "returns"} <= saved.keys()
+    assert all(weight.isfinite().all() for weight in roles.parameters())
+    assert (tmp_path / "checkpoint-000001").is_dir()
+    monkeypatch.setattr(ppo, "policy_loss", honest)
+    rows, _ = run(tmp_path, QUICK, checkpoint_every=1)  # and goes on from there
+    assert len(rows) == QUICK.updates
+
+
+def test_shares_that_do_not_come_out_even_are_refused():
+    with pytest.raises(ValueError, match="2 groups of completions in a minibatch of 8 cannot be shared by 3 processes"):
+        ppo._check_shares(replace(QUICK, episodes=48, minibatch=8), 3)
+    ppo._check_shares(replace(QUICK, episodes=20, minibatch=8), 1)

@@ -21,9 +21,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
-from smlib import ppo
+from smlib import models, ppo
 from smlib.ppo import PPOSettings
 from smlib.problems import Problem
+from smlib.roles import SeparateModels
 from smlib.sampling import Ending, Sample
 
 FILE = json.loads((Path(__file__).parent / "trl_ppo.json").read_text())
@@ -62,6 +63,14 @@ def model_of(role: str):
     return model
 
 
+def roles() -> SeparateModels:
+    """TRL's three models as ours: its value model is a decoder with a linear head."""
+    value = model_of("value")
+    ours = SeparateModels(model_of("policy"), model_of("reference"), value.get_decoder())
+    ours.head.load_state_dict(value.score.state_dict(), strict=False)
+    return ours
+
+
 def collated(case, end: int = EOS) -> tuple[ppo.Batch, list[Sample]]:
     """Our batch of the case's completions, with TRL's log-probabilities as those of the rollout."""
     drawn = [row.tolist() for row in case.logp]
@@ -96,9 +105,8 @@ def trained(case, out, monkeypatch, end: int = EOS) -> dict:
     monkeypatch.setattr(ppo, "token_rewards", noted_rewards)
     monkeypatch.setattr(ppo, "gae", noted_gae)
     tokenizer = SimpleNamespace(pad_token_id=PAD, pad_token="<pad>", eos_token_id=end, eos_token="<end>")
-    models = (model_of(role) for role in ("policy", "reference", "value"))
     raw = case.raw_scores.tolist()
-    ppo.train(*models, lambda *_: raw, lambda _: problems, tokenizer, settings, out)
+    ppo.train(roles(), lambda *_: raw, lambda _: problems, tokenizer, settings, out)
     return seen
 
 
@@ -116,7 +124,7 @@ def test_the_numbers_are_those_of_trl_1_12():
 def test_log_probabilities_of_given_logits():
     case = load("ragged")
     ids = torch.tensor([token for row in case.completions for token in row])
-    close(ppo.token_logprobs(case.logits, ids), case.logp[case.real])
+    close(models.token_logprobs(case.logits, ids), case.logp[case.real])
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -124,9 +132,9 @@ def test_log_probabilities_and_values_of_given_weights(name):
     """TRL pads prompts on the left and shifts positions; we pad on the right. The real tokens must not notice."""
     case = load(name)
     batch, _ = collated(case, STOP if name == "other_stop" else EOS)
-    policy, reference, value = map(model_of, ("policy", "reference", "value"))
-    logp, values = ppo.reference_and_values(policy, policy, value, batch, size=6)
-    ref_logp, _ = ppo.reference_and_values(policy, reference, value, batch, size=6)
+    logp, values = ppo.tabulate(roles(), batch, 6, reference=False)
+    ref_logp, same = ppo.tabulate(roles(), batch, 6, reference=True)
+    assert torch.equal(values, same)
     close(logp[batch.mask], case.logp[case.real])
     close(ref_logp[batch.mask], case.ref_logp[case.real])
     close(values[batch.mask], case.values[case.real])
@@ -268,7 +276,7 @@ def test_fault_the_end_token_is_masked_away_where_it_is_the_pad_token():
     assert batch.mask.sum(dim=1).tolist() == [8, 8, 5, 3, 1, 7]
     assert (~case.padding).sum(dim=1).tolist() == [8, 7, 4, 2, 0, 6]
     assert batch.ids[:, 1:][batch.mask].tolist() == [token for row in case.completions for token in row]
-    logp, _ = ppo.reference_and_values(model_of("policy"), model_of("policy"), model_of("value"), batch, size=6)
+    logp, _ = ppo.tabulate(roles(), batch, 6, reference=False)
     close(logp[batch.mask], sound.logp[sound.real])
     kl = ppo.kl_estimate(sound.logp, sound.ref_logp)
     assert (kl[ends].abs() > 1e-3).all()

@@ -161,3 +161,37 @@ def test_rewards_are_plain_callables():
     assert learned(PROBLEMS[:3], TEXTS[:3]) == reward_model.score(model, tokenizer(), PROBLEMS[:3], TEXTS[:3])
     gold = [told(p, p.answer) for p in PROBLEMS[:2]] + [" no answer"]
     assert reward_model.checker_reward(PROBLEMS[:3], gold) == [1.0, 1.0, 0.0]
+
+
+def fixed(*scores):
+    return lambda problems, texts: list(scores)
+
+
+@pytest.mark.parametrize(
+    ("formula", "expected"),
+    [
+        ("a", [1, 2]),
+        ("-a", [-1, -2]),
+        ("a + 2*b", [21, 42]),
+        ("a-.5*b", [-4, -8]),
+        ("0.5*a + b - a", [9.5, 19]),
+    ],
+)
+def test_a_formula_is_a_weighted_sum_of_rewards(formula, expected):
+    reward = reward_model.weighted_sum(formula, {"a": fixed(1, 2), "b": fixed(10, 20)})
+    assert reward([], ["x", "y"]) == expected
+
+
+@pytest.mark.parametrize("formula", ["", "a b", "a ** b", "a + 2", "2a", "a + __import__('os')", "a,b"])
+def test_what_is_no_sum_is_refused(formula):
+    with pytest.raises(ValueError, match="is not a sum such as"):
+        reward_model.weighted_sum(formula, {"a": fixed(1), "b": fixed(2)})
+
+
+def test_an_unknown_name_in_a_formula_is_refused():
+    with pytest.raises(ValueError, match="reward 'c' in 'a \\+ c' is unknown; choose from: a, b"):
+        reward_model.weighted_sum("a + c", {"a": fixed(1), "b": fixed(2)})
+
+
+def test_words_are_counted():
+    assert reward_model.word_count([], ["one two", ""]) == [2.0, 0.0]

@@ -1,0 +1,241 @@
+"""Memory of PPO: computed beside measured on small models, and computed for a 7B.
+
+    python benchmarks/memory.py    # two minutes on one core; writes results/memory.csv and results/memory_7b.csv
+
+What is measured is every byte that PyTorch's CPU allocator hands out (torch.profiler), in the phases of an update as
+smlib.ppo runs them.
+"""
+
+import copy
+import csv
+import math
+import tempfile
+from itertools import product
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from smlib import memory, models
+from smlib.memory import Choices
+from smlib.ppo import Batch, PPOSettings, collate, optimize, tabulate
+from smlib.roles import Adapters, Roles, SeparateModels
+from smlib.sampling import Sample, sample_ids
+
+RESULTS = Path(__file__).parents[1] / "results"
+HELD = (  # layout, value, recompute
+    ("separate", "model", False),
+    ("separate", "head", True),
+    ("adapters", "model", True),
+    ("adapters", "head", False),
+)
+MINIBATCHES, COMPLETIONS = (1, 4, 16), (128, 384, 896)  # with prompts of 128 tokens
+
+
+def llama(hidden=256, layers=3, heads=4, kv=4, intermediate=704, vocab=2000, tied=False) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
+        intermediate_size=intermediate, vocab_size=vocab, tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+SHAPES = {  # what takes most of the memory: (model, minibatch, prompt, completion)
+    "activations": (llama(hidden=128, layers=8, kv=2, intermediate=344, vocab=500), 8, 60, 68),
+    "weights": (llama(hidden=512, layers=2, heads=8, kv=8, intermediate=1376), 1, 16, 32),
+    "logits": (llama(hidden=128, layers=2, kv=1, intermediate=344, vocab=8000), 8, 16, 56),
+    "tied": (llama(layers=2, vocab=8000, tied=True), 2, 16, 48),
+}
+
+
+def cases():
+    """(name of the shape, its config, choices)"""
+    for name, (config, minibatch, prompt, completion) in SHAPES.items():
+        for layout, value, recompute in HELD:
+            reward = "model" if layout == "separate" else "adapter"
+            precisions = [("float32", "float32")]
+            if name in ("activations", "weights"):
+                precisions += [("bfloat16", "float32")]
+                precisions += [("bfloat16", "bfloat16")] if layout == "adapters" else []
+            for precision, frozen in precisions:
+                yield name, config, Choices(
+                    layout=layout, value=value, reward=reward, rank=8, frozen=frozen, precision=precision,
+                    recompute=recompute, minibatch=minibatch, rollout_rows=16, prompt=prompt, completion=completion,
+                )  # fmt: skip
+
+
+class Peak:
+    """`bytes`: the most that was allocated at a time within, beyond what was there before."""
+
+    def __enter__(self):
+        self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True).__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.profile.__exit__(*error)
+        events = self.profile.profiler.kineto_results.events()
+        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+        now = self.bytes = 0
+        for _, change in changes:
+            now += change
+            self.bytes = max(self.bytes, now)
+
+
+def build(config: LlamaConfig, choices: Choices) -> tuple[Roles, LlamaForCausalLM | None]:
+    """The roles, and the reward model where it is one of its own."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config)
+    base.generation_config.eos_token_id = None  # so that completions reach their limit
+    if choices.lora:
+        if choices.frozen == "bfloat16":
+            base.bfloat16()
+        adapted = models.add_lora(base, choices.rank, 16, "all-linear", "")
+        with tempfile.TemporaryDirectory() as folder:
+            if choices.reward == "adapter":
+                adapted.save_pretrained(folder)
+            reward = folder if choices.reward == "adapter" else None
+            roles, judge = Adapters(adapted, reward, share_trunk=choices.value == "head"), None
+    else:
+        value = copy.deepcopy(base).get_decoder() if choices.value == "model" else None
+        judge = copy.deepcopy(base).requires_grad_(False) if choices.reward == "model" else None
+        roles = SeparateModels(base, copy.deepcopy(base), value)
+    if choices.recompute:
+        roles.recompute_activations()
+    return roles, judge
+
+
+def held(*owners) -> int:
+    """Bytes of the storages of modules' weights and gradients and of an optimizer's states, each counted once."""
+    found = {}
+    for owner in filter(None, owners):
+        if isinstance(owner, torch.optim.Optimizer):
+            tensors = [tensor for state in owner.state.values() for tensor in state.values()]
+        else:
+            tensors = [*owner.parameters(), *(weight.grad for weight in owner.parameters() if weight.grad is not None)]
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        found |= {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(found.values())
+
+
+def optimizer_of(roles: Roles) -> torch.optim.AdamW:
+    groups = [{"params": list(weights.values())} for weights in roles.weights().values()]
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+
+
+def batch_of(config: LlamaConfig, choices: Choices) -> Batch:
+    """One minibatch, all of its completions as long as can be."""
+    draw = torch.randint(config.vocab_size, (choices.minibatch, choices.prompt + choices.completion)).tolist()
+    samples = [Sample("", tuple(row[choices.prompt :]), (-1.0,) * choices.completion, "length") for row in draw]
+    prompts = [row[: choices.prompt] for row in draw[:: choices.samples]]
+    batch = collate([prompts[number // choices.samples] for number in range(len(draw))], samples, 0)
+    batch.values, batch.returns = torch.zeros_like(batch.logp), torch.ones_like(batch.logp)
+    batch.advantages = batch.returns
+    return batch
+
+
+def steps(roles: Roles, optimizer, batch: Batch, choices: Choices) -> None:
+    """Two optimizer steps: the first finds no moments yet."""
+    plan = PPOSettings(minibatch=choices.minibatch, epochs=2, max_update_kl=math.inf, precision=choices.precision)
+    optimize(Accelerator(), roles, optimizer, batch, plan, torch.Generator())
+
+
+def draw(roles: Roles, config: LlamaConfig, choices: Choices) -> None:
+    prompts = torch.randint(config.vocab_size, (choices.rollout_rows // choices.samples, choices.prompt)).tolist()
+    sample_ids(roles.policy, prompts, choices.samples, temperature=1.0, max_new_tokens=choices.completion, seed=0)
+
+
+def judge_some(judge, config: LlamaConfig, choices: Choices) -> None:
+    """As many texts at a time as smlib.reward_model.score takes."""
+    each, texts = choices.completion, models.CONTINUATIONS_PER_ROW
+    rows = max(memory.SCORED_TOKENS // (choices.prompt + texts * each), 1)
+    packed = models.pack([([1] * choices.prompt, [[1] * each] * texts)] * rows, 0)
+    with torch.inference_mode():
+        models.packed_logprobs(judge, packed)
+
+
+def measure(config: LlamaConfig, choices: Choices) -> dict[str, int]:
+    """Peak bytes of each phase of an update that is not the first."""
+
+    def context():
+        return torch.autocast("cpu", torch.bfloat16, enabled=choices.precision == "bfloat16")
+
+    roles, judge = build(config, choices)
+    optimizer, batch = optimizer_of(roles), batch_of(config, choices)
+    found, before = {}, held(roles, judge)
+    with Peak() as peak:
+        steps(roles, optimizer, batch, choices)
+    found["update"] = before + peak.bytes
+    before = held(roles, judge, optimizer)
+    with Peak() as peak, context():
+        roles.eval()
+        draw(roles, config, choices)
+    found["rollout"] = before + peak.bytes
+    with Peak() as peak:
+        if judge is not None:
+            judge_some(judge, config, choices)
+        elif choices.reward == "adapter":
+            with roles.using("reward") as model:
+                judge_some(model, config, choices)
+    found["scoring"] = before + peak.bytes
+    with Peak() as peak, context():
+        tabulate(roles, batch, choices.minibatch, reference=True)
+        if choices.precision == "bfloat16":
+            tabulate(roles, batch, choices.minibatch, reference=False)
+    found["reference"] = before + peak.bytes
+    return found
+
+
+def compare() -> list[dict]:
+    rows = []
+    for name, config, choices in cases():
+        measured = measure(config, choices)
+        computed = {phase: memory.total(parts) for phase, parts in memory.phases(config, choices).items()}
+        row = {"shape": name} | {
+            key: getattr(choices, key) for key in ("layout", "value", "precision", "frozen", "recompute")
+        }
+        for phase in computed:
+            row[f"{phase} MiB"] = round(measured[phase] / 2**20, 2)
+            row[f"{phase} computed"] = round(computed[phase] / 2**20, 2)
+            row[f"{phase} error (%)"] = round(100 * (computed[phase] / measured[phase] - 1), 1)
+        most, predicted = max(measured.values()), max(computed.values())
+        row |= {"peak MiB": round(most / 2**20, 2), "peak computed": round(predicted / 2**20, 2)}
+        rows.append(row | {"peak error (%)": round(100 * (predicted / most - 1), 1)})
+        print("  ".join(str(value) for value in row.values()), flush=True)
+    return rows
+
+
+def variants():
+    """Of a 7B: everything in float32 and, where it helps, in bfloat16 or 4 bits, with and without recomputation."""
+    kinds = [("separate", "float32", "float32"), ("separate", "bfloat16", "bfloat16")]
+    kinds += [("adapters", frozen, "bfloat16") for frozen in ("bfloat16", "nf4")]
+    for (layout, frozen, precision), value, recompute in product(kinds, ("model", "head"), (False, True)):
+        reward = "model" if layout == "separate" else "adapter"
+        for minibatch, completion in product(MINIBATCHES, COMPLETIONS):
+            yield Choices(
+                layout=layout, value=value, reward=reward, rank=16, frozen=frozen, precision=precision,
+                recompute=recompute, minibatch=minibatch, rollout_rows=32, prompt=128, completion=completion,
+            )  # fmt: skip
+
+
+def write(rows: list[dict], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        out = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        out.writeheader()
+        out.writerows(rows)
+
+
+def main() -> None:
+    rows = compare()
+    for column in [name for name in rows[0] if name.endswith("(%)")]:
+        errors = [row[column] for row in rows]
+        print(f"{column:22} from {min(errors):+.1f} to {max(errors):+.1f} over {len(errors)} cases")
+    write(rows, RESULTS / "memory.csv")
+    large = memory.table(memory.LLAMA_2_7B, variants())
+    for row in large:
+        print("  ".join(str(value) for value in row.values()))
+    write(large, RESULTS / "memory_7b.csv")
+
+
+if __name__ == "__main__":
+    main()

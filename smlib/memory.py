@@ -1,0 +1,460 @@
+"""How much memory PPO takes, computed from a model's shape before anything is loaded.
+
+    choices = Choices(layout="adapters", frozen="bfloat16", precision="bfloat16", recompute=True, minibatch=4)
+    peak(LLAMA_2_7B, choices)                    # ("rollout", 2.39e10): the phase that needs most, and its bytes
+    print(fit(LLAMA_2_7B, choices, 24e9))        # whether that fits, and if not, what each knob gives
+
+All sizes are bytes of tensors. A card needs more: the CUDA context and workspaces (0.5 to 1 GB) and what the allocator
+leaves between tensors. So cards count here as 24e9, 40e9 and 80e9 bytes, 7 % less than the 24, 40 and 80 GiB they have.
+
+Every formula counts what the code of smlib.roles, smlib.ppo, smlib.sampling and of transformers' Llama allocates. The
+letters: H hidden, I intermediate, Q = heads x head size, K = key heads x head size, L layers, V vocabulary; s bytes of
+an element of the residual stream, c of a matrix product's operands (autocast makes c = 2 where s = 4). Attention is
+taken to be fused (SDPA), so that no matrix of heads x length x length is kept, but for the mask of packed rows.
+Lengths are the longest: every completion is taken to reach its limit.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from transformers import LlamaConfig
+
+from smlib.models import CONTINUATIONS_PER_ROW
+from smlib.sampling import MAX_BATCH, MAX_PROMPTS
+from smlib.settings import Settings
+
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, a byte per block of 64, a float32 per 256 blocks
+ALLOWED = {
+    "layout": ("separate", "adapters"),
+    "value": ("model", "head"),
+    "reward": ("none", "model", "adapter"),
+    "frozen": ("float32", "bfloat16", "nf4"),
+    "precision": ("float32", "bfloat16"),
+}
+SCORED_TOKENS = 2_048  # in a batch of the reward model (reward_model.score)
+COLUMNS = (  # of `table`
+    *ALLOWED, "rank", "recompute", "minibatch", "length", "completion", "rollout_rows",
+)  # fmt: skip
+PARTS = ("weights", "moments", "gradients", "activations", "logits", "copies", "cache", "scratch")
+CARDS = {"24 GB": 24e9, "40 GB": 40e9, "80 GB": 80e9}
+LLAMA_2_7B = LlamaConfig(  # its config.json: 6.74e9 parameters
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
+    vocab_size=32000, tie_word_embeddings=False, max_position_embeddings=4096,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How the roles are held (smlib.roles) and how much is computed at once; names and defaults as in the settings."""
+
+    layout: str = "separate"  # "separate": a model per role; "adapters": LoRA adapters of one frozen base
+    value: str = "head"  # "head": on the policy's trunk; "model": a trunk, or an adapter, of its own
+    reward: str = "none"  # "model": a frozen model of its own; "adapter": of the same base; "none": no model
+    rank: int = 16  # of the adapters
+    frozen: str = "float32"  # weights that do not train; those that do, and adapters, are float32 for AdamW's sake
+    precision: str = "float32"  # of forward and backward passes; "bfloat16": autocast
+    recompute: bool = False
+    minibatch: int = 16  # completions
+    rollout_rows: int = 128  # completions drawn at a time, at most sampling.MAX_BATCH
+    samples: int = 8  # of them, from the same prompt
+    prompt: int = 128  # tokens
+    completion: int = 128  # tokens
+
+    def __post_init__(self):
+        for name, allowed in ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of: {', '.join(allowed)}.")
+        for name in ("rank", "minibatch", "rollout_rows", "samples", "prompt", "completion"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} is not allowed; give at least 1.")
+        if self.rollout_rows > MAX_BATCH:
+            raise ValueError(f"rollout_rows = {self.rollout_rows}, but the sampler draws {MAX_BATCH} at most at once.")
+        if self.reward == "adapter" and self.layout != "adapters":
+            raise ValueError("reward 'adapter' needs layout 'adapters': separate models have no base to adapt.")
+        if self.frozen != "float32" and self.precision == "float32":
+            raise ValueError(f"frozen {self.frozen!r} needs precision 'bfloat16': the base computes in that.")
+
+    @property
+    def lora(self) -> bool:
+        return self.layout == "adapters"
+
+    @property
+    def compute(self) -> int:
+        """c."""
+        return 2 if self.precision == "bfloat16" else 4
+
+    @property
+    def logit(self) -> int:
+        """Bytes while a log-probability is made: a logit as it comes (c), in float32 if it is not, log-softmaxed."""
+        return 8 if self.compute == 4 else 10
+
+    @property
+    def stream(self) -> int:
+        """s of the models that train: that of their embeddings, which autocast does not touch."""
+        return 2 if self.lora and self.frozen != "float32" else 4
+
+    @property
+    def together(self) -> int:
+        """Completions of one question that share a row and in it their prompt (models.pack, ppo.Batch)."""
+        each = range(CONTINUATIONS_PER_ROW, 0, -1)
+        return next(n for n in each if self.minibatch % n == 0 and self.samples % n == 0)
+
+    @property
+    def length(self) -> int:
+        """Tokens in a row."""
+        return self.prompt + self.together * self.completion
+
+    @property
+    def tokens(self) -> int:
+        """In a minibatch, prompts included."""
+        return self.minibatch // self.together * self.length
+
+    @property
+    def drawn(self) -> int:
+        """Tokens of the minibatch that have logits."""
+        return self.minibatch * self.completion
+
+
+def choices_of(settings: Settings, prompt: int) -> Choices:
+    """How stage 04 of these settings holds the roles and computes; prompt: tokens of the longest."""
+    ppo, lora = settings.ppo, settings.lora.rank > 0
+    return Choices(
+        layout="adapters" if lora else "separate",
+        value=ppo.value,
+        reward="adapter" if lora else "model",
+        rank=max(settings.lora.rank, 1),
+        precision=ppo.precision,
+        recompute=ppo.recompute,
+        minibatch=ppo.minibatch,
+        rollout_rows=min(ppo.episodes, MAX_BATCH),
+        samples=ppo.samples_per_question,
+        prompt=prompt,
+        completion=ppo.max_new_tokens,
+    )
+
+
+# ---- weights and what goes with them -------------------------------------------------------------------------
+
+
+def widths(config: LlamaConfig) -> tuple[int, int, int, int, int]:
+    """(H, I, Q, K, V) of a Llama without biases; others are refused, as their layers hold something else."""
+    if config.model_type not in ("llama", "mistral") or getattr(config, "attention_bias", False):
+        raise ValueError(f"a {config.model_type!r} with these options is not counted here; give a Llama's config.")
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    return config.hidden_size, config.intermediate_size, heads * size, key_heads * size, config.vocab_size
+
+
+def parameters(config: LlamaConfig) -> dict[str, int]:
+    """Weights by kind: linear = L (2 HQ + 2 HK + 3 HI), norms = (2 L + 1) H, embedding = VH, and as much for the
+    output head unless tied."""
+    h, i, q, k, v = widths(config)
+    layers = config.num_hidden_layers
+    return {
+        "linear": layers * (2 * h * q + 2 * h * k + 3 * h * i),
+        "norms": (2 * layers + 1) * h,
+        "embedding": v * h,
+        "head": 0 if config.tie_word_embeddings else v * h,
+    }
+
+
+def lora_parameters(config: LlamaConfig, rank: int) -> int:
+    """Of one adapter on "all-linear": rank x (inputs + outputs) for each of a layer's seven matrices."""
+    h, i, q, k, _ = widths(config)
+    return config.num_hidden_layers * rank * (2 * (h + q) + 2 * (h + k) + 3 * (h + i))
+
+
+def model_bytes(config: LlamaConfig, kind: str, head: bool = True) -> float:
+    """One model's weights. "nf4": bitsandbytes' 4 bits with double quantisation (2305.14314) for the linear layers,
+    bfloat16 for embedding, norms and output head, which it leaves alone. head: the output head too."""
+    count = parameters(config)
+    linear = count.pop("linear")
+    rest = sum(count.values()) - (0 if head else count["head"])
+    return linear * NF4 + rest * 2 if kind == "nf4" else (linear + rest) * (4 if kind == "float32" else 2)
+
+
+def weights(config: LlamaConfig, choices: Choices) -> dict[str, float]:
+    """By role. What trains is float32: in bfloat16, steps of AdamW below 1/256 of a weight would be lost."""
+    adapter = 4 * lora_parameters(config, choices.rank)
+    if choices.lora:
+        found = {"base": model_bytes(config, choices.frozen), "policy": adapter}
+        value = adapter
+    else:
+        found = {"policy": model_bytes(config, "float32"), "reference": model_bytes(config, choices.frozen)}
+        value = model_bytes(config, "float32", head=False)
+    found["value"] = 4 * (config.hidden_size + 1) + (value if choices.value == "model" else 0)
+    if choices.reward != "none":
+        found["reward"] = adapter if choices.reward == "adapter" else model_bytes(config, choices.frozen)
+    return found
+
+
+def trained(config: LlamaConfig, choices: Choices) -> dict[str, int]:
+    """Parameters that train, of policy and value: their gradients take 4 bytes each, AdamW's two moments 8."""
+    found = weights(config, choices)
+    return {role: int(found[role]) // 4 for role in ("policy", "value")}
+
+
+def resident(config: LlamaConfig, choices: Choices) -> dict[str, float]:
+    """What is there in every phase; gradients are not, as ppo.optimize drops them after each step."""
+    count = sum(trained(config, choices).values())
+    return {"weights": sum(weights(config, choices).values()), "moments": 8 * count}
+
+
+# ---- activations ---------------------------------------------------------------------------------------------
+
+
+def layer_activations(config: LlamaConfig, choices: Choices) -> float:
+    """What autograd keeps of one decoder layer, per token.
+
+    Two norms: the input in float32 (4 H each), its reciprocal root (4), and, if its weight trains, the normalised input
+    (sH). Attention: q, k, v and the output, 4 cQ (keys and values are repeated for all heads, as there is a mask), and
+    a float32 logsumexp per head. MLP: gate, silu(gate), up and their product, 4 cI. Inputs of linear layers, cH: one
+    for q, k and v and one for gate and up in float32; in bfloat16 autocast and peft give each of the five a copy, and
+    LoRA's o_proj (cQ). LoRA: seven inputs of its B, c rank.
+    """
+    h, i, q, _, _ = widths(config)
+    c, lora = choices.compute, choices.lora
+    norms = 2 * (4 * h + 4) + (0 if lora else 2 * choices.stream * h)
+    attention = 4 * c * q + 4 * config.num_attention_heads
+    inputs = c * h * (5 if c == 2 else 2) + (c * q if lora and c == 2 else 0)
+    return norms + attention + inputs + 4 * c * i + (7 * c * choices.rank if lora else 0)
+
+
+def kept(config: LlamaConfig, choices: Choices) -> float:
+    """Activations of one pass over a minibatch, up to the last hidden states.
+
+    With `recompute` the inputs of the layers alone (sH each). The last norm keeps as much as a layer's; under LoRA the
+    first norm, whose input has no gradient, keeps nothing in its place. The mask is one for all layers, but autocast
+    gives each a copy of a float32 one.
+    """
+    layers, last = config.num_hidden_layers, (4 + (0 if choices.lora else choices.stream)) * config.hidden_size
+    masks = choices.stream
+    if choices.recompute:
+        each = layers * choices.stream * config.hidden_size + last
+    else:
+        each = layers * layer_activations(config, choices) + (0 if choices.lora else last)
+        masks += 2 * layers if choices.compute < choices.stream else 0
+    return choices.tokens * (each + choices.length * masks)
+
+
+def states(config: LlamaConfig, choices: Choices) -> float:
+    """The last hidden states of the drawn tokens (sH), and in float32 for the value (4 H), or bfloat16 for the head."""
+    return choices.drawn * config.hidden_size * (choices.stream + (0 if choices.compute == 4 else 4))
+
+
+def copies(config: LlamaConfig, choices: Choices, passes: int) -> float:
+    """bfloat16 copies of float32 weights under autocast that outlast their use: `passes` forward passes' and a head's.
+
+    Of weights that train autocast caches them until it ends; of frozen ones autograd keeps them, once for every pass,
+    and with `recompute` the output head's alone.
+    """
+    if choices.stream == choices.compute:
+        return 0.0
+    lasting = 0 if choices.lora and choices.recompute else passes * parameters(config)["linear"]
+    return 2 * (lasting + config.vocab_size * config.hidden_size)
+
+
+def forward_work(config: LlamaConfig, choices: Choices, tokens: int) -> float:
+    """Of a forward pass that keeps nothing: the embeddings, the layer's input, its residual and its normed input (4
+    sH), silu(gate), up and their product (3 cI), where LoRA adds its result (4 I); and the widest matrix in bfloat16,
+    if it is stored otherwise."""
+    h, i, _, _, _ = widths(config)
+    each = 4 * choices.stream * h + 3 * choices.compute * i + (4 * i if choices.lora else 0)
+    return tokens * each + _widest(config, choices)
+
+
+def backward_work(config: LlamaConfig, choices: Choices) -> float:
+    """Of a layer's backward pass: gradients of the residual stream (2 sH) and in the MLP two more than what is kept of
+    it (2 cI), and LoRA's input in float32 where c is 2 (4 I); the widest matrix as in `forward_work`. With `recompute`
+    also the layer's activations, whose float32 input is there already, and bfloat16 copies of its float32 weights."""
+    h, i, _, _, _ = widths(config)
+    s, c = choices.stream, choices.compute
+    each, cast = 2 * s * h + 2 * c * i + (4 * i if choices.lora and c == 2 else 0), 0.0
+    if choices.recompute:
+        each += layer_activations(config, choices) - (4 * h if s == 4 else 0)
+        cast = 0.0 if s == c else 2 * parameters(config)["linear"] / config.num_hidden_layers
+    return choices.tokens * each + cast + _widest(config, choices)
+
+
+def _widest(config: LlamaConfig, choices: Choices) -> int:
+    h, i, _, _, _ = widths(config)
+    return 2 * h * i if choices.compute == 2 and choices.frozen != "bfloat16" else 0
+
+
+# ---- phases --------------------------------------------------------------------------------------------------
+
+
+def cache(config: LlamaConfig, choices: Choices, drawn: bool = True) -> float:
+    """Keys and values, when all rows are at their end: of every prompt once (s + c, as the keys come from the rotary
+    embedding in s), and those of the drawn tokens for every row, stacked (2 s), in steps of 16 tokens."""
+    room = choices.rollout_rows * -(-choices.completion // 16) * 16 if drawn else 0
+    each = _prompts(choices) * (choices.stream + choices.compute) + room * 2 * choices.stream
+    return config.num_hidden_layers * widths(config)[3] * each
+
+
+def _prompts(choices: Choices) -> int:
+    return min(-(-choices.rollout_rows // choices.samples), MAX_PROMPTS) * choices.prompt  # tokens
+
+
+def rollout(config: LlamaConfig, choices: Choices) -> dict[str, float]:
+    """The last step: all of the cache, and either one layer's part of it again, as it grows, with attention's weights,
+    or 24 bytes per logit: logits and probabilities (float32), these in float64 and their cumulative sum. Or, before
+    there is a drawn token, the reading of the prompts."""
+    rows, logits = choices.rollout_rows, choices.rollout_rows * config.vocab_size
+    start, end = cache(config, choices, drawn=False), cache(config, choices)
+    length = choices.prompt + choices.completion
+    scores = rows * config.num_attention_heads * length * (3 * choices.compute + 4)
+    step = (end - start) / config.num_hidden_layers + scores + forward_work(config, choices, rows) + 4 * logits
+    moments = [(start, forward_work(config, choices, _prompts(choices))), (end, max(step, 24 * logits))]
+    return resident(config, choices) | dict(zip(("cache", "scratch"), max(moments, key=sum), strict=True))
+
+
+def scoring(config: LlamaConfig, choices: Choices) -> dict[str, float]:
+    """The reward model reads SCORED_TOKENS, or one row of CONTINUATIONS_PER_ROW texts, with a mask of length x length;
+    then a layer, or the texts' logits. Without autocast an adapter of a bfloat16 base works in float32 (8 I more)."""
+    scratch = 0.0
+    if choices.reward != "none":
+        plain = replace(choices, precision="float32") if choices.frozen == "float32" else choices
+        length = choices.prompt + CONTINUATIONS_PER_ROW * choices.completion
+        rows = max(SCORED_TOKENS // length, 1)
+        tokens, drawn = rows * length, rows * CONTINUATIONS_PER_ROW * choices.completion
+        wider = 8 * config.intermediate_size if choices.lora and plain.compute == 2 else 0
+        layer = forward_work(config, plain, tokens) + tokens * wider
+        scratch = tokens * length * (2 + plain.compute) + max(drawn * config.vocab_size * plain.logit, layer)
+    return resident(config, choices) | {"scratch": scratch}
+
+
+def reference(config: LlamaConfig, choices: Choices) -> dict[str, float]:
+    """Log-probabilities and values of a minibatch without gradients: the mask, and a layer or the tokens' logits."""
+    cast = 0.0 if choices.lora else copies(config, choices, 2 if choices.value == "model" else 1)
+    mask = choices.tokens * choices.length * (2 + choices.stream)
+    most = max(choices.drawn * config.vocab_size * choices.logit, forward_work(config, choices, choices.tokens))
+    return resident(config, choices) | {"copies": cast, "scratch": states(config, choices) + mask + most}
+
+
+def update(config: LlamaConfig, choices: Choices) -> dict[str, float]:
+    """The fullest of the moments of an optimizer step.
+
+    What is kept: activations of the policy's pass and the value's; of the N drawn tokens the log-softmax (4 NV), which
+    is what the gradient of the logits is made of, and the hidden states. The moments:
+
+    1. the policy's logits are made: they (c NV) and their float32 copy if c is 2 (4 NV);
+    2. a value model's forward pass ends: both passes' activations;
+    3. the backward pass begins with its layers (made last): as 2, with one layer's work, and that layer's activations
+       if they are computed again;
+    4. the gradients of the log-softmax and of the logits (8 NV), the value model's pass being done with;
+    5. the policy's last layer in the backward pass, its logits being done with and the output head's gradient made;
+    6. its first: all gradients but that layer's and the embedding's;
+    7. all gradients; a tied embedding's as two, from its two uses, and their sum.
+    """
+    nv, each = choices.drawn * config.vocab_size, kept(config, choices)
+    alone = each + states(config, choices)
+    one, both = copies(config, choices, 1), copies(config, choices, 2)
+    late = 0 if choices.recompute else 1  # recomputation casts a layer's weights anew
+    backward = backward_work(config, choices)
+    gradients = {role: 4 * count for role, count in trained(config, choices).items()}
+    whole, value = sum(gradients.values()), gradients["value"]
+    embedding = 0 if choices.lora else 4 * config.vocab_size * config.hidden_size  # its gradient, and the head's
+    layer = 0 if choices.lora else 4 * parameters(config)["linear"] / config.num_hidden_layers
+    moments = [  # gradients, activations, logits, copies, scratch
+        (0, alone, choices.logit * nv, one, 0),
+        (value, alone, 12 * nv, late * one, 0),
+        (value + embedding, alone, 0, late * one, backward),
+        (whole - layer - embedding, 0, 0, 0, backward),
+        (whole, 0, 0, 0, 2 * embedding if config.tie_word_embeddings else 0),
+    ]
+    if choices.value == "model":
+        forward = forward_work(config, choices, choices.tokens) if choices.recompute else 0
+        moments += [(0, each + alone, 4 * nv, both, forward), (0, each + alone, 4 * nv, late * both, backward)]
+    parts = ("gradients", "activations", "logits", "copies", "scratch")
+    return resident(config, choices) | dict(zip(parts, max(moments, key=sum), strict=True))
+
+
+def total(parts: dict[str, float]) -> float:
+    return sum(parts.values())
+
+
+def phases(config: LlamaConfig, choices: Choices) -> dict[str, dict[str, float]]:
+    """Bytes by part at the fullest moment of each phase. They do not overlap, so the peak is the largest sum."""
+    return {phase.__name__: phase(config, choices) for phase in (rollout, scoring, reference, update)}
+
+
+def peak(config: LlamaConfig, choices: Choices) -> tuple[str, float]:
+    """(the phase that needs most, its bytes)."""
+    sums = {name: total(parts) for name, parts in phases(config, choices).items()}
+    return max(sums.items(), key=lambda item: item[1])
+
+
+# ---- what fits ------------------------------------------------------------------------------------------------
+
+
+def knobs(choices: Choices) -> dict[str, Choices]:
+    """The choices with one knob turned towards less memory, by its name, those that cost least first."""
+    less = "bfloat16" if choices.frozen == "float32" else "nf4"
+    reward = "adapter" if choices.reward == "model" else choices.reward
+    turned = {
+        "recompute": replace(choices, recompute=True),  # a third more work in the update
+        "rollout_rows": replace(choices, rollout_rows=max(choices.rollout_rows // 2, 1)),  # a slower rollout
+        "minibatch": replace(choices, minibatch=max(choices.minibatch // 2, 1)),  # more and noisier optimizer steps
+        "layout": replace(choices, layout="adapters", reward=reward),  # other weights train, at another learning rate
+        "frozen": replace(choices, frozen=less, precision="bfloat16"),  # rounded weights
+    }
+    return {name: found for name, found in turned.items() if getattr(found, name) != getattr(choices, name)}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether the peak fits, and if not, what to do about it. Bytes."""
+
+    capacity: float
+    phase: str  # that needs most
+    needed: float
+    gains: dict[str, float]  # what each knob, turned alone, takes off the peak
+    way: list[tuple[str, object, float]]  # (knob, its new value, peak then): turned one after the other until it fits
+    found: Choices | None  # the choices at the end of the way; None if no knob helps any more
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.capacity
+
+    def __str__(self) -> str:
+        head = f"{self.needed / 1e9:.1f} GB needed (in the {self.phase}) of {self.capacity / 1e9:.1f} GB"
+        if self.fits:
+            return f"{head}: fits"
+        gains = ", ".join(f"{knob} {gain / 1e9:.1f} GB" for knob, gain in self.gains.items())
+        way = ", then ".join(f"{knob} = {value!r} ({after / 1e9:.1f} GB)" for knob, value, after in self.way)
+        end = f"turn {way}" if self.found else "no knobs make it fit; take a smaller model or a larger card"
+        return f"{head}: does not fit. Each knob alone gives: {gains}. To make it fit: {end}."
+
+
+def fit(config: LlamaConfig, choices: Choices, capacity: float) -> Fit:
+    """Whether PPO with these choices fits into `capacity` bytes.
+
+    If not, the first knob that alone makes it fit is turned, or else the one that gives most, and so on.
+    """
+    phase, needed = peak(config, choices)
+    gains = {knob: needed - peak(config, turned)[1] for knob, turned in knobs(choices).items()}
+    way, now, left = [], choices, needed
+    while left > capacity:
+        after = {knob: peak(config, turned)[1] for knob, turned in knobs(now).items()}
+        knob = next((knob for knob in after if after[knob] <= capacity), min(after, key=after.get, default=None))
+        if knob is None or after[knob] >= left:
+            break
+        now, left = knobs(now)[knob], after[knob]
+        way.append((knob, getattr(now, knob), left))
+    return Fit(capacity, phase, needed, gains, way, now if left <= capacity else None)
+
+
+def table(config: LlamaConfig, variants: Iterable[Choices]) -> list[dict]:
+    """A row for each: the choices, GiB by part at the peak, the peak of each phase, and the cards it fits."""
+    rows = []
+    for choices in variants:
+        every = phases(config, choices)
+        phase, needed = peak(config, choices)
+        parts = {part: every[phase].get(part, 0.0) for part in PARTS}
+        sizes = parts | {f"{name} peak": total(found) for name, found in every.items()} | {"peak": needed}
+        row = {name: getattr(choices, name) for name in COLUMNS}
+        row |= {"rank": choices.rank if choices.lora else 0, "length": choices.prompt + choices.completion}
+        row |= {f"{name} GiB": round(size / 2**30, 2) for name, size in sizes.items()} | {"phase": phase}
+        rows.append(row | {f"fits {card}": needed <= size for card, size in CARDS.items()})
+    return rows

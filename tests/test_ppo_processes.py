@@ -1,0 +1,73 @@
+"""PPO in two processes is PPO in one: with the weights whole in each (DDP), and sharded over them (FSDP)."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from test_ppo import QUICK, Killed, dies_at, run
+
+from smlib import pipeline
+from smlib.settings import preset
+
+SCRIPT = Path(__file__).parent / "ppo_in_processes.py"
+pytestmark = pytest.mark.slow
+
+
+def in_two_processes(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, *arguments],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def assert_close(one, other):
+    ours, theirs = (load_file(out / f"checkpoint-{QUICK.updates:06d}" / "weights.safetensors") for out in (one, other))
+    assert ours.keys() == theirs.keys()
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5
+
+
+@pytest.mark.parametrize(("kind", "wrapper"), [("model", "ddp"), ("adapters", "ddp"), ("head", "fsdp")])
+def test_two_processes_train_as_one(tmp_path, kind, wrapper):
+    run(tmp_path / "one", kind=kind)
+    in_two_processes(SCRIPT, kind, wrapper, tmp_path / "two")
+    assert_close(tmp_path / "one", tmp_path / "two")
+    logs = [(tmp_path / name / "log.csv").read_text().splitlines() for name in ("one", "two")]
+    assert len(logs[0]) == len(logs[1]) == 1 + QUICK.updates
+
+
+def test_what_one_process_began_two_can_finish_sharded(tmp_path):
+    run(tmp_path / "one", kind="adapters")
+    with pytest.raises(Killed):
+        run(tmp_path / "two", kind="adapters", reward=dies_at(2, Killed), checkpoint_every=2)
+    in_two_processes(SCRIPT, "adapters", "fsdp", tmp_path / "two")
+    assert_close(tmp_path / "one", tmp_path / "two")
+
+
+def test_the_steps_are_large_enough_to_tell(tmp_path):
+    """Another minibatch moves the weights by far more than the processes may differ."""
+    run(tmp_path / "one")
+    run(tmp_path / "other", replace(QUICK, minibatch=4))
+    with pytest.raises(AssertionError):
+        assert_close(tmp_path / "one", tmp_path / "other")
+
+
+def test_the_command_line_trains_in_two_processes(tmp_path):
+    settings = preset("smoke", "coin_flip")
+    for name in ("one", "two"):
+        pipeline.before_policy(tmp_path / name, settings, progress=False)
+    one = pipeline.train_policy(tmp_path / "one", settings, progress=False)
+    in_two_processes("-m", "smlib", "policy", "--preset", "smoke", "--task", "coin_flip", "--out", tmp_path / "two")
+    two = pipeline.train_policy(tmp_path / "two", settings, progress=False)  # is done, and read
+    for file in ("model.safetensors", "value/value.safetensors"):
+        ours, theirs = (load_file(stage.path("model") / file) for stage in (one, two))
+        assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5
+    with pytest.raises(AssertionError, match="'grpo' trains in one process"):
+        in_two_processes("-m", "smlib", "policy", "--preset", "smoke", "--task", "coin_flip",
+                         "--out", tmp_path / "two", "--method", "grpo")  # fmt: skip
