@@ -40,6 +40,11 @@ SHORT, MOST = 20, 10  # characters below which a sentence joins the next; steps 
 _LINE_END = r"(?<=\n)(?!\n)"
 _SENTENCE_END = r"(?<=[.!?])(?=[ \t])|(?<=[.!?][\"')\]$])(?=[ \t])"
 
+
+class LuckWarning(UserWarning):
+    """Blind guesses recover so often that a wrong step may seem recoverable."""
+
+
 # Completions of prompts that are token ids: `sampling.sample_ids` with model, tokenizer, temperature, lengths and seed.
 Draw = Callable[..., list[list[Sample]]]
 
@@ -225,6 +230,7 @@ def _check(rationales: Sequence[Rationale], k: int) -> None:
         warnings.warn(
             f"{dataset} has {answers} possible answers: of k = {k} blind guesses one is right with a probability of "
             f"{luck(problem, k):.0%}, so a wrong step may seem recoverable; a smaller k finds more pits",
+            LuckWarning,
             stacklevel=3,
         )
 
@@ -338,9 +344,8 @@ def pit_report(
     """
     cases = []
     for one in rationales:
-        wrong = first_wrong_step(one.problem, models.decode(tokenizer, one.prefix(len(one.ends))))
-        if wrong is not None and wrong < len(one.ends):
-            cases.append((wrong + 1, [one.key(step) for step in range(1, len(one.ends) + 1)]))
+        if wrong := wrong_step(tokenizer, one):
+            cases.append((wrong, [one.key(step) for step in range(1, len(one.ends) + 1)]))
     if not cases:
         raise ValueError("none of the rationales has a wrong step: give some that do")
     recovers = {key: [attempt.correct for attempt in found[key]] for _, keys in cases for key in keys}
@@ -348,6 +353,12 @@ def pit_report(
     if n < 2 * most:
         raise ValueError(f"{n} completions of a prefix are too few for k = {most}: draw at least {2 * most}")
     return [_pit_row(cases, recovers, k, most) for k in ks]
+
+
+def wrong_step(tokenizer: PreTrainedTokenizerBase, rationale: Rationale) -> int | None:
+    """The first wrong step, from 1, of a rationale of a generated task; None if all of its steps are right."""
+    wrong = first_wrong_step(rationale.problem, models.decode(tokenizer, rationale.prefix(len(rationale.ends))))
+    return wrong + 1 if wrong is not None and wrong < len(rationale.ends) else None
 
 
 def _pit_row(cases: list[tuple[int, list[str]]], recovers: dict[str, list[bool]], k: int, most: int) -> dict:

@@ -103,8 +103,8 @@ class DPOSettings:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Low-rank adapters in place of full fine-tuning, in all stages that train: SFT (merged at its end), the reward
-    model and PPO (adapters of the SFT model, which stays as it is)."""
+    """Low-rank adapters in place of full fine-tuning, in all stages that train but 06, which refuse them: SFT (merged
+    at its end), the reward model and PPO (adapters of the SFT model, which stays as it is)."""
 
     rank: int = 0  # 0: full fine-tuning
     alpha: int = 32  # the adapter counts alpha / rank times

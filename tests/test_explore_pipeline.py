@@ -1,14 +1,17 @@
 """The stages of Self-Explore on a dozen questions: what each leaves, that a stopped one goes on, what is refused."""
 
+import json
 import os
+import re
 from dataclasses import asdict
 
 import pytest
 import torch
 
 from smlib import dpo, explore_pipeline, models, pipeline, prompts, sft
-from smlib.artifacts import StageError, StageMismatch, require
-from smlib.problems import generate
+from smlib.__main__ import main
+from smlib.artifacts import Stage, StageError, StageMismatch, require
+from smlib.problems import TASKS, generate
 from smlib.settings import preset
 
 SMALL = {
@@ -16,7 +19,10 @@ SMALL = {
     "evaluation": {"questions": 4, "published": 0, "samples": 2},
     "explore": {"k": 3, "temperature": 1.0},
 }
-NAMES = ("06_solutions", "06_selection", "06_rft", "06_exploration", "06_step_dpo", "06_outcome_dpo", "06_evaluation")
+NAMES = (
+    "06_solutions", "06_selection", "06_rft", "06_exploration", "06_pit_report", "06_step_dpo", "06_outcome_dpo",
+    "06_evaluation",
+)  # fmt: skip
 
 
 def small(**overrides):
@@ -26,9 +32,6 @@ def small(**overrides):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "whole"
-    pipeline.sample_rationales(run, small(), progress=False)
-    pipeline.rank_rationales(run, small())
-    pipeline.train_sft(run, small(), progress=False)
     explore_pipeline.run(run, small(), progress=False)
     return run
 
@@ -165,6 +168,82 @@ def test_the_earlier_stages_do_not_depend_on_the_settings_of_these(finished):
     other = small(explore={"samples": 99, "choice": "random"}, dpo={"beta": 0.5})
     for stage in (pipeline.sample_rationales, pipeline.train_sft):
         assert stage(finished, other, progress=False).done
+
+
+def test_the_pit_report_is_of_wrong_rationales_of_every_dataset(finished):
+    rows = require(finished, "06_pit_report").read_rows("report")
+    assert [(row["dataset"], row["k"]) for row in rows] == [("chain_arithmetic", k) for k in explore_pipeline.KS]
+    for row in rows:
+        assert 0 < row["rationales"] <= len(require(finished, "06_selection").read_rows("pairs"))
+        assert row["exact"] + row["early"] + row["late"] + row["none"] == pytest.approx(1)
+
+
+def test_a_pit_report_takes_an_even_choice(finished, tmp_path, monkeypatch):
+    run = branch(finished, tmp_path / "run", ["06_selection", "06_rft"])
+    monkeypatch.setattr(explore_pipeline, "REPORTED", 2)
+    monkeypatch.setattr(explore_pipeline, "KS", (1,))
+    [row] = explore_pipeline.report_pits(run, small(), progress=False).read_rows("report")
+    assert row["rationales"] == 2
+
+
+def test_adapters_are_refused_before_anything_is_made(finished, tmp_path, capsys):
+    assert main(["explore", "--preset", "tiny-lora", "--out", str(tmp_path / "run")]) == 1
+    assert "error: stages 06 train all weights, and preset 'tiny-lora' has lora.rank = 16" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    run = branch(finished, tmp_path / "later", ["02_sft", *NAMES[:4]])
+    for stage in (explore_pipeline.train_step_dpo, explore_pipeline.train_outcome_dpo, explore_pipeline.train_rft):
+        with pytest.raises(ValueError, match="choose a preset without LoRA"):
+            stage(run, small(lora={"rank": 4}))
+
+
+def test_the_fate_adds_up():
+    counts = {"kept: pit at step 10": 1, "kept: pit at step 2": 1200, "dropped: no pit": 3, "dropped: duplicate": 4}
+    lines = explore_pipeline.fate(counts).splitlines()[2:]
+    assert [line.strip("| ") for line in lines] == [
+        "all, one of every outcome pair | 1,208", "step-level pairs | 1,201", "- pit at step 2 | 1,200",
+        "- pit at step 10 | 1", "no pit | 3", "duplicates of a pair | 4", "no steps | 0",
+    ]  # fmt: skip
+
+
+def test_accuracies_stand_beside_those_of_stage_05_if_it_asked_the_same(finished, tmp_path):
+    ours = require(finished, "06_evaluation")
+    alone = explore_pipeline.accuracies(finished, small())
+    rows = [row for row in ours.read_rows("answers") if row["method"] == "rft"]
+    for name, settings in (("same", ours.settings), ("other", ours.settings | {"seed": 7})):
+        run = branch(finished, tmp_path / name, ["06_evaluation"])
+        stage = Stage(run, "05_evaluation", settings)
+        with stage.recording():
+            stage.write_rows("answers", [row | {"method": method} for method in pipeline.METHODS for row in rows])
+    assert explore_pipeline.accuracies(tmp_path / "other", small()) == (
+        f"{alone}\n\n05_evaluation was made with other settings, and is left out."
+    )
+    both = explore_pipeline.accuracies(tmp_path / "same", small())
+    assert set(alone.splitlines()) <= set(both.splitlines())
+    values = dict(re.findall(r"^\| ([^|]+) \| ([\d.]+ \[.*\]) \|$", both, re.MULTILINE))
+    assert values["base"] == values["SFT on r+"] == values["SML (PPO)"] == values["RFT"]
+
+
+@pytest.mark.slow
+def test_the_command_makes_everything_and_prints_it(tmp_path, monkeypatch, capsys):
+    """Warnings of luck once a dataset though each explores in several shards; again, it reads what is there."""
+    monkeypatch.setenv("SML_DATA_DIR", str(tmp_path))  # no published sets
+    monkeypatch.setattr(explore_pipeline, "SHARD", 10)
+    command, run = ["explore", "--preset", "smoke", "--out", str(tmp_path / "run")], tmp_path / "run"
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    assert {path.name for path in run.iterdir()} == {"01_sampling", "02_ranking", "02_sft", *NAMES}
+    for dataset, share in (("coin_flip", "75%"), ("shuffled_objects", "56%")):
+        [line] = [line for line in shown.err.splitlines() if dataset in line]
+        assert line.startswith(f"warning: {dataset} has ") and share in line
+    assert "Traceback" not in shown.err and ".py" not in shown.err
+    report = require(run, "06_pit_report").read_rows("report")
+    assert {row["dataset"] for row in report} <= set(TASKS)
+    fate = json.loads((run / "06_exploration" / "fate.json").read_text())
+    assert f"| all, one of every outcome pair | {sum(fate.values()):,} |" in shown.out
+    for label in explore_pipeline.METHODS.values():
+        assert re.search(rf"^\| {re.escape(label)} \| [\d.]+ \[[\d.]+, [\d.]+\]", shown.out, re.MULTILINE)
+    assert main(command) == 0
+    assert capsys.readouterr().out.strip() == shown.out[shown.out.index("| wrong rationales |") :].strip()
 
 
 @pytest.mark.parametrize(
