@@ -1,4 +1,4 @@
-"""The command line: `python -m smlib run` executes the notebooks, `policy` runs stage 04 alone, `results` pools runs.
+"""The command line: `run` executes the notebooks, `policy` stage 04, `explore` stages 06; `results` pools runs.
 
 A run is a folder: `run.json` says what it was asked to do, `notebooks/` holds the executed notebooks and
 their HTML, `timings.json` their time and memory, `index.html` links them, and each stage of the method has a
@@ -16,6 +16,7 @@ import shutil
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import nbformat
@@ -61,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
             return sample(args)
         if args.command == "policy":
             return policy(args)
+        if args.command == "explore":
+            return explore(args)
         from smlib.pipeline import run_folder  # here, because they import torch
         from smlib.settings import preset
 
@@ -126,6 +129,14 @@ def _parser() -> argparse.ArgumentParser:
     formula = "learned (default), checker, or a sum such as 'learned - 0.1*words'"
     policy.add_argument("--reward", default="learned", help=formula)
     policy.add_argument("--tracker", default="", help="log to one of accelerate's trackers too, such as tensorboard")
+    explore = commands.add_parser(
+        "explore", help="stages 06, Self-Explore: where wrong rationales go wrong, and DPO there"
+    )
+    explore.add_argument("--preset", default="tiny", help="the run's preset: smoke or tiny (default)")
+    explore.add_argument("--task", default="all", help="the run's task, or all (default)")
+    explore.add_argument("--seed", type=int, default=0)
+    there = "run folder; stages 01 and 02 are made where missing (default: runs/PRESET-TASK-seedSEED)"
+    explore.add_argument("--out", metavar="RUN", help=there)
     commands.add_parser("pretrain", help="make the tiny base model again; see pretrain --help")
     return parser
 
@@ -183,6 +194,22 @@ def policy(args) -> int:
     stage = pipeline.train_policy(run, settings, args.method, args.reward, tracker=args.tracker)
     if PartialState().is_main_process:
         print(f"{stage.folder}: model/ is the policy, training/log.csv its way there")
+    return 0
+
+
+def explore(args) -> int:
+    """Run the stages of Self-Explore on a run folder, and print what they found; luck is warned of once a dataset."""
+    from smlib import explore_pipeline, pipeline
+    from smlib.explore import LuckWarning
+    from smlib.settings import preset
+
+    settings = preset(args.preset, args.task, args.seed)
+    run = pipeline.run_folder(args.out or "", args.preset, args.task, args.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("once", LuckWarning)
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        explore_pipeline.run(run, settings)
+    print(f"\n{explore_pipeline.summary(run, settings)}\n\n[ ]: 95 % intervals over questions. Stages: {run}/06_*")
     return 0
 
 

@@ -111,10 +111,17 @@ _CUE = re.compile(
     r"(?: ?:| (?:is|IS)\b):?|^A:|^####",
     re.MULTILINE,
 )
+_BOX = re.compile(r"\\boxed\{")
 _LATEX = re.compile(r"\\(?:text|boxed)\{([^{}\n]{0,100})\}")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{(-?\d{1,40})\}\{(\d{1,40})\}")
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\b(?:because|since)\b")
 _ALPHANUMERIC = re.compile(r"[^\W_]")
+
+
+def answer_start(text: str) -> int | None:
+    """Where the words begin that announce a text's last answer ("the answer is", "####", a box); None without any."""
+    starts = [cue.start() for cue in _CUE.finditer(text)] + [box.start() for box in _BOX.finditer(text)]
+    return max(starts, default=None)
 
 
 def _answer_line(output: str) -> str:

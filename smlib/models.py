@@ -6,6 +6,7 @@ and joined, here and nowhere else, so that sampling, training and scoring see th
 
 import hashlib
 import warnings
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -97,6 +98,21 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str, eos: 
     """Token ids of a completion, closed by end-of-sequence unless eos is False."""
     ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
     return [*ids, tokenizer.eos_token_id] if eos else ids
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of a completion's tokens as the sampler gives it, without special tokens."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], characters: int) -> int:
+    """How many of the tokens it takes to hold the first so many characters of their text.
+
+    So a text that a model drew is cut without being tokenised again, which might give other tokens. A token that holds
+    characters of both sides of the cut belongs to what is before it.
+    """
+    text = decode(tokenizer, ids)[:characters]
+    return bisect_left(range(len(ids)), True, key=lambda count: decode(tokenizer, ids[:count]).startswith(text))
 
 
 def pad_right(rows: list[list[int]], pad_id: int) -> torch.Tensor:

@@ -83,29 +83,33 @@ def table_of(answers: list[dict], settings: Settings) -> dict[tuple[str, str, st
     return dict(table)
 
 
-def contrasts(table: dict) -> dict[tuple[str, str, str], dict[str, float]]:
-    """("sml - sft", test set, metric) -> {question id: difference}, for every pair of CONTRASTS."""
+def contrasts(
+    table: dict, pairs: Sequence[tuple[str, str]] = CONTRASTS
+) -> dict[tuple[str, str, str], dict[str, float]]:
+    """("sml - sft", test set, metric) -> {question id: difference}, for every one of `pairs`: (better, worse)."""
     return {
         (f"{better} - {method}", test_set, metric): {
             identity: table[better, test_set, metric][identity] - value for identity, value in values.items()
         }
-        for better, worse in CONTRASTS
+        for better, worse in pairs
         for (method, test_set, metric), values in table.items()
         if method == worse
     }
 
 
-def rows_from_answers(answers: list[dict], settings: Settings) -> list[dict]:
-    """The rows of results/evaluation.csv (COLUMNS) from one run's answers.jsonl: methods, then differences.
+def rows_from_answers(
+    answers: list[dict], settings: Settings, pairs: Sequence[tuple[str, str]] = CONTRASTS
+) -> list[dict]:
+    """The rows of results/evaluation.csv (COLUMNS) from one run's answers.jsonl: methods, then differences, `pairs`.
 
     n counts questions. low, high: 95 % interval, Wilson's where every question gives a yes or no, else Student's
     t over questions; for differences, t over the questions' differences.
     """
     table = table_of(answers, settings)
     rows = []
-    for (method, test_set, metric), values in (table | contrasts(table)).items():
+    for (method, test_set, metric), values in (table | contrasts(table, pairs)).items():
         values = list(values.values())
-        if method in METHODS and metric.startswith(_SHARES):
+        if not _is_contrast(method) and metric.startswith(_SHARES):
             low, high = evaluation.accuracy_interval(int(sum(values)), len(values))
         else:
             low, high = _interval(method, values)
@@ -117,7 +121,11 @@ def rows_from_answers(answers: list[dict], settings: Settings) -> list[dict]:
 def _interval(method: str, values: Sequence[float]) -> tuple[float, float]:
     """Student's t interval, for a method kept within 0 and 1, where its share must be; a difference may be below 0."""
     low, high = evaluation.mean_interval(values)
-    return (max(low, 0.0), min(high, 1.0)) if method in METHODS else (low, high)
+    return (low, high) if _is_contrast(method) else (max(low, 0.0), min(high, 1.0))
+
+
+def _is_contrast(method: str) -> bool:
+    return " - " in method
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -183,9 +191,9 @@ def read_csv(path: Path) -> list[dict]:
     return [row | {name: float(row[name]) if row[name] else None for name in names} for row in rows]
 
 
-def markdown(rows: list[dict]) -> str:
-    """The README's tables from `combine`'s rows, in percent: avg@k and greedy on the generated test sets, greedy on
-    the published ones."""
+def markdown(rows: list[dict], labels: dict[str, str] = METHODS, pairs: Sequence[tuple[str, str]] = CONTRASTS) -> str:
+    """The README's tables from the rows of `combine` or `rows_from_answers`, in percent: avg@k and greedy on the
+    generated test sets, greedy on the published ones. labels: method -> its name; pairs: who is compared with whom."""
     cells = {(row["method"], row["test_set"], row["metric"]): row for row in rows}
     sets = list(dict.fromkeys(row["test_set"] for row in rows))
     generated = sorted((name for name in sets if not name.endswith("(published)")), key=lambda name: name != MEAN)
@@ -193,10 +201,10 @@ def markdown(rows: list[dict]) -> str:
     sampled = next((row["metric"] for row in rows if row["metric"].startswith("avg_at")), None)
     tables = [(f"{sampled.replace('_at_', '@')}, %", sampled, generated)] if sampled else []
     tables += [("greedy, %", "greedy", generated), ("greedy, published questions, %", "greedy", published)]
-    return "\n\n".join(_table(cells, *table) for table in tables if table[2])
+    return "\n\n".join(_table(cells, labels, pairs, *table) for table in tables if table[2])
 
 
-def _table(cells: dict, title: str, metric: str, sets: list[str]) -> str:
+def _table(cells: dict, labels: dict, pairs: Sequence, title: str, metric: str, sets: list[str]) -> str:
     """One table: a row per method, then per contrast, with questions and, of several runs, with seeds as the draws."""
 
     def line(label: str, shown) -> str:
@@ -204,16 +212,16 @@ def _table(cells: dict, title: str, metric: str, sets: list[str]) -> str:
 
     heads = [name.removesuffix(" (published)").replace("_", " ") for name in sets]
     lines = [line(title, heads), "|---" * (len(sets) + 1) + "|"]
-    for method, label in METHODS.items():
+    for method, label in labels.items():
         lines.append(line(label, [_percent(cells[method, name, metric]) for name in sets]))
     if sets[0].endswith("(published)"):
         known = [evaluation.TEXT_DAVINCI_002[name.removesuffix(" (published)")] for name in sets]
         lines.append(line("text-davinci-002, zero-shot", [f"{value:.1f}" for value in known]))
-    for better, worse in CONTRASTS:
+    for better, worse in pairs:
         found = [cells[f"{better} - {worse}", name, metric] for name in sets]
-        label = f"{METHODS[better]} minus {METHODS[worse]}"
+        label = f"{labels[better]} minus {labels[worse]}"
         lines.append(line(label, [_percent(row, sign="+") for row in found]))
-        if found[0]["seeds_low"] is not None:
+        if found[0].get("seeds_low") is not None:
             over = [row | {"low": row["seeds_low"], "high": row["seeds_high"]} for row in found]
             lines.append(line("the same, interval over seeds", [_percent(row, sign="+") for row in over]))
     return "\n".join(lines)

@@ -7,6 +7,7 @@ settings = preset("tiny", sampling={"temperature": 0.7}, reward={"pairs": "base"
 
 from dataclasses import dataclass, fields, is_dataclass, replace
 
+from smlib.explore import CHOICES
 from smlib.ppo import PPOSettings
 from smlib.problems import TASKS
 from smlib.prompts import SOURCES
@@ -74,9 +75,36 @@ class RewardSettings:
 
 
 @dataclass(frozen=True)
+class ExploreSettings:
+    """Self-Explore, stage 6, up to its pairs; the length of a sample is sampling.max_new_tokens."""
+
+    samples: int = 16  # solutions per training question (the paper: 100)
+    temperature: float = 0.7  # of the solutions and of the completions
+    max_per_question: int = 8  # RFT solutions, and outcome pairs
+    k: int = 4  # completions of a prefix; it is a pit if none of them is right
+    choice: str = "shortest"  # of the right completions before the pit: "shortest", "random" or "most_likely"
+
+    def __post_init__(self):
+        _check("explore.choice", self.choice, CHOICES)
+        for name in ("samples", "max_per_question", "k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"explore.{name} is {getattr(self, name)}, but must be at least 1")
+
+
+@dataclass(frozen=True)
+class DPOSettings:
+    """Self-Explore, stage 6: DPO on outcome pairs and on step-level pairs."""
+
+    epochs: float = 3.0
+    learning_rate: float = 1e-4
+    batch: int = 32  # pairs
+    beta: float = 0.1
+
+
+@dataclass(frozen=True)
 class LoraSettings:
-    """Low-rank adapters in place of full fine-tuning, in all stages that train: SFT (merged at its end), the reward
-    model and PPO (adapters of the SFT model, which stays as it is)."""
+    """Low-rank adapters in place of full fine-tuning, in all stages that train but 06, which refuse them: SFT (merged
+    at its end), the reward model and PPO (adapters of the SFT model, which stays as it is)."""
 
     rank: int = 0  # 0: full fine-tuning
     alpha: int = 32  # the adapter counts alpha / rank times
@@ -111,6 +139,8 @@ class Settings:
     reward: RewardSettings
     ppo: PPOSettings
     evaluation: EvaluationSettings
+    explore: ExploreSettings
+    dpo: DPOSettings
     lora: LoraSettings = LoraSettings()
 
 
@@ -122,6 +152,8 @@ PRESETS = {
         "reward": RewardSettings(),
         "ppo": PPOSettings(),
         "evaluation": EvaluationSettings(),
+        "explore": ExploreSettings(),
+        "dpo": DPOSettings(),
     },
     "smoke": {
         "sampling": SamplingSettings(questions=16, samples=4, conditioned_questions=8, conditioned_samples=1),
@@ -130,6 +162,8 @@ PRESETS = {
         "reward": RewardSettings(questions=8, epochs=1.0, batch=8),
         "ppo": PPOSettings(updates=2, episodes=16, samples_per_question=4, minibatch=8, warmup_updates=1),
         "evaluation": EvaluationSettings(questions=8, published=8, samples=2),
+        "explore": ExploreSettings(samples=4, k=2),
+        "dpo": DPOSettings(epochs=1.0, batch=8),
     },
 }
 

@@ -1,0 +1,315 @@
+"""The stages of Self-Explore (2404.10346), as `smlib.pipeline` has those of Self-motivated Learning.
+
+02_sft -> 06_solutions -> 06_selection -> 06_rft -> 06_exploration -> 06_step_dpo -> 06_evaluation
+                                      \\-> 06_outcome_dpo -/
+06_selection, 06_rft -> 06_pit_report, from which nothing is learned
+
+The paper begins with fine-tuning on gold solutions. Here nobody wrote any: stage 0 is 02_sft, the base fine-tuned on
+its own right rationales, and the training questions are those of 01_sampling.
+
+    run(run_dir, settings)             # also makes stages 01 and 02 where they are missing
+    print(summary(run_dir, settings))  # python -m smlib explore does both
+"""
+
+import shutil
+import warnings
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+from smlib import dpo, evaluation, explore, models, pipeline, results, selection, sft
+from smlib.artifacts import MANIFEST, Stage, require
+from smlib.engines import NativeEngine
+from smlib.problems import Problem, pinned_files
+from smlib.sampling import sample_ids
+from smlib.settings import Settings
+
+METHODS = {"rft": "RFT", "outcome_dpo": "DPO, outcome pairs", "self_explore": "Self-Explore"}
+_FOLDERS = {"rft": "06_rft", "outcome_dpo": "06_outcome_dpo", "self_explore": "06_step_dpo"}
+CONTRASTS = (("self_explore", "rft"), ("self_explore", "outcome_dpo"), ("outcome_dpo", "rft"))
+KS, REPORTED = (1, 2, 4, 8), 100  # of the pit report: its k, and rationales of a dataset at most
+SHARD = 512  # outcome pairs explored together: what a killed run loses
+
+
+def draw_solutions(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
+    """06_solutions: the SFT model writes many solutions to every training question. Writes solutions.jsonl."""
+    tuned = require(run_dir, "02_sft")
+    keys = _keys(settings, temperature=settings.explore.temperature, samples=settings.explore.samples)
+    stage = Stage(run_dir, "06_solutions", keys, inputs=[tuned])
+    if stage.done:
+        return stage
+    with stage.recording():
+        tokenizer = models.load_tokenizer(settings.base)
+        engine = NativeEngine(models.load_policy(tuned.path("model")), tokenizer)
+        rows = selection.draw_solutions(
+            pipeline._to_disk(stage, "solutions", engine), tokenizer, pipeline.training_problems(settings),
+            settings.explore.samples, temperature=settings.explore.temperature,
+            max_new_tokens=settings.sampling.max_new_tokens, seed=settings.seed,
+            progress="solutions of the SFT model" if progress else None,
+        )  # fmt: skip
+        stage.write_rows("solutions", rows)
+        shutil.rmtree(stage.folder / pipeline.SHARDS)
+    return stage
+
+
+def select(run_dir: Path, settings: Settings) -> Stage:
+    """06_selection: what RFT learns from, and outcome pairs. Writes rft.jsonl and pairs.jsonl."""
+    drawn, most = require(run_dir, "06_solutions"), settings.explore.max_per_question
+    stage = Stage(run_dir, "06_selection", _keys(settings, max_per_question=most), inputs=[drawn])
+    if stage.done:
+        return stage
+    with stage.recording():
+        rows, tokenizer = drawn.read_rows("solutions"), models.load_tokenizer(settings.base)
+        rft, problems = selection.rft_set(rows, most), pipeline.training_problems(settings)
+        stage.write_rows("rft", rft)
+        stage.write_rows("pairs", selection.outcome_pairs(tokenizer, problems, rft, rows, most, settings.seed))
+    return stage
+
+
+def train_rft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
+    """06_rft: the base again, not the SFT model, fine-tuned on the RFT set. Writes model/ and log.jsonl."""
+    selected = require(run_dir, "06_selection")
+    stage = Stage(run_dir, "06_rft", _common(settings, "sft"), inputs=[selected])
+    if stage.done:
+        return stage
+    with stage.recording():
+        tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(settings.base)
+        log = sft.train_sft(
+            model, tokenizer, pipeline.training_problems(settings), selected.read_rows("rft"),
+            epochs=settings.sft.epochs, learning_rate=settings.sft.learning_rate, batch=settings.sft.batch,
+            seed=settings.seed, progress="RFT" if progress else None,
+        )  # fmt: skip
+        stage.write_rows("log", log)
+        stage.write_model("model", model, tokenizer)
+    return stage
+
+
+def find_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
+    """06_exploration: the RFT model looks for the first pit of the rejected side of every outcome pair.
+
+    Writes explored.jsonl (per outcome pair its steps, its pit or null, and for every explored prefix the completions
+    that recovered and that were drawn), pairs.jsonl (step-level) and fate.json. A killed run goes on from its shards.
+    """
+    selected, tuned = require(run_dir, "06_selection"), require(run_dir, "06_rft")
+    names = ("temperature", "k", "choice")
+    keys = _keys(settings, **{name: getattr(settings.explore, name) for name in names})
+    stage = Stage(run_dir, "06_exploration", keys, inputs=[selected, tuned])
+    if stage.done:
+        return stage
+    with stage.recording():
+        tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(tuned.path("model"))
+        draw = _draw(model, tokenizer, settings)
+        problems = {problem.id: problem for problem in pipeline.training_problems(settings)}
+        outcome, parts = selected.read_rows("pairs"), []
+        for start in range(0, len(outcome), SHARD):
+            name = f"{pipeline.SHARDS}/{start:07d}.json"
+            if not (stage.folder / name).exists():
+                part = _explore_shard(tokenizer, draw, problems, outcome[start : start + SHARD], settings, progress)
+                stage.write_json(name, part)
+            parts.append(stage.read_json(name))
+        stage.write_rows("explored", [row for part in parts for row in part["explored"]])
+        stage.write_rows("pairs", [row for part in parts for row in part["pairs"]])
+        stage.write_json("fate.json", sum((Counter(part["fate"]) for part in parts), Counter()))
+        shutil.rmtree(stage.folder / pipeline.SHARDS)
+    return stage
+
+
+def _explore_shard(
+    tokenizer, draw, problems: dict[str, Problem], outcome: list[dict], settings, progress: bool
+) -> dict:
+    """The rows of explored.jsonl, step-level pairs and their fate, of some outcome pairs."""
+    rationales = _rationales(tokenizer, problems, outcome)
+    found = explore.explore(tokenizer, rationales, draw, settings.explore.k, "exploration" if progress else None)
+    solutions = [pair["chosen_ids"] for pair in outcome]
+    pairs, fate = explore.granular_pairs(tokenizer, rationales, found, solutions, settings.explore.choice)
+    explored = []
+    for one in rationales:
+        recovers = explore.outcomes(one, found)
+        row = {"id": one.problem.id, "dataset": one.problem.dataset, "steps": len(one.ends)}
+        counts = {"right": [sum(drawn) for drawn in recovers], "drawn": [len(drawn) for drawn in recovers]}
+        explored.append(row | {"pit": explore.first_pit(recovers)} | counts)
+    return {"explored": explored, "pairs": pairs, "fate": fate}
+
+
+def report_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
+    """06_pit_report: how often the first pit of k completions is the first wrong step (`explore.pit_report`).
+
+    Writes report.jsonl: per dataset a row for every k of KS; an even choice of at most REPORTED of the outcome pairs'
+    wrong rationales, each prefix completed twice as often as the greatest k. A dataset without any wrong step has none.
+    """
+    selected, tuned = require(run_dir, "06_selection"), require(run_dir, "06_rft")
+    keys = _keys(settings, temperature=settings.explore.temperature) | {"ks": KS, "reported": REPORTED}
+    stage = Stage(run_dir, "06_pit_report", keys, inputs=[selected, tuned])
+    if stage.done:
+        return stage
+    with stage.recording(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", explore.LuckWarning)  # of more completions than the report's k
+        tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(tuned.path("model"))
+        problems = {problem.id: problem for problem in pipeline.training_problems(settings)}
+        everything, rows = _rationales(tokenizer, problems, selected.read_rows("pairs")), []
+        for task in settings.tasks:
+            mine = [one for one in everything if one.problem.dataset == task and explore.wrong_step(tokenizer, one)]
+            mine = [mine[place * len(mine) // REPORTED] for place in range(REPORTED)] if len(mine) > REPORTED else mine
+            if mine:
+                label = f"pit report, {task}" if progress else None
+                found = explore.explore_all(tokenizer, mine, _draw(model, tokenizer, settings), 2 * max(KS), label)
+                rows += [{"dataset": task} | row for row in explore.pit_report(tokenizer, mine, found, KS)]
+        stage.write_rows("report", rows)
+    return stage
+
+
+def _draw(model, tokenizer, settings: Settings) -> explore.Draw:
+    return partial(
+        sample_ids, model, tokenizer=tokenizer, temperature=settings.explore.temperature,
+        max_new_tokens=settings.sampling.max_new_tokens, seed=settings.seed,
+    )  # fmt: skip
+
+
+def _rationales(tokenizer, problems: dict[str, Problem], outcome: list[dict]) -> list[explore.Rationale]:
+    """The rejected sides of outcome pairs."""
+    return [
+        explore.split(tokenizer, problems[pair["id"]], pair["prompt_ids"], pair["rejected_ids"]) for pair in outcome
+    ]
+
+
+def train_step_dpo(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
+    """06_step_dpo: the RFT model after DPO on the step-level pairs, which is Self-Explore. Writes model/, log.jsonl."""
+    return _train_dpo(run_dir, settings, "06_step_dpo", require(run_dir, "06_exploration"), "step DPO" * progress)
+
+
+def train_outcome_dpo(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
+    """06_outcome_dpo: the RFT model after DPO on the outcome pairs, the baseline. Writes model/ and log.jsonl."""
+    return _train_dpo(run_dir, settings, "06_outcome_dpo", require(run_dir, "06_selection"), "outcome DPO" * progress)
+
+
+def _train_dpo(run_dir: Path, settings: Settings, name: str, paired: Stage, label: str) -> Stage:
+    tuned = require(run_dir, "06_rft")
+    stage = Stage(run_dir, name, _common(settings, "dpo"), inputs=[tuned, paired])
+    if stage.done:
+        return stage
+    with stage.recording():
+        tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(tuned.path("model"))
+        log = dpo.train_dpo(
+            model, tokenizer, paired.read_rows("pairs"), beta=settings.dpo.beta, epochs=settings.dpo.epochs,
+            learning_rate=settings.dpo.learning_rate, batch=settings.dpo.batch, seed=settings.seed,
+            progress=label or None,
+        )  # fmt: skip
+        stage.write_rows("log", log)
+        stage.write_model("model", model, tokenizer)
+    return stage
+
+
+def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
+    """06_evaluation: METHODS on the questions of 05_evaluation, asked and judged as there. Writes answers.jsonl.
+
+    Its rows stand beside those of base, SFT and SML in 05_evaluation/answers.jsonl. Raises ValueError if a test
+    question was trained on.
+    """
+    trained = {method: require(run_dir, folder) for method, folder in _FOLDERS.items()}
+    published, _ = pipeline.published_problems(settings)
+    sets = pipeline.test_problems(settings) | published
+    refuse_training_questions(sets, pipeline.training_problems(settings))
+    files = {name: {"rows": len(found), **pinned_files(found[0].dataset)} for name, found in published.items()}
+    keys = _common(settings, "evaluation") | {"published_sets": files}
+    stage = Stage(run_dir, "06_evaluation", keys, inputs=list(trained.values()))
+    if stage.done:
+        return stage
+    with stage.recording():
+        tokenizer, rows = models.load_tokenizer(settings.base), []
+        for method, source in trained.items():
+            model = models.load_policy(source.path("model"))
+            for name, problems in sets.items():
+                answered = evaluation.evaluate(
+                    model, tokenizer, problems, k=settings.evaluation.samples if name in settings.tasks else 0,
+                    temperature=settings.evaluation.temperature, max_new_tokens=settings.sampling.max_new_tokens,
+                    seed=settings.seed, progress=f"{METHODS[method]}, {name}" if progress else None,
+                )  # fmt: skip
+                rows += [{"method": method, "test_set": name} | row for row in answered]
+        stage.write_rows("answers", rows)
+    return stage
+
+
+def refuse_training_questions(sets: dict[str, list[Problem]], trained: list[Problem]) -> None:
+    """Raise ValueError for the first test set with a question of `trained`, whatever their ids."""
+    asked = {problem.question for problem in trained}
+    for name, problems in sets.items():
+        if both := [problem.id for problem in problems if problem.question in asked]:
+            raise ValueError(f"{len(both)} questions of test set {name} were trained on, such as {both[0]}")
+
+
+def run(run_dir: Path, settings: Settings, progress: bool = True) -> None:
+    """All stages in order, from 01_sampling on; those that are there are read."""
+    _common(settings)
+    pipeline.sample_rationales(run_dir, settings, progress)
+    pipeline.rank_rationales(run_dir, settings)
+    pipeline.train_sft(run_dir, settings, progress)
+    draw_solutions(run_dir, settings, progress)
+    select(run_dir, settings)
+    for stage in (train_rft, find_pits, report_pits, train_step_dpo, train_outcome_dpo, evaluate):
+        stage(run_dir, settings, progress)
+
+
+def summary(run_dir: Path, settings: Settings) -> str:
+    """What a finished run found, as Markdown: the fate of the rationales, the pit report and the accuracies."""
+    return "\n\n".join(
+        [
+            fate(require(run_dir, "06_exploration").read_json("fate.json")),
+            pit_table(require(run_dir, "06_pit_report").read_rows("report")),
+            accuracies(run_dir, settings),
+        ]
+    )
+
+
+def fate(counts: dict[str, int]) -> str:
+    """What became of the wrong rationales, from fate.json."""
+    kept = sorted((int(why.rsplit(" ", 1)[1]), n) for why, n in counts.items() if why.startswith("kept"))
+    rows = {"all, one of every outcome pair": sum(counts.values())}
+    rows |= {"step-level pairs": sum(n for _, n in kept)} | {f"- pit at step {step}": n for step, n in kept}
+    dropped = {"no pit": "no pit", "duplicate": "duplicates of a pair", "no steps": "no steps"}
+    rows |= {label: counts.get(f"dropped: {why}", 0) for why, label in dropped.items()}
+    return "\n".join(["| wrong rationales | |", "|---|---|", *(f"| {label} | {n:,} |" for label, n in rows.items())])
+
+
+def pit_table(rows: list[dict]) -> str:
+    """report.jsonl in percent: how often the first pit is the first wrong step, and what chance gives."""
+    if not rows:
+        return "No pit report: none of the wrong rationales has a wrong step."
+    shares = {
+        "exact": "exact", "early": "early", "early_expected": "early, expected", "late": "late", "none": "no pit",
+        "repeated": "repeated", "false_pits": "false pits", "expected": "false pits, expected",
+    }  # fmt: skip
+    lines = [f"| first pit and first wrong step, % | k | {' | '.join(shares.values())} | rationales |"]
+    lines.append("|---" * (len(shares) + 3) + "|")
+    for row in rows:
+        cells = " | ".join(f"{100 * row[name]:.1f}" for name in shares)
+        lines.append(f"| {row['dataset'].replace('_', ' ')} | {row['k']} | {cells} | {row['rationales']} |")
+    return "\n".join(lines)
+
+
+def accuracies(run_dir: Path, settings: Settings) -> str:
+    """The accuracies of METHODS, and of those of 05_evaluation where it asked the same, with 95 % intervals."""
+    stage, labels, note = require(run_dir, "06_evaluation"), METHODS, ""
+    answers = stage.read_rows("answers")
+    if (stage.folder.parent / "05_evaluation" / MANIFEST).exists():
+        before = require(run_dir, "05_evaluation")
+        if before.settings == stage.settings:
+            labels, answers = pipeline.METHODS | METHODS, before.read_rows("answers") + answers
+        else:
+            note = "\n\n05_evaluation was made with other settings, and is left out."
+    return results.markdown(results.rows_from_answers(answers, settings, CONTRASTS), labels, CONTRASTS) + note
+
+
+def _keys(settings: Settings, **explored) -> dict:
+    """What the drawing and pairing stages depend on: of the settings those that they use."""
+    lengths = {"max_new_tokens": settings.sampling.max_new_tokens}
+    return _common(settings) | {"sampling": lengths, "explore": explored}
+
+
+def _common(settings: Settings, *groups: str) -> dict:
+    """`pipeline._keys`; raises ValueError for settings with adapters."""
+    if settings.lora.rank:
+        raise ValueError(
+            f"stages 06 train all weights, and preset {settings.preset!r} has lora.rank = {settings.lora.rank}: "
+            "choose a preset without LoRA, such as tiny, or lora.rank = 0"
+        )
+    return pipeline._keys(settings, *groups)

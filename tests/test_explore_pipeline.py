@@ -1,0 +1,259 @@
+"""The stages of Self-Explore on a dozen questions: what each leaves, that a stopped one goes on, what is refused."""
+
+import json
+import os
+import re
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from smlib import dpo, explore_pipeline, models, pipeline, prompts, sft
+from smlib.__main__ import main
+from smlib.artifacts import Stage, StageError, StageMismatch, require
+from smlib.problems import TASKS, generate
+from smlib.settings import preset
+
+SMALL = {
+    "sampling": {"questions": 12, "samples": 4, "conditioned_questions": 1, "conditioned_samples": 1},
+    "evaluation": {"questions": 4, "published": 0, "samples": 2},
+    "explore": {"k": 3, "temperature": 1.0},
+}
+NAMES = (
+    "06_solutions", "06_selection", "06_rft", "06_exploration", "06_pit_report", "06_step_dpo", "06_outcome_dpo",
+    "06_evaluation",
+)  # fmt: skip
+
+
+def small(**overrides):
+    return preset("smoke", "chain_arithmetic", **(SMALL | overrides))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    explore_pipeline.run(run, small(), progress=False)
+    return run
+
+
+def test_every_stage_leaves_its_folder_and_no_shards(finished):
+    assert {path.name for path in finished.iterdir() if path.name.startswith("06")} == set(NAMES)
+    for name in NAMES:
+        assert require(finished, name).manifest["settings"]["seed"] == 0
+        assert not (finished / name / pipeline.SHARDS).exists()
+
+
+def test_solutions_are_of_the_training_questions_and_rft_of_the_right_ones(finished):
+    rows = require(finished, "06_solutions").read_rows("solutions")
+    assert len(rows) == 12 * small().explore.samples
+    assert {row["id"] for row in rows} == {problem.id for problem in pipeline.training_problems(small())}
+    kept = require(finished, "06_selection").read_rows("rft")
+    assert kept and all(row["correct"] for row in kept)
+
+
+def test_exploration_follows_its_settings(finished):
+    """Faults: k hard-coded, and the number of samples tied to T = 0.7; here k = 3 at T = 1."""
+    stage, pairs = require(finished, "06_exploration"), require(finished, "06_selection").read_rows("pairs")
+    explored = stage.read_rows("explored")
+    assert [row["id"] for row in explored] == [pair["id"] for pair in pairs]
+    assert any(row["pit"] for row in explored)
+    for row in explored:
+        assert len(row["right"]) == (row["pit"] or row["steps"])
+        if row["pit"]:
+            assert row["drawn"][row["pit"] - 1] == 3 and row["right"][row["pit"] - 1] == 0
+        assert max(row["drawn"]) <= 3
+    fate = stage.read_json("fate.json")
+    assert sum(fate.values()) == len(pairs)
+    assert len(stage.read_rows("pairs")) == sum(n for why, n in fate.items() if why.startswith("kept"))
+
+
+def test_training_reads_the_prompt_that_evaluation_asks(finished):
+    tokenizer = models.load_tokenizer()
+    asked = {
+        one.id: models.encode_prompt(tokenizer, prompts.open_prompt(one)) for one in pipeline.training_problems(small())
+    }
+    for name in ("06_selection", "06_exploration"):
+        for pair in require(finished, name).read_rows("pairs"):
+            head = asked[pair["id"]]
+            assert pair["prompt_ids"][: len(head)] == head
+            assert models.decode(tokenizer, pair["prompt_ids"][len(head) :]) == pair.get("prefix", "")
+            assert pair["chosen_ids"][-1] == tokenizer.eos_token_id
+            assert (pair["rejected_ids"][-1] == tokenizer.eos_token_id) == (name == "06_selection")
+
+
+def test_rft_begins_at_the_base_and_dpo_at_rft(finished):
+    """Made again by hand, from where the paper begins, they are the same to the bit."""
+    settings, tokenizer, selected = small(), models.load_tokenizer(), require(finished, "06_selection")
+    learning = {"epochs": settings.sft.epochs, "learning_rate": settings.sft.learning_rate, "batch": settings.sft.batch}
+    problems, model = pipeline.training_problems(settings), models.load_policy("tiny")
+    sft.train_sft(model, tokenizer, problems, selected.read_rows("rft"), seed=0, progress=None, **learning)
+    assert_equal(model, finished / "06_rft" / "model")
+    for name, source in (("06_outcome_dpo", selected), ("06_step_dpo", require(finished, "06_exploration"))):
+        model = models.load_policy(finished / "06_rft" / "model")
+        dpo.train_dpo(model, tokenizer, source.read_rows("pairs"), seed=0, progress=None, **asdict(settings.dpo))
+        assert_equal(model, finished / name / "model")
+
+
+def assert_equal(model, path):
+    for name, weight in models.load_policy(path).state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name])
+
+
+def test_evaluation_asks_every_method_the_questions_of_notebook_05(finished):
+    rows = require(finished, "06_evaluation").read_rows("answers")
+    asked = [problem.id for problem in pipeline.test_problems(small())["chain_arithmetic"]]
+    for method in explore_pipeline.METHODS:
+        assert [row["id"] for row in rows if row["method"] == method] == asked
+    trained = {problem.id for problem in pipeline.training_problems(small())}
+    assert not trained & set(asked)
+
+
+def test_a_question_that_was_trained_on_is_no_test_question():
+    """Fault: evaluation on training rows."""
+    some = generate("chain_arithmetic", 4, seed=0)
+    explore_pipeline.refuse_training_questions({"a set": some[:2]}, some[2:])
+    with pytest.raises(ValueError, match=f"1 questions of test set a set were trained on, such as {some[1].id}"):
+        explore_pipeline.refuse_training_questions({"a set": some[:2]}, some[1:])
+
+
+def branch(finished, folder, names):
+    folder.mkdir()
+    for name in names:
+        os.symlink(finished / name, folder / name, target_is_directory=True)
+    return folder
+
+
+def test_a_stopped_exploration_goes_on_from_its_shards(finished, tmp_path, monkeypatch):
+    """Ctrl-C in the second shard: the first is not explored again, and the rows are those of a calm run."""
+    run = branch(finished, tmp_path / "run", ["06_selection", "06_rft"])
+    real, parts = explore_pipeline._explore_shard, []
+
+    def explore_shard(tokenizer, draw, problems, outcome, *rest):
+        parts.append(outcome)
+        if len(parts) == 2:
+            raise KeyboardInterrupt
+        return real(tokenizer, draw, problems, outcome, *rest)
+
+    monkeypatch.setattr(explore_pipeline, "_explore_shard", explore_shard)
+    monkeypatch.setattr(explore_pipeline, "SHARD", 3)
+    with pytest.raises(KeyboardInterrupt):
+        explore_pipeline.find_pits(run, small(), progress=False)
+    stage = explore_pipeline.find_pits(run, small(), progress=False)
+    calm = require(finished, "06_exploration")
+    assert parts[1] == parts[2] and len(parts) == 1 + -(-len(calm.read_rows("explored")) // 3)
+    # a shard does not know what another drew for the same prefix, so only the pits are compared
+    assert [row["pit"] for row in stage.read_rows("explored")] == [row["pit"] for row in calm.read_rows("explored")]
+    assert [pair["rejected"] for pair in stage.read_rows("pairs")] == [
+        pair["rejected"] for pair in calm.read_rows("pairs")
+    ]
+
+
+def test_a_finished_stage_is_loaded_and_other_settings_are_refused(finished):
+    before = (finished / "06_exploration" / "manifest.json").read_bytes()
+    explore_pipeline.find_pits(finished, small(), progress=False)
+    assert (finished / "06_exploration" / "manifest.json").read_bytes() == before
+    with pytest.raises(StageMismatch, match=r"explore\.k = 3, and now explore\.k = 5"):
+        explore_pipeline.find_pits(finished, small(explore={"k": 5, "temperature": 1.0}), progress=False)
+    # what only a later stage depends on leaves the earlier ones as they are
+    explore_pipeline.draw_solutions(finished, small(explore={"k": 5, "temperature": 1.0}), progress=False)
+
+
+def test_a_missing_stage_names_the_notebook_to_run_first(tmp_path):
+    with pytest.raises(StageError, match="first run notebook 02"):
+        explore_pipeline.draw_solutions(tmp_path, small())
+
+
+def test_the_earlier_stages_do_not_depend_on_the_settings_of_these(finished):
+    """Runs made before Self-Explore was there stay valid."""
+    other = small(explore={"samples": 99, "choice": "random"}, dpo={"beta": 0.5})
+    for stage in (pipeline.sample_rationales, pipeline.train_sft):
+        assert stage(finished, other, progress=False).done
+
+
+def test_the_pit_report_is_of_wrong_rationales_of_every_dataset(finished):
+    rows = require(finished, "06_pit_report").read_rows("report")
+    assert [(row["dataset"], row["k"]) for row in rows] == [("chain_arithmetic", k) for k in explore_pipeline.KS]
+    for row in rows:
+        assert 0 < row["rationales"] <= len(require(finished, "06_selection").read_rows("pairs"))
+        assert row["exact"] + row["early"] + row["late"] + row["none"] == pytest.approx(1)
+
+
+def test_a_pit_report_takes_an_even_choice(finished, tmp_path, monkeypatch):
+    run = branch(finished, tmp_path / "run", ["06_selection", "06_rft"])
+    monkeypatch.setattr(explore_pipeline, "REPORTED", 2)
+    monkeypatch.setattr(explore_pipeline, "KS", (1,))
+    [row] = explore_pipeline.report_pits(run, small(), progress=False).read_rows("report")
+    assert row["rationales"] == 2
+
+
+def test_adapters_are_refused_before_anything_is_made(finished, tmp_path, capsys):
+    assert main(["explore", "--preset", "tiny-lora", "--out", str(tmp_path / "run")]) == 1
+    assert "error: stages 06 train all weights, and preset 'tiny-lora' has lora.rank = 16" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    run = branch(finished, tmp_path / "later", ["02_sft", *NAMES[:4]])
+    for stage in (explore_pipeline.train_step_dpo, explore_pipeline.train_outcome_dpo, explore_pipeline.train_rft):
+        with pytest.raises(ValueError, match="choose a preset without LoRA"):
+            stage(run, small(lora={"rank": 4}))
+
+
+def test_the_fate_adds_up():
+    counts = {"kept: pit at step 10": 1, "kept: pit at step 2": 1200, "dropped: no pit": 3, "dropped: duplicate": 4}
+    lines = explore_pipeline.fate(counts).splitlines()[2:]
+    assert [line.strip("| ") for line in lines] == [
+        "all, one of every outcome pair | 1,208", "step-level pairs | 1,201", "- pit at step 2 | 1,200",
+        "- pit at step 10 | 1", "no pit | 3", "duplicates of a pair | 4", "no steps | 0",
+    ]  # fmt: skip
+
+
+def test_accuracies_stand_beside_those_of_stage_05_if_it_asked_the_same(finished, tmp_path):
+    ours = require(finished, "06_evaluation")
+    alone = explore_pipeline.accuracies(finished, small())
+    rows = [row for row in ours.read_rows("answers") if row["method"] == "rft"]
+    for name, settings in (("same", ours.settings), ("other", ours.settings | {"seed": 7})):
+        run = branch(finished, tmp_path / name, ["06_evaluation"])
+        stage = Stage(run, "05_evaluation", settings)
+        with stage.recording():
+            stage.write_rows("answers", [row | {"method": method} for method in pipeline.METHODS for row in rows])
+    assert explore_pipeline.accuracies(tmp_path / "other", small()) == (
+        f"{alone}\n\n05_evaluation was made with other settings, and is left out."
+    )
+    both = explore_pipeline.accuracies(tmp_path / "same", small())
+    assert set(alone.splitlines()) <= set(both.splitlines())
+    values = dict(re.findall(r"^\| ([^|]+) \| ([\d.]+ \[.*\]) \|$", both, re.MULTILINE))
+    assert values["base"] == values["SFT on r+"] == values["SML (PPO)"] == values["RFT"]
+
+
+@pytest.mark.slow
+def test_the_command_makes_everything_and_prints_it(tmp_path, monkeypatch, capsys):
+    """Warnings of luck once a dataset though each explores in several shards; again, it reads what is there."""
+    monkeypatch.setenv("SML_DATA_DIR", str(tmp_path))  # no published sets
+    monkeypatch.setattr(explore_pipeline, "SHARD", 10)
+    command, run = ["explore", "--preset", "smoke", "--out", str(tmp_path / "run")], tmp_path / "run"
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    assert {path.name for path in run.iterdir()} == {"01_sampling", "02_ranking", "02_sft", *NAMES}
+    for dataset, share in (("coin_flip", "75%"), ("shuffled_objects", "56%")):
+        [line] = [line for line in shown.err.splitlines() if dataset in line]
+        assert line.startswith(f"warning: {dataset} has ") and share in line
+    assert "Traceback" not in shown.err and ".py" not in shown.err
+    report = require(run, "06_pit_report").read_rows("report")
+    assert {row["dataset"] for row in report} <= set(TASKS)
+    fate = json.loads((run / "06_exploration" / "fate.json").read_text())
+    assert f"| all, one of every outcome pair | {sum(fate.values()):,} |" in shown.out
+    for label in explore_pipeline.METHODS.values():
+        assert re.search(rf"^\| {re.escape(label)} \| [\d.]+ \[[\d.]+, [\d.]+\]", shown.out, re.MULTILINE)
+    assert main(command) == 0
+    assert capsys.readouterr().out.strip() == shown.out[shown.out.index("| wrong rationales |") :].strip()
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"k": 0}, "explore.k is 0, but must be at least 1"),
+        ({"samples": 0}, "explore.samples is 0"),
+        ({"choice": "longest"}, "explore.choice 'longest' is unknown; choose one of: shortest, random, most_likely"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(group, message):
+    with pytest.raises(ValueError, match=message):
+        preset("tiny", explore=group)
