@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m smlib", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the notebooks in order, or go on where a run stopped")
-    run.add_argument("--preset", default="tiny", help="smoke (seconds, for tests) or tiny (default)")
+    run.add_argument("--preset", default="tiny", help="smoke (seconds, for tests), tiny (default) or tiny-lora")
     run.add_argument("--task", default="all", help="one task, such as coin_flip, or all (default)")
     run.add_argument("--seed", type=int, default=0)
     again = "execute again from notebook N on (a finished stage is read; delete its folder to redo it)"
