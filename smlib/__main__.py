@@ -360,7 +360,7 @@ def _execute(source: Path, target: Path, values: dict, watch: "_Watch") -> None:
         ) from None
     finally:
         if target.exists():
-            page, _ = HTMLExporter(sanitize_html=True).from_filename(str(target))
+            page, _ = HTMLExporter().from_filename(str(target))
             with replacing(target.with_suffix(".html")) as tmp:
                 tmp.write_text(page, encoding="utf-8")
 

@@ -103,6 +103,8 @@ def test_a_run_executes_all_notebooks_in_order_and_leaves_an_account(notebooks, 
     links = re.findall(r'href="([^"]+)"', index)
     assert links == [f"notebooks/{name}.html" for name in timings]
     assert all("<html" in (out / link).read_text() for link in links)
+    page = (out / links[0]).read_text()
+    assert '<h1 id="00_start">' in page and "&lt;h1" not in page  # a sanitiser once showed the tags themselves
     assert "[2/3] 01_sampling" in capsys.readouterr().out
 
     run(notebooks, out, VALUES)
