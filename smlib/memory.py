@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from transformers import LlamaConfig
 
-from smlib.models import CONTINUATIONS_PER_ROW
+from smlib.models import CONTINUATIONS_PER_ROW, group_size
 from smlib.sampling import MAX_BATCH, MAX_PROMPTS
 from smlib.settings import Settings
 
@@ -96,8 +96,7 @@ class Choices:
     @property
     def together(self) -> int:
         """Completions of one question that share a row and in it their prompt (models.pack, ppo.Batch)."""
-        each = range(CONTINUATIONS_PER_ROW, 0, -1)
-        return next(n for n in each if self.minibatch % n == 0 and self.samples % n == 0)
+        return group_size(self.minibatch, self.samples)
 
     @property
     def length(self) -> int:

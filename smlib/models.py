@@ -5,6 +5,7 @@ and joined, here and nowhere else, so that sampling, training and scoring see th
 """
 
 import hashlib
+import math
 import warnings
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -128,6 +129,11 @@ def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 CONTINUATIONS_PER_ROW = 4  # that share a prefix; attention's work grows with the square of a row's length
+
+
+def group_size(*counts: int) -> int:
+    """How many continuations go into a row of `pack`: the most, up to CONTINUATIONS_PER_ROW, that divide all counts."""
+    return max(n for n in range(1, CONTINUATIONS_PER_ROW + 1) if math.gcd(*counts) % n == 0)
 
 
 def pack(groups: Sequence[tuple[list[int], list[list[int]]]], pad_id: int, device="cpu") -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 from smlib.answers import Reward, grade_many
-from smlib.models import CONTINUATIONS_PER_ROW, encode_prompt, pack, pad_right
+from smlib.models import CONTINUATIONS_PER_ROW, encode_prompt, group_size, pack, pad_right
 from smlib.problems import Problem
 from smlib.progress import progress_bar
 from smlib.prompts import open_prompt
@@ -274,9 +274,8 @@ class Batch:
 
     def _groups(self, size: int) -> list[range]:
         """Neighbours with the same prompt in groups of one size, the largest that comes out even everywhere."""
-        runs = [len(list(run)) for _, run in groupby(self.prompts, key=id)]
-        fits = [n for n in range(1, CONTINUATIONS_PER_ROW + 1) if not any(count % n for count in (size, *runs))]
-        return [range(start, start + fits[-1]) for start in range(0, len(self.prompts), fits[-1])]
+        together = group_size(size, *(len(list(run)) for _, run in groupby(self.prompts, key=id)))
+        return [range(start, start + together) for start in range(0, len(self.prompts), together)]
 
     def pack(self, rows: Tensor, pad_id: int = 0) -> dict[str, Tensor]:
         """These completions for a forward pass (`models.pack`), neighbours of one question in one row."""
@@ -494,11 +493,7 @@ def train(
     Ctrl-C saves a checkpoint and raises KeyboardInterrupt. Raises CollapseError where going on is pointless, and
     NonFiniteError with the batch saved.
     """
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise ValueError(
-            f"pad token {tokenizer.pad_token!r} must exist and differ from the end token "
-            f"{tokenizer.eos_token!r}: give padding a token of its own, or ends are taken for padding."
-        )
+    check_padding(tokenizer)
     accelerator = accelerator or Accelerator()
     _check_shares(settings, accelerator.num_processes)
     out = Path(out)
@@ -746,11 +741,17 @@ def questions(problems, update: int, settings: PPOSettings) -> list[Problem]:
     return asked
 
 
+def check_padding(tokenizer) -> None:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise ValueError(
+            f"pad token {tokenizer.pad_token!r} must exist and differ from the end token "
+            f"{tokenizer.eos_token!r}: give padding a token of its own, or ends are taken for padding."
+        )
+
+
 def _check_shares(settings: PPOSettings, processes: int) -> None:
     size = settings.minibatch
-    groups = size // max(
-        n for n in range(1, CONTINUATIONS_PER_ROW + 1) if not (settings.samples_per_question % n or size % n)
-    )
+    groups = size // group_size(size, settings.samples_per_question)
     if processes > 1 and (settings.questions % processes or groups % processes or settings.episodes % size):
         raise ValueError(
             f"{settings.questions} questions per update and {groups} groups of completions in a minibatch of {size} "

@@ -117,8 +117,7 @@ class _Ours:
             logp, mask = self._logprobs(self.rows_at_hand), self.drawn.mask[self.rows_at_hand]
         else:
             logp, mask = self.ref_logp if model is self.ref_model else self.drawn.logp, self.drawn.mask
-        real = attention_mask[:, -logits_to_keep:].bool()
-        placed = logp.new_zeros(real.shape).masked_scatter(real, logp[mask])
+        placed = ppo.spread(logp[mask], attention_mask[:, -logits_to_keep:].bool())
         return placed, -placed.detach(), None
 
     def log(self, logs, start_time=None):
@@ -318,11 +317,7 @@ def _newest_checkpoint(out: Path) -> Path | None:
 def _check(method: str, policy, tokenizer, settings: PPOSettings) -> None:
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown; choose one of: {', '.join(METHODS)}.")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise ValueError(
-            f"pad token {tokenizer.pad_token!r} must exist and differ from the end token "
-            f"{tokenizer.eos_token!r}: give padding a token of its own, or ends are taken for padding."
-        )
+    ppo.check_padding(tokenizer)
     if settings.episodes % settings.minibatch:
         raise ValueError(
             f"episodes = {settings.episodes} is no multiple of minibatch = {settings.minibatch}; make it one, as "

@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_ppo import make_policy, make_tokenizer, questions, says_yes
+from test_ppo import Killed, dies_at, make_policy, make_tokenizer, questions, says_yes
 
 from smlib import ppo, trl_policy
 from smlib.artifacts import StageMismatch
@@ -266,22 +266,6 @@ def test_lora_starts_at_its_own_reference_even_where_it_is_not_the_base(tmp_path
 
 
 # ---- resume ------------------------------------------------------------------------------------------------
-
-
-class Killed(Exception):
-    pass
-
-
-def dies_at(update, error):
-    """A reward that raises when it is called for the given update."""
-    calls = iter(range(1000))
-
-    def reward(problems, texts):
-        if next(calls) == update:
-            raise error
-        return says_yes(problems, texts)
-
-    return reward
 
 
 @both
