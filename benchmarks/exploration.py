@@ -22,10 +22,9 @@ from pathlib import Path
 
 import torch
 
-from smlib import explore, models, pipeline, prompts
+from smlib import explore, explore_pipeline, models, pipeline, prompts
 from smlib.answers import grade
 from smlib.artifacts import replacing, require
-from smlib.sampling import sample_ids
 from smlib.settings import preset
 
 TABLE = Path(__file__).parents[1] / "results" / "exploration.csv"
@@ -59,11 +58,7 @@ def loop(model, tokenizer, rationales, settings, at_once: int, early_exit: bool 
 
 def batched(function, model, tokenizer, rationales, settings) -> tuple[list, list[int]]:
     """`explore.explore` or `explore.explore_all`: first pits, and the length of every completion."""
-    draw = partial(
-        sample_ids, model, tokenizer=tokenizer, temperature=settings.explore.temperature,
-        max_new_tokens=settings.sampling.max_new_tokens, seed=settings.seed,
-    )  # fmt: skip
-    found = function(tokenizer, rationales, draw, settings.explore.k)
+    found = function(tokenizer, rationales, explore_pipeline.drawing(model, tokenizer, settings), settings.explore.k)
     pits = [explore.first_pit(explore.outcomes(one, found)) for one in rationales]
     return pits, [len(one.sample.token_ids) for attempts in found.values() for one in attempts]
 
@@ -79,8 +74,7 @@ def main() -> None:
     settings, run = preset(args.preset, args.task), pipeline.run_folder(args.run, args.preset, args.task, 0)
     tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(require(run, "06_rft").path("model"))
     problems = {problem.id: problem for problem in pipeline.training_problems(settings)}
-    pairs = require(run, "06_selection").read_rows("pairs")
-    everything = [explore.split(tokenizer, problems[p["id"]], p["prompt_ids"], p["rejected_ids"]) for p in pairs]
+    everything = explore_pipeline.wrong_rationales(tokenizer, problems, require(run, "06_selection").read_rows("pairs"))
     few = everything[:: max(1, len(everything) // args.rationales)][: args.rationales]
 
     k, given = settings.explore.k, (model, tokenizer, few, settings)

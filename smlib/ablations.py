@@ -1,4 +1,5 @@
-"""Change one choice of a finished run and measure what it does: the reward model's pairs, or how the policy learns.
+"""Change one choice of a finished run and measure what it does: the reward model's pairs, how the policy learns, or
+the step-level pairs of Self-Explore.
 
 A variant is a folder inside the run that links the run's earlier stages and makes its own from there on: by the
 same stage functions, resumable, and without touching the run. Everything is measured on fresh questions of the
@@ -7,10 +8,10 @@ train split, never on a test set.
 
 import csv
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from smlib import evaluation, models, pipeline, reward_model
+from smlib import dpo, evaluation, explore, explore_pipeline, models, pipeline, reward_model
 from smlib.artifacts import Stage, require
 from smlib.settings import Settings
 
@@ -95,9 +96,9 @@ def curve_rows(stage: Stage, settings: Settings, name: str) -> list[dict]:
     return rows
 
 
-def policy_rows(stage: Stage, settings: Settings, name: str, answered: list[dict]) -> list[dict]:
-    """A trained policy's accuracy on the questions of `answered`, the SFT model's `answers`, and its gain over it,
-    question by question."""
+def policy_rows(stage: Stage, settings: Settings, name: str, answered: list[dict], before: str = "SFT") -> list[dict]:
+    """A trained policy's accuracy on the questions of `answered`, the `answers` of the model that it started from
+    (`before`), and its gain over it, question by question."""
     trained, questions = models.load_policy(stage.path("model")), len(answered) // len(settings.tasks)
     after = answers(settings, trained, questions, len(answered[0]["sampled_texts"]))
     row = _labelled(settings, "policy", name)
@@ -109,8 +110,77 @@ def policy_rows(stage: Stage, settings: Settings, name: str, answered: list[dict
         )
         rows.append(row(metric, sum(values) / len(values), interval, len(values)))
         test = evaluation.paired_test(values, _accuracies(answered)[metric])
-        rows.append(row(f"{metric}, gain over SFT", test["mean_difference"], (test["low"], test["high"]), test["n"]))
+        rows.append(
+            row(f"{metric}, gain over {before}", test["mean_difference"], (test["low"], test["high"]), test["n"])
+        )
     return rows
+
+
+def step_pairs(run_dir: str | Path, settings: Settings, progress: bool = True) -> dict[str, list[dict]]:
+    """Step-level pairs of a run with stages 06, made otherwise from the same wrong rationales; name -> pairs.
+
+    "random chosen", "most likely chosen": another of the completions that recover. "all that follows rejected": the
+    rejected side goes on to the end of the wrong rationale, end-of-sequence included. "first wrong step": the step
+    checker says where, in place of the search; chosen is what k completions from before it find.
+    """
+    tokenizer = models.load_tokenizer(settings.base)
+    outcome = require(run_dir, "06_selection").read_rows("pairs")
+    model = models.load_policy(require(run_dir, "06_rft").path("model"))
+    draw = explore_pipeline.drawing(model, tokenizer, settings)
+    known = {problem.id: problem for problem in pipeline.training_problems(settings)}
+    wrong = explore_pipeline.wrong_rationales(tokenizer, known, outcome)
+    solutions = [pair["chosen_ids"] for pair in outcome]
+    found = explore.explore(tokenizer, wrong, draw, settings.explore.k, "exploration" if progress else None)
+    made = {
+        f"{choice.replace('_', ' ')} chosen": explore.granular_pairs(tokenizer, wrong, found, solutions, choice)[0]
+        for choice in ("random", "most_likely")
+    }
+    own = [explore.granular_pair(tokenizer, one, found, s, "shortest") for one, s in zip(wrong, solutions, strict=True)]
+    made["all that follows rejected"] = [
+        pair | {"rejected_ids": list(one.ids[len(one.prefix(pair["step"] - 1)) :])}
+        for one, pair in zip(wrong, own, strict=True)
+        if pair
+    ]
+    made["first wrong step"] = _at_wrong_steps(tokenizer, wrong, solutions, draw, settings.explore.k)
+    return made
+
+
+def _at_wrong_steps(tokenizer, rationales: list, solutions: list, draw, k: int) -> list[dict]:
+    """Step-level pairs where the checker finds the first wrong step, as if it were the first pit."""
+    cases = []
+    for one, solution in zip(rationales, solutions, strict=True):
+        if step := explore.wrong_step(tokenizer, one):
+            # The steps before the wrong one count as one, so that the pit can be at 1 or at 2.
+            cases.append((replace(one, ends=(one.ends[: step - 1][-1:] + one.ends[step - 1 : step])), solution))
+    before = [replace(one, ends=one.ends[:1]) for one, _ in cases if len(one.ends) == 2]
+    found = explore.explore_all(tokenizer, before, draw, k)
+    kept = []
+    for one, solution in cases:
+        good = len(one.ends) == 1 or explore.first_pit(explore.outcomes(one, found)) is None
+        if good:
+            kept.append((one, solution))
+            found = found | {one.key(len(one.ends)): [explore.Attempt(None, False)]}
+    rationales, solutions = zip(*kept, strict=True)
+    return explore.granular_pairs(tokenizer, rationales, found, solutions, "shortest")[0]
+
+
+def step_policy(run_dir: str | Path, settings: Settings, name: str, pairs: list[dict], progress: bool = True) -> Stage:
+    """The RFT model of a run after DPO on other pairs, in the variant `name`."""
+    folder = branch(run_dir, f"pairs-{name.replace(' ', '-')}", ("06_rft", "06_selection"))
+    tuned, chosen = require(folder, "06_rft"), settings.dpo
+    stage = Stage(folder, "06_step_dpo", {"dpo": asdict(chosen), "pairs": name}, inputs=[tuned])
+    if stage.done:
+        return stage
+    with stage.recording():
+        tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(tuned.path("model"))
+        stage.write_rows("pairs", pairs)
+        log = dpo.train_dpo(
+            model, tokenizer, pairs, beta=chosen.beta, epochs=chosen.epochs, learning_rate=chosen.learning_rate,
+            batch=chosen.batch, seed=settings.seed, progress=f"DPO, {name}" if progress else None,
+        )  # fmt: skip
+        stage.write_rows("log", log)
+        stage.write_model("model", model, tokenizer)
+    return stage
 
 
 def _accuracies(answered: list[dict]) -> dict[str, list[float]]:

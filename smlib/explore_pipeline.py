@@ -24,10 +24,8 @@ from smlib.problems import Problem, pinned_files
 from smlib.sampling import sample_ids
 from smlib.settings import Settings
 
-METHODS = {"rft": "RFT", "outcome_dpo": "DPO, outcome pairs", "self_explore": "Self-Explore"}
 _FOLDERS = {"rft": "06_rft", "outcome_dpo": "06_outcome_dpo", "self_explore": "06_step_dpo"}
-CONTRASTS = (("self_explore", "rft"), ("self_explore", "outcome_dpo"), ("outcome_dpo", "rft"))
-KS, REPORTED = (1, 2, 4, 8), 100  # of the pit report: its k, and rationales of a dataset at most
+KS, REPORTED = (1, 2, 4, 8, 16), 40  # of the pit report: its k, and rationales of a dataset at most
 SHARD = 512  # outcome pairs explored together: what a killed run loses
 
 
@@ -88,7 +86,8 @@ def find_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
     """06_exploration: the RFT model looks for the first pit of the rejected side of every outcome pair.
 
     Writes explored.jsonl (per outcome pair its steps, its pit or null, and for every explored prefix the completions
-    that recovered and that were drawn), pairs.jsonl (step-level) and fate.json. A killed run goes on from its shards.
+    that recovered and that were drawn), pairs.jsonl (step-level), fate.json and cost.json (what was drawn; a prefix
+    that rationales share counts once). A killed run goes on from its shards.
     """
     selected, tuned = require(run_dir, "06_selection"), require(run_dir, "06_rft")
     names = ("temperature", "k", "choice")
@@ -98,7 +97,7 @@ def find_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
         return stage
     with stage.recording():
         tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(tuned.path("model"))
-        draw = _draw(model, tokenizer, settings)
+        draw = drawing(model, tokenizer, settings)
         problems = {problem.id: problem for problem in pipeline.training_problems(settings)}
         outcome, parts = selected.read_rows("pairs"), []
         for start in range(0, len(outcome), SHARD):
@@ -109,7 +108,8 @@ def find_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
             parts.append(stage.read_json(name))
         stage.write_rows("explored", [row for part in parts for row in part["explored"]])
         stage.write_rows("pairs", [row for part in parts for row in part["pairs"]])
-        stage.write_json("fate.json", sum((Counter(part["fate"]) for part in parts), Counter()))
+        for name in ("fate", "cost"):
+            stage.write_json(f"{name}.json", sum((Counter(part[name]) for part in parts), Counter()))
         shutil.rmtree(stage.folder / pipeline.SHARDS)
     return stage
 
@@ -117,8 +117,8 @@ def find_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
 def _explore_shard(
     tokenizer, draw, problems: dict[str, Problem], outcome: list[dict], settings, progress: bool
 ) -> dict:
-    """The rows of explored.jsonl, step-level pairs and their fate, of some outcome pairs."""
-    rationales = _rationales(tokenizer, problems, outcome)
+    """The rows of explored.jsonl, step-level pairs, their fate and what they cost, of some outcome pairs."""
+    rationales = wrong_rationales(tokenizer, problems, outcome)
     found = explore.explore(tokenizer, rationales, draw, settings.explore.k, "exploration" if progress else None)
     solutions = [pair["chosen_ids"] for pair in outcome]
     pairs, fate = explore.granular_pairs(tokenizer, rationales, found, solutions, settings.explore.choice)
@@ -128,7 +128,11 @@ def _explore_shard(
         row = {"id": one.problem.id, "dataset": one.problem.dataset, "steps": len(one.ends)}
         counts = {"right": [sum(drawn) for drawn in recovers], "drawn": [len(drawn) for drawn in recovers]}
         explored.append(row | {"pit": explore.first_pit(recovers)} | counts)
-    return {"explored": explored, "pairs": pairs, "fate": fate}
+    samples = [attempt.sample for attempts in found.values() for attempt in attempts]
+    prefixes = {one.key(step) for one in rationales for step in range(1, len(one.ends) + 1)}
+    cost = {"completions": len(samples), "tokens": sum(len(sample.token_ids) for sample in samples)}
+    cost |= {"completions without early exit": len(prefixes) * settings.explore.k}
+    return {"explored": explored, "pairs": pairs, "fate": fate, "cost": cost}
 
 
 def report_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
@@ -146,27 +150,28 @@ def report_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Sta
         warnings.simplefilter("ignore", explore.LuckWarning)  # of more completions than the report's k
         tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(tuned.path("model"))
         problems = {problem.id: problem for problem in pipeline.training_problems(settings)}
-        everything, rows = _rationales(tokenizer, problems, selected.read_rows("pairs")), []
+        everything, rows = wrong_rationales(tokenizer, problems, selected.read_rows("pairs")), []
         for task in settings.tasks:
             mine = [one for one in everything if one.problem.dataset == task and explore.wrong_step(tokenizer, one)]
             mine = [mine[place * len(mine) // REPORTED] for place in range(REPORTED)] if len(mine) > REPORTED else mine
             if mine:
                 label = f"pit report, {task}" if progress else None
-                found = explore.explore_all(tokenizer, mine, _draw(model, tokenizer, settings), 2 * max(KS), label)
+                found = explore.explore_all(tokenizer, mine, drawing(model, tokenizer, settings), 2 * max(KS), label)
                 rows += [{"dataset": task} | row for row in explore.pit_report(tokenizer, mine, found, KS)]
         stage.write_rows("report", rows)
     return stage
 
 
-def _draw(model, tokenizer, settings: Settings) -> explore.Draw:
+def drawing(model, tokenizer, settings: Settings) -> explore.Draw:
+    """What `explore.explore` draws with: the sampler with the run's temperature, lengths and seed."""
     return partial(
         sample_ids, model, tokenizer=tokenizer, temperature=settings.explore.temperature,
         max_new_tokens=settings.sampling.max_new_tokens, seed=settings.seed,
     )  # fmt: skip
 
 
-def _rationales(tokenizer, problems: dict[str, Problem], outcome: list[dict]) -> list[explore.Rationale]:
-    """The rejected sides of outcome pairs."""
+def wrong_rationales(tokenizer, problems: dict[str, Problem], outcome: list[dict]) -> list[explore.Rationale]:
+    """The rejected sides of outcome pairs, cut into steps; problems: by id."""
     return [
         explore.split(tokenizer, problems[pair["id"]], pair["prompt_ids"], pair["rejected_ids"]) for pair in outcome
     ]
@@ -200,10 +205,10 @@ def _train_dpo(run_dir: Path, settings: Settings, name: str, paired: Stage, labe
 
 
 def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
-    """06_evaluation: METHODS on the questions of 05_evaluation, asked and judged as there. Writes answers.jsonl.
+    """06_evaluation: the three trained models on the questions of 05_evaluation, asked and judged as there.
 
-    Its rows stand beside those of base, SFT and SML in 05_evaluation/answers.jsonl. Raises ValueError if a test
-    question was trained on.
+    Writes answers.jsonl, whose rows stand beside those of base, SFT and SML in 05_evaluation/answers.jsonl. Raises
+    ValueError if a test question was trained on.
     """
     trained = {method: require(run_dir, folder) for method, folder in _FOLDERS.items()}
     published, _ = pipeline.published_problems(settings)
@@ -222,7 +227,7 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
                 answered = evaluation.evaluate(
                     model, tokenizer, problems, k=settings.evaluation.samples if name in settings.tasks else 0,
                     temperature=settings.evaluation.temperature, max_new_tokens=settings.sampling.max_new_tokens,
-                    seed=settings.seed, progress=f"{METHODS[method]}, {name}" if progress else None,
+                    seed=settings.seed, progress=f"{results.EXPLORE_METHODS[method]}, {name}" if progress else None,
                 )  # fmt: skip
                 rows += [{"method": method, "test_set": name} | row for row in answered]
         stage.write_rows("answers", rows)
@@ -287,16 +292,17 @@ def pit_table(rows: list[dict]) -> str:
 
 
 def accuracies(run_dir: Path, settings: Settings) -> str:
-    """The accuracies of METHODS, and of those of 05_evaluation where it asked the same, with 95 % intervals."""
-    stage, labels, note = require(run_dir, "06_evaluation"), METHODS, ""
+    """The accuracies in 06_evaluation, and of 05_evaluation where it asked the same, with 95 % intervals."""
+    stage, labels, note = require(run_dir, "06_evaluation"), results.EXPLORE_METHODS, ""
     answers = stage.read_rows("answers")
     if (stage.folder.parent / "05_evaluation" / MANIFEST).exists():
         before = require(run_dir, "05_evaluation")
         if before.settings == stage.settings:
-            labels, answers = pipeline.METHODS | METHODS, before.read_rows("answers") + answers
+            labels, answers = pipeline.METHODS | results.EXPLORE_METHODS, before.read_rows("answers") + answers
         else:
             note = "\n\n05_evaluation was made with other settings, and is left out."
-    return results.markdown(results.rows_from_answers(answers, settings, CONTRASTS), labels, CONTRASTS) + note
+    pairs = [pair for pair in results.EXPLORE_CONTRASTS if set(pair) <= set(labels)]
+    return results.markdown(results.rows_from_answers(answers, settings, pairs), labels, pairs) + note
 
 
 def _keys(settings: Settings, **explored) -> dict:

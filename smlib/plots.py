@@ -25,13 +25,27 @@ COLOURS = {
     "sky": "#56B4E9",
     "grey": "#8A8A8A",
 }
-METHOD_COLOURS = {"base": COLOURS["grey"], "sft": COLOURS["sky"], "sml": COLOURS["red"]}
+METHOD_COLOURS = {
+    "base": COLOURS["grey"],
+    "sft": COLOURS["sky"],
+    "rft": COLOURS["blue"],
+    "outcome_dpo": COLOURS["orange"],
+    "self_explore": COLOURS["green"],
+    "sml": COLOURS["red"],
+}
 STAGES = (
     ("01", "sample", "the model writes rationales,\ngiven right and wrong answers,\nand given none"),
     ("02", "rank", "right above wrong;\nSFT on the right ones"),
     ("03", "reward model", "learns the rank\nfrom pairs"),
     ("04", "PPO", "the policy follows\nthe learned reward"),
     ("05", "evaluate", "fresh questions,\npublished test sets"),
+)
+SELF_EXPLORE = (
+    ("sample", "the model solves every\ntraining question\nmany times"),
+    ("select", "different right solutions:\nRFT of the base;\nwrong ones beside them"),
+    ("explore", "the model goes on from\nevery step of a wrong one:\nwhere is the first pit?"),
+    ("step DPO", "the pit step against\na way on from before it\nthat is right"),
+    ("evaluate", "beside SFT, RFT,\noutcome DPO and SML"),
 )
 
 
@@ -54,14 +68,23 @@ def style() -> None:
 
 
 def pipeline(lit: str | None = None) -> Figure:
-    """The method in one figure; `lit` ("01" ... "05") is the stage of this notebook, None lights them all."""
+    """Self-motivated Learning in one figure; `lit` ("01" ... "05") is the notebook's stage, None lights them all."""
     if lit is not None and lit not in [number for number, _, _ in STAGES]:
         raise ValueError(f"no stage {lit!r}; allowed: {', '.join(number for number, _, _ in STAGES)}, or None")
+    return _boxes([(f"{number} {name}", what, lit in (None, number)) for number, name, what in STAGES])
+
+
+def self_explore() -> Figure:
+    """Self-Explore in one figure; all of it is notebook 06."""
+    return _boxes([(name, what, True) for name, what in SELF_EXPLORE])
+
+
+def _boxes(stages: Sequence[tuple[str, str, bool]]) -> Figure:
+    """Boxes with arrows from each to the next: (name, what it does, whether it is lit)."""
     figure, axes = plt.subplots(figsize=(11, 1.9))
     axes.set(xlim=(0, 11), ylim=(0, 1.9))
     axes.axis("off")
-    for index, (number, name, what) in enumerate(STAGES):
-        on = lit in (None, number)
+    for index, (name, what, on) in enumerate(stages):
         left = 0.1 + 2.2 * index
         box = FancyBboxPatch(
             (left, 0.25),
@@ -74,9 +97,9 @@ def pipeline(lit: str | None = None) -> Figure:
         )
         axes.add_patch(box)
         ink = "black" if on else "#777777"
-        axes.text(left + 0.9, 1.36, f"{number} {name}", ha="center", va="center", weight="bold", color=ink)
+        axes.text(left + 0.9, 1.36, name, ha="center", va="center", weight="bold", color=ink)
         axes.text(left + 0.9, 0.72, what, ha="center", va="center", fontsize=8, color=ink)
-        if index + 1 < len(STAGES):
+        if index + 1 < len(stages):
             arrow = {"arrowstyle": "-|>", "color": "#555555", "linewidth": 1.4}
             axes.annotate("", xy=(left + 2.13, 0.95), xytext=(left + 1.87, 0.95), arrowprops=arrow)
     return figure

@@ -14,7 +14,7 @@ import numpy as np
 
 from smlib import evaluation
 from smlib.answers import grade
-from smlib.artifacts import replacing, require
+from smlib.artifacts import MANIFEST, replacing, require
 from smlib.pipeline import METHODS, test_problems
 from smlib.problems import Problem
 from smlib.prompts import split_answer
@@ -22,6 +22,12 @@ from smlib.settings import Settings, preset
 from smlib.steps import is_sound
 
 CONTRASTS = (("sft", "base"), ("sml", "sft"))  # who is compared with whom
+EXPLORE_METHODS = {
+    "rft": "RFT",
+    "outcome_dpo": "DPO, outcome pairs",
+    "self_explore": "Self-Explore",
+}  # of 06_evaluation
+EXPLORE_CONTRASTS = (("self_explore", "rft"), ("self_explore", "outcome_dpo"), ("outcome_dpo", "rft"), ("rft", "sft"))
 MEAN = "mean of tasks"  # the generated test sets, which have equally many questions, taken together
 OUTCOMES = ("right, every step", "right, a step wrong", "wrong", "no answer")
 COLUMNS = ("preset", "seed", "method", "test_set", "metric", "n", "value", "low", "high")
@@ -137,11 +143,17 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def read_run(run_dir: str | Path) -> tuple[list[dict], Settings]:
-    """The answers of a finished run, and the settings that they depend on."""
+    """The answers of a finished run, and the settings that they depend on.
+
+    Those of 06_evaluation are among them, where it is there and asked the same as 05_evaluation.
+    """
     stage = require(run_dir, "05_evaluation")
-    kept = stage.manifest["settings"]
+    kept, answers = stage.manifest["settings"], stage.read_rows("answers")
+    if (Path(run_dir) / "06_evaluation" / MANIFEST).exists():
+        explored = require(run_dir, "06_evaluation")
+        answers += explored.read_rows("answers") if explored.settings == stage.settings else []
     task = kept["tasks"][0] if len(kept["tasks"]) == 1 else "all"
-    return stage.read_rows("answers"), preset(kept["preset"], task, kept["seed"], evaluation=kept["evaluation"])
+    return answers, preset(kept["preset"], task, kept["seed"], evaluation=kept["evaluation"])
 
 
 def combine(paths: Sequence[str | Path]) -> list[dict]:
@@ -163,11 +175,15 @@ def combine(paths: Sequence[str | Path]) -> list[dict]:
         elif same != first:
             raise ValueError(f"{path} has another preset, task or evaluation than {paths[0]}: these cannot be pooled.")
         table = table_of(answers, settings)
-        tables[settings.seed] = table | contrasts(table)
+        methods = {method for method, _, _ in table}
+        tables[settings.seed] = table | contrasts(
+            table, [p for p in CONTRASTS + EXPLORE_CONTRASTS if methods >= set(p)]
+        )
     cells = list(next(iter(tables.values())))
     if any(list(table) != cells for table in tables.values()):
         raise ValueError(
-            "the runs were evaluated on different test sets: evaluate all with the published sets, or none."
+            "the runs hold other test sets or methods than each other: evaluate all with the published sets, or none, "
+            "and run Self-Explore in all of them, or in none."
         )
     rows = []
     for method, test_set, metric in cells:
@@ -194,31 +210,57 @@ def read_csv(path: Path) -> list[dict]:
 def markdown(rows: list[dict], labels: dict[str, str] = METHODS, pairs: Sequence[tuple[str, str]] = CONTRASTS) -> str:
     """The README's tables from the rows of `combine` or `rows_from_answers`, in percent: avg@k and greedy on the
     generated test sets, greedy on the published ones. labels: method -> its name; pairs: who is compared with whom."""
-    cells = {(row["method"], row["test_set"], row["metric"]): row for row in rows}
     sets = list(dict.fromkeys(row["test_set"] for row in rows))
     generated = sorted((name for name in sets if not name.endswith("(published)")), key=lambda name: name != MEAN)
     published = [name for name in sets if name.endswith("(published)")]
-    sampled = next((row["metric"] for row in rows if row["metric"].startswith("avg_at")), None)
-    tables = [(f"{sampled.replace('_at_', '@')}, %", sampled, generated)] if sampled else []
+    tables = [(f"{_sampled(rows).replace('_at_', '@')}, %", _sampled(rows), generated)] if _sampled(rows) else []
     tables += [("greedy, %", "greedy", generated), ("greedy, published questions, %", "greedy", published)]
-    return "\n\n".join(_table(cells, labels, pairs, *table) for table in tables if table[2])
+    return "\n\n".join(
+        _table(rows, labels, pairs, title, {_head(name): (name, metric) for name in names})
+        for title, metric, names in tables
+        if names
+    )
 
 
-def _table(cells: dict, labels: dict, pairs: Sequence, title: str, metric: str, sets: list[str]) -> str:
-    """One table: a row per method, then per contrast, with questions and, of several runs, with seeds as the draws."""
+def explore_markdown(rows: list[dict]) -> str:
+    """Self-Explore beside the methods of 05_evaluation, from the rows of `combine`, on the tasks taken together.
+
+    avg@k, the share of samples that are right in every step too, and greedy, in percent.
+    """
+    place = MEAN if any(row["test_set"] == MEAN for row in rows) else rows[0]["test_set"]
+    metrics = [row["metric"] for row in rows if row["metric"].startswith(("avg_at", "sound_at"))]
+    columns = {name.replace("_at_", "@"): (place, name) for name in [*dict.fromkeys(metrics), "greedy"]}
+    pairs = (*EXPLORE_CONTRASTS, CONTRASTS[-1])
+    return _table(rows, METHODS | EXPLORE_METHODS, pairs, f"{_head(place)}, %", columns)
+
+
+def _sampled(rows: list[dict]) -> str | None:
+    return next((row["metric"] for row in rows if row["metric"].startswith("avg_at")), None)
+
+
+def _head(test_set: str) -> str:
+    return test_set.removesuffix(" (published)").replace("_", " ")
+
+
+def _table(rows: list[dict], labels: dict, pairs: Sequence, title: str, columns: dict[str, tuple[str, str]]) -> str:
+    """One table: a row per method, then per contrast, with questions and, of several runs, with seeds as the draws.
+
+    columns: head -> (test set, metric).
+    """
+    cells = {(row["method"], row["test_set"], row["metric"]): row for row in rows}
 
     def line(label: str, shown) -> str:
         return f"| {label} | {' | '.join(shown)} |"
 
-    heads = [name.removesuffix(" (published)").replace("_", " ") for name in sets]
-    lines = [line(title, heads), "|---" * (len(sets) + 1) + "|"]
+    lines = [line(title, columns), "|---" * (len(columns) + 1) + "|"]
     for method, label in labels.items():
-        lines.append(line(label, [_percent(cells[method, name, metric]) for name in sets]))
+        lines.append(line(label, [_percent(cells[method, *place]) for place in columns.values()]))
+    sets = [test_set for test_set, _ in columns.values()]
     if sets[0].endswith("(published)"):
         known = [evaluation.TEXT_DAVINCI_002[name.removesuffix(" (published)")] for name in sets]
         lines.append(line("text-davinci-002, zero-shot", [f"{value:.1f}" for value in known]))
     for better, worse in pairs:
-        found = [cells[f"{better} - {worse}", name, metric] for name in sets]
+        found = [cells[f"{better} - {worse}", *place] for place in columns.values()]
         label = f"{labels[better]} minus {labels[worse]}"
         lines.append(line(label, [_percent(row, sign="+") for row in found]))
         if found[0].get("seeds_low") is not None:
@@ -237,4 +279,6 @@ def main(paths: Sequence[str], folder: Path) -> None:
     target = folder / f"{rows[0]['preset']}.csv"
     write_csv(target, rows)
     print(markdown(read_csv(target)))
+    if any(row["method"] == "self_explore" for row in rows):
+        print(f"\n{explore_markdown(read_csv(target))}")
     print(f"\n{len(paths)} run(s), seeds {rows[0]['seeds']}; [ ]: 95 % intervals. Written: {target}")

@@ -78,7 +78,7 @@ class RewardSettings:
 class ExploreSettings:
     """Self-Explore, stage 6, up to its pairs; the length of a sample is sampling.max_new_tokens."""
 
-    samples: int = 16  # solutions per training question (the paper: 100)
+    samples: int = 12  # solutions per training question (the paper: 100)
     temperature: float = 0.7  # of the solutions and of the completions
     max_per_question: int = 8  # RFT solutions, and outcome pairs
     k: int = 4  # completions of a prefix; it is a pit if none of them is right

@@ -8,11 +8,13 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from smlib import dpo, explore_pipeline, models, pipeline, prompts, sft
+from smlib import ablations, dpo, explore_pipeline, models, pipeline, prompts, results, sft
 from smlib.__main__ import main
+from smlib.answers import grade
 from smlib.artifacts import Stage, StageError, StageMismatch, require
 from smlib.problems import TASKS, generate
 from smlib.settings import preset
+from smlib.steps import first_wrong_step
 
 SMALL = {
     "sampling": {"questions": 12, "samples": 4, "conditioned_questions": 1, "conditioned_samples": 1},
@@ -62,8 +64,11 @@ def test_exploration_follows_its_settings(finished):
         if row["pit"]:
             assert row["drawn"][row["pit"] - 1] == 3 and row["right"][row["pit"] - 1] == 0
         assert max(row["drawn"]) <= 3
-    fate = stage.read_json("fate.json")
+    fate, cost = stage.read_json("fate.json"), stage.read_json("cost.json")
     assert sum(fate.values()) == len(pairs)
+    assert 0 < cost["completions"] < cost["completions without early exit"] <= 3 * sum(row["steps"] for row in explored)
+    assert cost["completions"] <= sum(sum(row["drawn"]) for row in explored)  # shared prefixes are drawn for once
+    assert cost["tokens"] >= cost["completions"]
     assert len(stage.read_rows("pairs")) == sum(n for why, n in fate.items() if why.startswith("kept"))
 
 
@@ -102,7 +107,7 @@ def assert_equal(model, path):
 def test_evaluation_asks_every_method_the_questions_of_notebook_05(finished):
     rows = require(finished, "06_evaluation").read_rows("answers")
     asked = [problem.id for problem in pipeline.test_problems(small())["chain_arithmetic"]]
-    for method in explore_pipeline.METHODS:
+    for method in results.EXPLORE_METHODS:
         assert [row["id"] for row in rows if row["method"] == method] == asked
     trained = {problem.id for problem in pipeline.training_problems(small())}
     assert not trained & set(asked)
@@ -240,7 +245,7 @@ def test_the_command_makes_everything_and_prints_it(tmp_path, monkeypatch, capsy
     assert {row["dataset"] for row in report} <= set(TASKS)
     fate = json.loads((run / "06_exploration" / "fate.json").read_text())
     assert f"| all, one of every outcome pair | {sum(fate.values()):,} |" in shown.out
-    for label in explore_pipeline.METHODS.values():
+    for label in results.EXPLORE_METHODS.values():
         assert re.search(rf"^\| {re.escape(label)} \| [\d.]+ \[[\d.]+, [\d.]+\]", shown.out, re.MULTILINE)
     assert main(command) == 0
     assert capsys.readouterr().out.strip() == shown.out[shown.out.index("| wrong rationales |") :].strip()
@@ -257,3 +262,27 @@ def test_the_command_makes_everything_and_prints_it(tmp_path, monkeypatch, capsy
 def test_settings_that_mean_nothing_are_refused(group, message):
     with pytest.raises(ValueError, match=message):
         preset("tiny", explore=group)
+
+
+def test_pairs_made_otherwise_differ_where_they_should(finished, tmp_path):
+    tokenizer, known = models.load_tokenizer(), {one.id: one for one in pipeline.training_problems(small())}
+    run = branch(finished, tmp_path / "run", ["06_solutions", "06_selection", "06_rft", "06_exploration"])
+    own = require(run, "06_exploration").read_rows("pairs")
+    made = ablations.step_pairs(run, small(), progress=False)
+    starts = {(tuple(pair["prompt_ids"]), tuple(pair["rejected_ids"])) for pair in own}
+    for name in ("random chosen", "most likely chosen"):
+        assert {(tuple(pair["prompt_ids"]), tuple(pair["rejected_ids"])) for pair in made[name]} == starts
+    for pair in made["all that follows rejected"]:
+        assert pair["rejected_ids"][-1] == tokenizer.eos_token_id
+        ids = tuple(pair["rejected_ids"])
+        assert any(tuple(pair["prompt_ids"]) == head and ids[: len(step)] == step for head, step in starts)
+    assert made["first wrong step"]
+    for pair in made["first wrong step"]:
+        problem = known[pair["id"]]
+        wrong = first_wrong_step(problem, pair["prefix"] + pair["rejected"])
+        assert first_wrong_step(problem, pair["prefix"]) in (None, wrong)  # the prefix is right as far as it goes
+        assert wrong == len((pair["prefix"] + pair["rejected"]).strip().splitlines()) - 1
+        assert grade(pair["prefix"] + pair["chosen"], problem).correct
+    stage = ablations.step_policy(run, small(), "first wrong step", made["first wrong step"][:8], progress=False)
+    assert stage.folder == run / "ablations" / "pairs-first-wrong-step" / "06_step_dpo"
+    assert stage.read_rows("log") and (stage.path("model") / "model.safetensors").exists()

@@ -35,9 +35,9 @@ def outputs(notebook):
     return [output for cell in code(notebook) for output in cell.outputs]
 
 
-def test_the_six_notebooks_of_the_main_line_exist():
-    expected = ["00_start_here", "01_sampling", "02_ranking", "03_reward_model", "04_ppo", "05_evaluation"]
-    assert [path.stem for path in PATHS][:6] == expected
+def test_the_notebooks_of_both_systems_exist():
+    main_line = ["00_start_here", "01_sampling", "02_ranking", "03_reward_model", "04_ppo", "05_evaluation"]
+    assert [path.stem for path in PATHS] == [*main_line, "06_self_explore"]
 
 
 def test_it_is_a_valid_notebook_of_readable_length(notebook):

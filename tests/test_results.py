@@ -1,12 +1,13 @@
 """Tables of results, from rows made by hand: values per question, intervals, pooling over seeds."""
 
 import csv
+import re
 
 import pytest
 
 from smlib import results
 from smlib.__main__ import main
-from smlib.artifacts import Stage
+from smlib.artifacts import Stage, require
 from smlib.evaluation import accuracy_interval, mean_interval, paired_test
 from smlib.pipeline import test_problems as questions_of
 from smlib.prompts import answer_sentence
@@ -198,7 +199,7 @@ def test_runs_that_do_not_belong_together_are_refused(two_runs, tmp_path):
     with pytest.raises(ValueError, match="another preset, task or evaluation"):
         results.combine([*two_runs, tmp_path / "c"])
     write_run(tmp_path / "d", settings(3), answers(settings(3), published=True))
-    with pytest.raises(ValueError, match="different test sets"):
+    with pytest.raises(ValueError, match="other test sets or methods"):
         results.combine([*two_runs, tmp_path / "d"])
 
 
@@ -219,6 +220,27 @@ def test_the_reference_line_stands_under_the_published_sets_alone(tmp_path):
     assert published.startswith("| greedy, published questions, % | coin flip |")
     assert "| text-davinci-002, zero-shot | 91.4 |" in published
     assert len(generated) == 2 and "davinci" not in "".join(generated)
+
+
+def test_self_explore_stands_beside_the_others_where_all_runs_have_it(two_runs):
+    rows = [row for row in answers(settings()) if row["method"] == "sft"]
+    rows = [row | {"method": method} for method in results.EXPLORE_METHODS for row in rows]
+    plain = results.combine(two_runs[:1])
+    stage = Stage(two_runs[0], "06_evaluation", require(two_runs[0], "05_evaluation").settings)
+    with stage.recording():
+        stage.write_rows("answers", rows)
+    found = results.combine(two_runs[:1])
+    assert {row["method"] for row in found} - {row["method"] for row in plain} == {
+        *results.EXPLORE_METHODS, *(" - ".join(pair) for pair in results.EXPLORE_CONTRASTS)
+    }  # fmt: skip
+    assert results.markdown(found) == results.markdown(plain)
+    table = results.explore_markdown(found).splitlines()
+    assert table[0] == "| coin flip, % | avg@2 | sound@2 | greedy |"
+    value = dict(re.findall(r"^\| ([^|]+) \| (.*) \|$", "\n".join(table), re.MULTILINE))
+    assert value["SFT on r+"] == value["RFT"] == value["Self-Explore"] != value["SML (PPO)"]
+    assert value["Self-Explore minus RFT"].startswith("+0.0 [+0.0, +0.0]")
+    with pytest.raises(ValueError, match="Self-Explore in all of them"):
+        results.combine(two_runs)
 
 
 def test_several_seeds_add_a_line_with_seeds_as_the_draws(two_runs):

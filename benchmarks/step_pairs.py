@@ -1,0 +1,61 @@
+"""Self-Explore beside outcome DPO: where does the difference come from, and what if both may draw as much?
+
+    python benchmarks/step_pairs.py --seeds 0 1 2
+
+Writes results/step_pairs.csv: accuracy on fresh questions of the train split, and the gain over RFT, for
+- DPO on outcome pairs and on the step-level pairs of Self-Explore, as the run trains them;
+- step-level pairs made otherwise (`smlib.ablations.step_pairs`): another choice of the chosen side, a rejected side to
+  the end of the rationale, and pits at the first wrong step, by the step checker;
+- RFT and DPO on outcome pairs of more solutions a question (--samples), so many that they draw what Self-Explore does.
+For every seed it takes the run runs/PRESET-all-seedSEED, makes what is missing of stages 01, 02 and 06, and trains in
+folders of their own. A stopped run goes on.
+"""
+
+import argparse
+from pathlib import Path
+
+from ablations import write
+
+from smlib import ablations, explore_pipeline, models, pipeline
+from smlib.artifacts import require
+from smlib.settings import preset
+
+OWN = {"outcome pairs": "06_outcome_dpo", "first pit (Self-Explore)": "06_step_dpo"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--task", default="all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--samples", type=int, default=16, help="solutions a question for the same budget (default 16)")
+    parser.add_argument("--questions", type=int, default=100, help="fresh questions per task (default 100)")
+    parser.add_argument("--out", type=Path, default=ablations.TABLE.parent / "step_pairs.csv")
+    args = parser.parse_args()
+    rows = []
+    for seed in args.seeds:
+        settings = preset(args.preset, args.task, seed)
+        run = pipeline.run_folder("", args.preset, args.task, seed)
+        explore_pipeline.run(run, settings)
+        trained = {
+            "outcome pairs": require(run, "06_outcome_dpo"),
+            "first pit (Self-Explore)": require(run, "06_step_dpo"),
+        }
+        for name, pairs in ablations.step_pairs(run, settings).items():
+            trained[name] = ablations.step_policy(run, settings, name, pairs)
+        more = preset(args.preset, args.task, seed, explore={"samples": args.samples})
+        wide = ablations.branch(run, f"solutions-{args.samples}", ablations.SAMPLED[:3])
+        explore_pipeline.draw_solutions(wide, more)
+        explore_pipeline.select(wide, more)
+        trained[f"RFT, {args.samples} solutions"] = explore_pipeline.train_rft(wide, more)
+        trained[f"outcome pairs, {args.samples} solutions"] = explore_pipeline.train_outcome_dpo(wide, more)
+        rft = models.load_policy(require(run, "06_rft").path("model"))
+        answered = ablations.answers(settings, rft, args.questions)
+        for name, stage in trained.items():
+            rows += ablations.policy_rows(stage, settings, name, answered, before="RFT")
+            print(f"seed {seed}: {name}", flush=True)
+        write(rows, ablations.COLUMNS, args.out)
+
+
+if __name__ == "__main__":
+    main()
