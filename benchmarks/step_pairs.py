@@ -4,8 +4,9 @@
 
 Writes results/step_pairs.csv: accuracy on fresh questions of the train split, and the gain over RFT, for
 - DPO on outcome pairs and on the step-level pairs of Self-Explore, as the run trains them;
-- step-level pairs made otherwise (`smlib.ablations.step_pairs`): another choice of the chosen side, a rejected side to
-  the end of the rationale, and pits at the first wrong step, by the step checker;
+- each of the two at the other's learning rate;
+- step-level pairs made otherwise (`smlib.ablations.step_pairs`): another choice of the chosen side, pits at the first
+  wrong step by the step checker, and a rejected side to the end of the rationale (at the rate of outcome pairs);
 - RFT and DPO on outcome pairs of more solutions a question (--samples), so many that they draw what Self-Explore does.
 For every seed it takes the run runs/PRESET-all-seedSEED, makes what is missing of stages 01, 02 and 06, and trains in
 folders of their own. A stopped run goes on.
@@ -41,8 +42,13 @@ def main() -> None:
             "outcome pairs": require(run, "06_outcome_dpo"),
             "first pit (Self-Explore)": require(run, "06_step_dpo"),
         }
+        whole, steps = settings.dpo.learning_rate, settings.dpo.step_learning_rate
+        jobs = {f"outcome pairs, rate {steps:g}": (require(run, "06_selection").read_rows("pairs"), steps)}
+        jobs[f"first pit, rate {whole:g}"] = require(run, "06_exploration").read_rows("pairs"), whole
         for name, pairs in ablations.step_pairs(run, settings).items():
-            trained[name] = ablations.step_policy(run, settings, name, pairs)
+            jobs[name] = pairs, whole if name == ablations.REST else steps
+        for name, (pairs, rate) in jobs.items():
+            trained[name] = ablations.step_policy(run, settings, name, pairs, rate)
         more = preset(args.preset, args.task, seed, explore={"samples": args.samples})
         wide = ablations.branch(run, f"solutions-{args.samples}", ablations.SAMPLED[:3])
         explore_pipeline.draw_solutions(wide, more)

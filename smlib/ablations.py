@@ -8,7 +8,7 @@ train split, never on a test set.
 
 import csv
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from smlib import dpo, evaluation, explore, explore_pipeline, models, pipeline, reward_model
@@ -19,6 +19,7 @@ PAIRS = (("both", "both"), ("base", "both"), ("both", "open"), ("both", "conditi
 SAMPLED = ("01_sampling", "02_ranking", "02_sft", "03_second_sampling")
 TABLE = Path(__file__).parents[1] / "results" / "ablations.csv"  # what benchmarks/ablations.py writes
 CURVE_COLUMNS = ("policy", "seed", "update", "tokens", "reward", "accuracy", "kl", "entropy", "length")
+REST = "all that follows rejected"  # of `step_pairs`
 COLUMNS = ("seed", "setting", "value", "metric", "score", "low", "high", "n")
 
 
@@ -119,9 +120,9 @@ def policy_rows(stage: Stage, settings: Settings, name: str, answered: list[dict
 def step_pairs(run_dir: str | Path, settings: Settings, progress: bool = True) -> dict[str, list[dict]]:
     """Step-level pairs of a run with stages 06, made otherwise from the same wrong rationales; name -> pairs.
 
-    "random chosen", "most likely chosen": another of the completions that recover. "all that follows rejected": the
-    rejected side goes on to the end of the wrong rationale, end-of-sequence included. "first wrong step": the step
-    checker says where, in place of the search; chosen is what k completions from before it find.
+    "random chosen", "most likely chosen": another of the completions that recover. REST: the rejected side goes on to
+    the end of the wrong rationale, end-of-sequence included. "first wrong step": the step checker says where, in place
+    of the search; chosen is what k completions from before it find.
     """
     tokenizer = models.load_tokenizer(settings.base)
     outcome = require(run_dir, "06_selection").read_rows("pairs")
@@ -136,7 +137,7 @@ def step_pairs(run_dir: str | Path, settings: Settings, progress: bool = True) -
         for choice in ("random", "most_likely")
     }
     own = [explore.granular_pair(tokenizer, one, found, s, "shortest") for one, s in zip(wrong, solutions, strict=True)]
-    made["all that follows rejected"] = [
+    made[REST] = [
         pair | {"rejected_ids": list(one.ids[len(one.prefix(pair["step"] - 1)) :])}
         for one, pair in zip(wrong, own, strict=True)
         if pair
@@ -164,21 +165,20 @@ def _at_wrong_steps(tokenizer, rationales: list, solutions: list, draw, k: int) 
     return explore.granular_pairs(tokenizer, rationales, found, solutions, "shortest")[0]
 
 
-def step_policy(run_dir: str | Path, settings: Settings, name: str, pairs: list[dict], progress: bool = True) -> Stage:
-    """The RFT model of a run after DPO on other pairs, in the variant `name`."""
-    folder = branch(run_dir, f"pairs-{name.replace(' ', '-')}", ("06_rft", "06_selection"))
-    tuned, chosen = require(folder, "06_rft"), settings.dpo
-    stage = Stage(folder, "06_step_dpo", {"dpo": asdict(chosen), "pairs": name}, inputs=[tuned])
+def step_policy(
+    run_dir: str | Path, settings: Settings, name: str, pairs: list[dict], rate: float, progress: bool = True
+) -> Stage:
+    """The RFT model of a run after DPO on other pairs, or at another learning rate, in the variant `name`."""
+    folder, chosen = branch(run_dir, f"pairs-{name.replace(' ', '-')}", ("06_rft",)), settings.dpo
+    tuned = require(folder, "06_rft")
+    how = {"beta": chosen.beta, "epochs": chosen.epochs, "learning_rate": rate, "batch": chosen.batch}
+    stage = Stage(folder, "06_step_dpo", {"pairs": name, "seed": settings.seed} | how, inputs=[tuned])
     if stage.done:
         return stage
     with stage.recording():
         tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(tuned.path("model"))
-        stage.write_rows("pairs", pairs)
-        log = dpo.train_dpo(
-            model, tokenizer, pairs, beta=chosen.beta, epochs=chosen.epochs, learning_rate=chosen.learning_rate,
-            batch=chosen.batch, seed=settings.seed, progress=f"DPO, {name}" if progress else None,
-        )  # fmt: skip
-        stage.write_rows("log", log)
+        label = f"DPO, {name}" if progress else None
+        stage.write_rows("log", dpo.train_dpo(model, tokenizer, pairs, seed=settings.seed, progress=label, **how))
         stage.write_model("model", model, tokenizer)
     return stage
 

@@ -179,15 +179,17 @@ def wrong_rationales(tokenizer, problems: dict[str, Problem], outcome: list[dict
 
 def train_step_dpo(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     """06_step_dpo: the RFT model after DPO on the step-level pairs, which is Self-Explore. Writes model/, log.jsonl."""
-    return _train_dpo(run_dir, settings, "06_step_dpo", require(run_dir, "06_exploration"), "step DPO" * progress)
+    paired, rate = require(run_dir, "06_exploration"), settings.dpo.step_learning_rate
+    return _train_dpo(run_dir, settings, "06_step_dpo", paired, rate, "step DPO" * progress)
 
 
 def train_outcome_dpo(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     """06_outcome_dpo: the RFT model after DPO on the outcome pairs, the baseline. Writes model/ and log.jsonl."""
-    return _train_dpo(run_dir, settings, "06_outcome_dpo", require(run_dir, "06_selection"), "outcome DPO" * progress)
+    paired, rate = require(run_dir, "06_selection"), settings.dpo.learning_rate
+    return _train_dpo(run_dir, settings, "06_outcome_dpo", paired, rate, "outcome DPO" * progress)
 
 
-def _train_dpo(run_dir: Path, settings: Settings, name: str, paired: Stage, label: str) -> Stage:
+def _train_dpo(run_dir: Path, settings: Settings, name: str, paired: Stage, rate: float, label: str) -> Stage:
     tuned = require(run_dir, "06_rft")
     stage = Stage(run_dir, name, _common(settings, "dpo"), inputs=[tuned, paired])
     if stage.done:
@@ -196,7 +198,7 @@ def _train_dpo(run_dir: Path, settings: Settings, name: str, paired: Stage, labe
         tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(tuned.path("model"))
         log = dpo.train_dpo(
             model, tokenizer, paired.read_rows("pairs"), beta=settings.dpo.beta, epochs=settings.dpo.epochs,
-            learning_rate=settings.dpo.learning_rate, batch=settings.dpo.batch, seed=settings.seed,
+            learning_rate=rate, batch=settings.dpo.batch, seed=settings.seed,
             progress=label or None,
         )  # fmt: skip
         stage.write_rows("log", log)

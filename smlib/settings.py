@@ -93,12 +93,16 @@ class ExploreSettings:
 
 @dataclass(frozen=True)
 class DPOSettings:
-    """Self-Explore, stage 6: DPO on outcome pairs and on step-level pairs."""
+    """Self-Explore, stage 6: DPO on outcome pairs and on step-level pairs.
 
-    epochs: float = 3.0
-    learning_rate: float = 1e-4
+    The paper trains both at one rate. A step-level pair tells its sides apart by few tokens, and bears larger steps.
+    """
+
+    epochs: float = 2.0
+    learning_rate: float = 3e-4  # on outcome pairs
+    step_learning_rate: float = 6e-4  # on step-level pairs
     batch: int = 32  # pairs
-    beta: float = 0.1
+    beta: float = 1.0
 
 
 @dataclass(frozen=True)

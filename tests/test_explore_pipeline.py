@@ -283,6 +283,6 @@ def test_pairs_made_otherwise_differ_where_they_should(finished, tmp_path):
         assert first_wrong_step(problem, pair["prefix"]) in (None, wrong)  # the prefix is right as far as it goes
         assert wrong == len((pair["prefix"] + pair["rejected"]).strip().splitlines()) - 1
         assert grade(pair["prefix"] + pair["chosen"], problem).correct
-    stage = ablations.step_policy(run, small(), "first wrong step", made["first wrong step"][:8], progress=False)
+    stage = ablations.step_policy(run, small(), "first wrong step", made["first wrong step"][:8], 1e-4, progress=False)
     assert stage.folder == run / "ablations" / "pairs-first-wrong-step" / "06_step_dpo"
     assert stage.read_rows("log") and (stage.path("model") / "model.safetensors").exists()
