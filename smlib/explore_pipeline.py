@@ -59,8 +59,14 @@ def select(run_dir: Path, settings: Settings) -> Stage:
     with stage.recording():
         rows, tokenizer = drawn.read_rows("solutions"), models.load_tokenizer(settings.base)
         rft, problems = selection.rft_set(rows, most), pipeline.training_problems(settings)
+        pairs = selection.outcome_pairs(tokenizer, problems, rft, rows, most, settings.seed)
+        if not pairs:
+            raise ValueError(
+                "no question has a right and a wrong solution, of which a pair could be made: raise explore.samples or "
+                "explore.temperature, or begin with another base"
+            )
         stage.write_rows("rft", rft)
-        stage.write_rows("pairs", selection.outcome_pairs(tokenizer, problems, rft, rows, most, settings.seed))
+        stage.write_rows("pairs", pairs)
     return stage
 
 

@@ -205,6 +205,13 @@ def test_with_lora_rft_and_dpo_are_merged_and_start_where_they_should(finished, 
                 assert torch.equal(trained[layer], weight)
 
 
+def test_without_a_right_beside_a_wrong_solution_there_is_nothing_to_explore(finished, tmp_path, monkeypatch):
+    run = branch(finished, tmp_path / "run", ["06_solutions"])
+    monkeypatch.setattr(explore_pipeline.selection, "outcome_pairs", lambda *_: [])
+    with pytest.raises(ValueError, match="no question has a right and a wrong solution.* raise explore.samples"):
+        explore_pipeline.select(run, small())
+
+
 def test_the_fate_adds_up():
     counts = {"kept: pit at step 10": 1, "kept: pit at step 2": 1200, "dropped: no pit": 3, "dropped: duplicate": 4}
     lines = explore_pipeline.fate(counts).splitlines()[2:]
