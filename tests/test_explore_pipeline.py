@@ -208,7 +208,7 @@ def test_with_lora_rft_and_dpo_are_merged_and_start_where_they_should(finished, 
 def test_without_a_right_beside_a_wrong_solution_there_is_nothing_to_explore(finished, tmp_path, monkeypatch):
     run = branch(finished, tmp_path / "run", ["06_solutions"])
     monkeypatch.setattr(explore_pipeline.selection, "outcome_pairs", lambda *_: [])
-    with pytest.raises(ValueError, match="no question has a right and a wrong solution.* raise explore.samples"):
+    with pytest.raises(ValueError, match=r"no question has a right and a wrong solution.* raise explore\.samples"):
         explore_pipeline.select(run, small())
 
 
