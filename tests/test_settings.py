@@ -15,16 +15,16 @@ def test_every_preset_can_be_made_for_all_tasks_and_for_one(name):
         assert (settings.preset, settings.tasks, settings.seed, settings.base) == (name, (task,), 3, "tiny")
 
 
-@pytest.mark.parametrize(("name", "scale"), [("mistral-7b", 0.1), ("llemma-7b", 1), ("deepseek-math-7b", 1)])
+@pytest.mark.parametrize("name", LARGE)
 @pytest.mark.parametrize(("task", "length"), [("gsm8k", 512), ("math", 1024)])
-def test_presets_of_large_models_are_as_the_paper_has_it_with_rates_for_adapters(name, scale, task, length):
-    """Self-Explore, 2404.10346, appendix: the rates there are for all weights, ours are ten times as large."""
+def test_presets_of_large_models_are_as_the_paper_has_it_with_rates_for_adapters(name, task, length):
+    """Self-Explore, 2404.10346: its rates are for all weights, ours ten times as large."""
     settings = preset(name, task)
     assert "7b" in settings.base.lower() and settings.sampling.max_new_tokens == settings.ppo.max_new_tokens == length
     drawn, sft, dpo = settings.explore, settings.sft, settings.dpo
     assert (drawn.samples, drawn.temperature, drawn.k, drawn.max_per_question) == (100, 0.7, 4, 8)
-    assert (sft.epochs, sft.batch, sft.learning_rate) == (5, 64, pytest.approx(1e-4 * scale))
-    assert (dpo.epochs, dpo.batch, dpo.beta, dpo.learning_rate) == (3, 32, 0.1, pytest.approx(1e-5 * scale))
+    assert (sft.epochs, sft.batch, sft.learning_rate) == (5, 64, 1e-4)
+    assert (dpo.epochs, dpo.batch, dpo.beta, dpo.learning_rate) == (3, 32, 0.1, 1e-5)
     assert settings.lora.rank and settings.hardware.weights == "bfloat16"
     assert sft.batch % settings.hardware.micro_batch == dpo.batch % settings.hardware.micro_batch == 0
 
