@@ -132,9 +132,12 @@ def _parser() -> argparse.ArgumentParser:
     explore = commands.add_parser(
         "explore", help="stages 06, Self-Explore: where wrong rationales go wrong, and DPO there"
     )
-    explore.add_argument("--preset", default="tiny", help="the run's preset: smoke or tiny (default)")
-    explore.add_argument("--task", default="all", help="the run's task, or all (default)")
+    presets = "the run's preset: tiny (default), smoke, tiny-lora, mistral-7b, llemma-7b or deepseek-math-7b"
+    explore.add_argument("--preset", default="tiny", help=presets)
+    tasks = "a generated task, or all (default) of them; for the 7B presets a published dataset, such as gsm8k or math"
+    explore.add_argument("--task", default="all", help=tasks)
     explore.add_argument("--seed", type=int, default=0)
+    explore.add_argument("--base", help="another model in place of the preset's: a folder or a hub id")
     there = "run folder; stages 01 and 02 are made where missing (default: runs/PRESET-TASK-seedSEED)"
     explore.add_argument("--out", metavar="RUN", help=there)
     commands.add_parser("pretrain", help="make the tiny base model again; see pretrain --help")
@@ -203,7 +206,7 @@ def explore(args) -> int:
     from smlib.explore import LuckWarning
     from smlib.settings import preset
 
-    settings = preset(args.preset, args.task, args.seed)
+    settings = preset(args.preset, args.task, args.seed, **({"base": args.base} if args.base else {}))
     run = pipeline.run_folder(args.out or "", args.preset, args.task, args.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("once", LuckWarning)

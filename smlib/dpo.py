@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
@@ -21,10 +22,23 @@ COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 class _TokenTrainer(DPOTrainer):
-    """TRL's trainer for tokens: of texts it would end both sides with end-of-sequence, and tokenise them."""
+    """TRL's trainer for tokens: of texts it would end both sides with end-of-sequence, and tokenise them.
+
+    Of a step's micro batches each counts by its pairs: to TRL all are alike, and the last one may be smaller.
+    """
+
+    loss_is_scaled_for_ga = True  # by compute_loss
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         return dataset
+
+    def get_batch_samples(self, *arguments):
+        batches, _ = super().get_batch_samples(*arguments)
+        return batches, sum(len(batch["input_ids"]) for batch in batches)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs)
+        return loss * (len(inputs["input_ids"]) / num_items_in_batch) if num_items_in_batch else loss
 
 
 def train_dpo(
@@ -37,12 +51,15 @@ def train_dpo(
     learning_rate: float,
     batch: int,
     seed: int,
+    micro_batch: int = 0,
+    recompute: bool = False,
     progress: str | None = "DPO",
 ) -> list[dict]:
     """Fine-tune `model` in place on `pairs`; returns the log (loss, rewards/accuracies, rewards/margins, ...).
 
     pairs: rows with prompt_ids, chosen_ids and rejected_ids, trained on exactly as they are. batch: pairs per step. The
-    linear schedule and the warm-up over a tenth of the steps are those of the Self-Explore reference code.
+    linear schedule and the warm-up over a tenth of the steps are those of the Self-Explore reference code. model: with
+    a new adapter on it, its base is the reference. micro_batch, recompute: `settings.HardwareSettings`.
 
     Raises ValueError without pairs, for an empty side, and for a chosen side that does not end with end-of-sequence,
     from which the policy would not learn to stop.
@@ -59,17 +76,19 @@ def train_dpo(
         ids = {name: list(pair[name]) for name in COLUMNS}
         examples.append(ids | {"length": len(ids["prompt_ids"]) + max(len(ids[name]) for name in COLUMNS[1:])})
     with tempfile.TemporaryDirectory() as out, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # TRL's own call, at every step
-        options = trainer_options(epochs, learning_rate, batch, seed, out)
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)  # TRL's own calls, at every step
+        options = trainer_options(model, epochs, learning_rate, batch, seed, out, micro_batch, recompute)
         options |= {"lr_scheduler_type": "linear", "warmup_steps": 0.1}
         options |= {"remove_unused_columns": False}  # it would remove the lengths, by which pairs are grouped
         trainer = _TokenTrainer(
             model=model,
-            ref_model=copy.deepcopy(model).requires_grad_(False),
+            ref_model=None if is_peft_model(model) else copy.deepcopy(model).requires_grad_(False),
             args=DPOConfig(**options, beta=beta, loss_type="sigmoid", max_length=None),
             train_dataset=Dataset.from_list(examples),
             processing_class=tokenizer,
         )
         log = fit(trainer, progress)
+    if is_peft_model(model):
+        model.delete_adapter("ref")  # the reference: TRL's copy of the adapter as it was
     model.eval()
     return log

@@ -15,7 +15,7 @@ from scipy import stats
 from smlib import prompts
 from smlib.answers import grade
 from smlib.problems import Problem
-from smlib.sampling import sample
+from smlib.sampling import MAX_BATCH, sample
 
 # Zero-shot chain-of-thought accuracy (percent) of text-davinci-002, the model the paper compares with, as
 # published by Kojima et al. 2022 (arXiv 2205.11916) with its outputs; the comment is the number of questions.
@@ -167,12 +167,14 @@ def evaluate(
     max_new_tokens: int,
     seed: int,
     shots: str = "none",
+    max_batch: int = MAX_BATCH,
     progress: str | None = None,
 ) -> list[dict]:
     """One row per problem: the greedy answer and k sampled ones to the question alone (k = 0: greedy only).
 
     shots: whose exemplars come first, "none", "smlib" or "wei" (`prompts.few_shot`): few-shot chain of thought, for
-    a model that was not trained on the bare question. Texts are cut as in training (`prompts.cut`).
+    a model that was not trained on the bare question. Texts are cut as in training (`prompts.cut`). max_batch: answers
+    drawn at once.
 
     Row: id, dataset, gold; greedy_text, greedy_answer, greedy_correct, greedy_invalid; sampled_texts,
     sampled_answers, sampled_correct (lists of k) and sampled_invalid (a count). An invalid answer is None and
@@ -184,6 +186,7 @@ def evaluate(
         "keys": [problem.id for problem in problems],
         "max_new_tokens": max_new_tokens,
         "seed": seed,
+        "max_batch": max_batch,
         "progress": progress,
     }
     greedy = sample(model, tokenizer, n=1, temperature=0.0, **common)

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from smlib import dpo, evaluation, explore, models, pipeline, results, selection, sft
 from smlib.artifacts import MANIFEST, Stage, require
-from smlib.engines import NativeEngine
-from smlib.problems import Problem, pinned_files
+from smlib.problems import TASKS, Problem, pinned_files
 from smlib.sampling import sample_ids
 from smlib.settings import Settings
 
@@ -37,10 +36,9 @@ def draw_solutions(run_dir: Path, settings: Settings, progress: bool = True) -> 
     if stage.done:
         return stage
     with stage.recording():
-        tokenizer = models.load_tokenizer(settings.base)
-        engine = NativeEngine(models.load_policy(tuned.path("model")), tokenizer)
+        engine = pipeline.load_engine(settings, tuned.path("model"))
         rows = selection.draw_solutions(
-            pipeline._to_disk(stage, "solutions", engine), tokenizer, pipeline.training_problems(settings),
+            pipeline.to_disk(stage, "solutions", engine), engine.tokenizer, pipeline.training_problems(settings),
             settings.explore.samples, temperature=settings.explore.temperature,
             max_new_tokens=settings.sampling.max_new_tokens, seed=settings.seed,
             progress="solutions of the SFT model" if progress else None,
@@ -59,26 +57,32 @@ def select(run_dir: Path, settings: Settings) -> Stage:
     with stage.recording():
         rows, tokenizer = drawn.read_rows("solutions"), models.load_tokenizer(settings.base)
         rft, problems = selection.rft_set(rows, most), pipeline.training_problems(settings)
+        pairs = selection.outcome_pairs(tokenizer, problems, rft, rows, most, settings.seed)
+        if not pairs:
+            raise ValueError(
+                "no question has a right and a wrong solution, of which a pair could be made: raise explore.samples or "
+                "explore.temperature, or begin with another base"
+            )
         stage.write_rows("rft", rft)
-        stage.write_rows("pairs", selection.outcome_pairs(tokenizer, problems, rft, rows, most, settings.seed))
+        stage.write_rows("pairs", pairs)
     return stage
 
 
 def train_rft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     """06_rft: the base again, not the SFT model, fine-tuned on the RFT set. Writes model/ and log.jsonl."""
     selected = require(run_dir, "06_selection")
-    stage = Stage(run_dir, "06_rft", _common(settings, "sft"), inputs=[selected])
+    stage = Stage(run_dir, "06_rft", pipeline.stage_keys(settings, "sft"), inputs=[selected])
     if stage.done:
         return stage
     with stage.recording():
-        tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(settings.base)
+        tokenizer, model = models.load_tokenizer(settings.base), pipeline.load_trainable(settings, settings.base)
         log = sft.train_sft(
             model, tokenizer, pipeline.training_problems(settings), selected.read_rows("rft"),
             epochs=settings.sft.epochs, learning_rate=settings.sft.learning_rate, batch=settings.sft.batch,
-            seed=settings.seed, progress="RFT" if progress else None,
+            **pipeline.fitting(settings), progress="RFT" if progress else None,
         )  # fmt: skip
         stage.write_rows("log", log)
-        stage.write_model("model", model, tokenizer)
+        stage.write_model("model", pipeline.merged(model), tokenizer)
     return stage
 
 
@@ -96,7 +100,7 @@ def find_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
     if stage.done:
         return stage
     with stage.recording():
-        tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(tuned.path("model"))
+        tokenizer, model = models.load_tokenizer(settings.base), pipeline.load_model(settings, tuned.path("model"))
         draw = drawing(model, tokenizer, settings)
         problems = {problem.id: problem for problem in pipeline.training_problems(settings)}
         outcome, parts = selected.read_rows("pairs"), []
@@ -139,7 +143,8 @@ def report_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Sta
     """06_pit_report: how often the first pit of k completions is the first wrong step (`explore.pit_report`).
 
     Writes report.jsonl: per dataset a row for every k of KS; an even choice of at most REPORTED of the outcome pairs'
-    wrong rationales, each prefix completed twice as often as the greatest k. A dataset without any wrong step has none.
+    wrong rationales, each prefix completed twice as often as the greatest k. A dataset without any wrong step has none,
+    nor has a published one, whose steps nothing can check.
     """
     selected, tuned = require(run_dir, "06_selection"), require(run_dir, "06_rft")
     keys = _keys(settings, temperature=settings.explore.temperature) | {"ks": KS, "reported": REPORTED}
@@ -148,10 +153,10 @@ def report_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Sta
         return stage
     with stage.recording(), warnings.catch_warnings():
         warnings.simplefilter("ignore", explore.LuckWarning)  # of more completions than the report's k
-        tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(tuned.path("model"))
+        tokenizer, model = models.load_tokenizer(settings.base), pipeline.load_model(settings, tuned.path("model"))
         problems = {problem.id: problem for problem in pipeline.training_problems(settings)}
         everything, rows = wrong_rationales(tokenizer, problems, selected.read_rows("pairs")), []
-        for task in settings.tasks:
+        for task in (task for task in settings.tasks if task in TASKS):
             mine = [one for one in everything if one.problem.dataset == task and explore.wrong_step(tokenizer, one)]
             mine = [mine[place * len(mine) // REPORTED] for place in range(REPORTED)] if len(mine) > REPORTED else mine
             if mine:
@@ -166,7 +171,7 @@ def drawing(model, tokenizer, settings: Settings) -> explore.Draw:
     """What `explore.explore` draws with: the sampler with the run's temperature, lengths and seed."""
     return partial(
         sample_ids, model, tokenizer=tokenizer, temperature=settings.explore.temperature,
-        max_new_tokens=settings.sampling.max_new_tokens, seed=settings.seed,
+        max_new_tokens=settings.sampling.max_new_tokens, max_batch=settings.hardware.rollout_rows, seed=settings.seed,
     )  # fmt: skip
 
 
@@ -191,18 +196,18 @@ def train_outcome_dpo(run_dir: Path, settings: Settings, progress: bool = True) 
 
 def _train_dpo(run_dir: Path, settings: Settings, name: str, paired: Stage, rate: float, label: str) -> Stage:
     tuned = require(run_dir, "06_rft")
-    stage = Stage(run_dir, name, _common(settings, "dpo"), inputs=[tuned, paired])
+    stage = Stage(run_dir, name, pipeline.stage_keys(settings, "dpo"), inputs=[tuned, paired])
     if stage.done:
         return stage
     with stage.recording():
-        tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(tuned.path("model"))
+        tokenizer, model = models.load_tokenizer(settings.base), pipeline.load_trainable(settings, tuned.path("model"))
         log = dpo.train_dpo(
             model, tokenizer, paired.read_rows("pairs"), beta=settings.dpo.beta, epochs=settings.dpo.epochs,
-            learning_rate=rate, batch=settings.dpo.batch, seed=settings.seed,
+            learning_rate=rate, batch=settings.dpo.batch, **pipeline.fitting(settings),
             progress=label or None,
         )  # fmt: skip
         stage.write_rows("log", log)
-        stage.write_model("model", model, tokenizer)
+        stage.write_model("model", pipeline.merged(model), tokenizer)
     return stage
 
 
@@ -217,19 +222,20 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     sets = pipeline.test_problems(settings) | published
     refuse_training_questions(sets, pipeline.training_problems(settings))
     files = {name: {"rows": len(found), **pinned_files(found[0].dataset)} for name, found in published.items()}
-    keys = _common(settings, "evaluation") | {"published_sets": files}
+    keys = pipeline.stage_keys(settings, "evaluation") | {"published_sets": files}
     stage = Stage(run_dir, "06_evaluation", keys, inputs=list(trained.values()))
     if stage.done:
         return stage
     with stage.recording():
         tokenizer, rows = models.load_tokenizer(settings.base), []
         for method, source in trained.items():
-            model = models.load_policy(source.path("model"))
+            model = pipeline.load_model(settings, source.path("model"))
             for name, problems in sets.items():
                 answered = evaluation.evaluate(
                     model, tokenizer, problems, k=settings.evaluation.samples if name in settings.tasks else 0,
                     temperature=settings.evaluation.temperature, max_new_tokens=settings.sampling.max_new_tokens,
-                    seed=settings.seed, progress=f"{results.EXPLORE_METHODS[method]}, {name}" if progress else None,
+                    max_batch=settings.hardware.rollout_rows, seed=settings.seed,
+                    progress=f"{results.EXPLORE_METHODS[method]}, {name}" if progress else None,
                 )  # fmt: skip
                 rows += [{"method": method, "test_set": name} | row for row in answered]
         stage.write_rows("answers", rows)
@@ -246,7 +252,6 @@ def refuse_training_questions(sets: dict[str, list[Problem]], trained: list[Prob
 
 def run(run_dir: Path, settings: Settings, progress: bool = True) -> None:
     """All stages in order, from 01_sampling on; those that are there are read."""
-    _common(settings)
     pipeline.sample_rationales(run_dir, settings, progress)
     pipeline.rank_rationales(run_dir, settings)
     pipeline.train_sft(run_dir, settings, progress)
@@ -280,7 +285,7 @@ def fate(counts: dict[str, int]) -> str:
 def pit_table(rows: list[dict]) -> str:
     """report.jsonl in percent: how often the first pit is the first wrong step, and what chance gives."""
     if not rows:
-        return "No pit report: none of the wrong rationales has a wrong step."
+        return "No pit report: the step checker, which knows generated tasks alone, finds no wrong step."
     shares = {
         "exact": "exact", "early": "early", "early_expected": "early, expected", "late": "late", "none": "no pit",
         "repeated": "repeated", "false_pits": "false pits", "expected": "false pits, expected",
@@ -310,14 +315,4 @@ def accuracies(run_dir: Path, settings: Settings) -> str:
 def _keys(settings: Settings, **explored) -> dict:
     """What the drawing and pairing stages depend on: of the settings those that they use."""
     lengths = {"max_new_tokens": settings.sampling.max_new_tokens}
-    return _common(settings) | {"sampling": lengths, "explore": explored}
-
-
-def _common(settings: Settings, *groups: str) -> dict:
-    """`pipeline._keys`; raises ValueError for settings with adapters."""
-    if settings.lora.rank:
-        raise ValueError(
-            f"stages 06 train all weights, and preset {settings.preset!r} has lora.rank = {settings.lora.rank}: "
-            "choose a preset without LoRA, such as tiny, or lora.rank = 0"
-        )
-    return pipeline._keys(settings, *groups)
+    return pipeline.stage_keys(settings) | {"sampling": lengths, "explore": explored}

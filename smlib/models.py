@@ -51,9 +51,16 @@ def weights_sha256(name: str) -> str | None:
 
 
 def load_tokenizer(name: str = "tiny") -> PreTrainedTokenizerBase:
-    """The tokenizer, refused if its pad token is its end token (training would mask the ends away)."""
+    """The tokenizer, with a pad token that is not its end token (training would mask the ends away).
+
+    Llama's, Mistral's and DeepSeek's have no such one: there the unknown token pads, and where there is none the one
+    that begins a text. No completion holds either, and the vocabulary stays as the model knows it. Raises ValueError
+    where both are missing, or are the end token too.
+    """
     tokenizer = AutoTokenizer.from_pretrained(resolve(name))
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         raise ValueError(
             f"tokenizer {name!r}: pad token {tokenizer.pad_token!r} must exist and differ from the end token "
             f"{tokenizer.eos_token!r}; add one with tokenizer.add_special_tokens({{'pad_token': '<pad>'}})"
@@ -61,17 +68,19 @@ def load_tokenizer(name: str = "tiny") -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(name: str | Path = "tiny") -> PreTrainedModel:
-    """A causal language model in float32, in eval mode; a folder of a LoRA adapter is merged into its base.
+def load_policy(name: str | Path = "tiny", weights: str = "float32") -> PreTrainedModel:
+    """A causal language model in eval mode, on the GPU where torch finds one; an adapter is merged into its base.
 
-    An adapter's base is sought beside it first, as stages name theirs by a relative path.
+    weights: the precision to hold it in, "float32" or "bfloat16". The base of a LoRA adapter's folder is sought beside
+    it first, as stages name theirs by a relative path.
     """
     folder = Path(resolve(str(name)))
     if (folder / "adapter_config.json").is_file():
         base = PeftConfig.from_pretrained(folder).base_model_name_or_path
         base = folder / base if (folder / base).exists() else base
-        return PeftModel.from_pretrained(load_policy(base), folder).merge_and_unload().eval()
-    return AutoModelForCausalLM.from_pretrained(resolve(str(name)), dtype=torch.float32).eval()
+        return PeftModel.from_pretrained(load_policy(base, weights), folder).merge_and_unload().eval()
+    model = AutoModelForCausalLM.from_pretrained(resolve(str(name)), dtype=getattr(torch, weights)).eval()
+    return model.to("cuda") if torch.cuda.is_available() else model
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: str) -> PeftModel:

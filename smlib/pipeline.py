@@ -7,6 +7,7 @@ A stage that is already on disk with the same settings is loaded, one with other
 """
 
 import copy
+import random
 import shutil
 import time
 from collections.abc import Sequence
@@ -15,13 +16,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import Accelerator, PartialState
+from peft import PeftModel
 
 from smlib import evaluation, models, ppo, ranking, rationales, reward_model, sft, trl_policy
 from smlib.answers import Reward
 from smlib.artifacts import Stage, require
 from smlib.bulk import Bulk
 from smlib.engines import NativeEngine
-from smlib.problems import PUBLISHED, DatasetError, Problem, generate, load, pinned_files
+from smlib.problems import PUBLISHED, TASKS, TRAIN_SETS, DatasetError, Problem, generate, load, pinned_files
 from smlib.roles import Adapters, Roles, SeparateModels
 from smlib.settings import Settings
 
@@ -42,55 +44,113 @@ def run_folder(run_dir: str, preset: str, task: str, seed: int) -> Path:
 
 
 def training_problems(settings: Settings) -> list[Problem]:
-    """The questions that the base writes rationales for (stage 01), task after task."""
+    """The questions that the base writes rationales for (stage 01), task after task; of a published dataset the first
+    of its train split, in an order that the seed decides, or all where it has fewer."""
+    n, seed = settings.sampling.questions, settings.seed
     return [
         problem
         for task in settings.tasks
-        for problem in generate(task, settings.sampling.questions, _FIRST + settings.seed)
+        for problem in (_train_split(task, seed)[:n] if task in TRAIN_SETS else generate(task, n, _FIRST + seed))
     ]
 
 
 def second_problems(settings: Settings) -> list[Problem]:
-    """Fresh questions that the SFT model writes rationales for (stage 03)."""
-    return [
-        problem
-        for task in settings.tasks
-        for problem in generate(task, settings.reward.questions, _SECOND + settings.seed)
-    ]
+    """Fresh questions that the SFT model writes rationales for (stage 03).
+
+    Raises ValueError where none of a published train split is left for them.
+    """
+    n, used, seed = settings.reward.questions, settings.sampling.questions, settings.seed
+    if settings.tasks[0] in TRAIN_SETS:
+        questions = _train_split(settings.tasks[0], seed)
+        if n and not questions[used:]:
+            raise ValueError(
+                f"{settings.tasks[0]} has {len(questions):,} train questions, and stage 01 takes all of them: lower "
+                f"sampling.questions = {used:,}, so that stage 03 has fresh ones"
+            )
+        return questions[used : used + n]
+    return [problem for task in settings.tasks for problem in generate(task, n, _SECOND + seed)]
 
 
 def ppo_problems(settings: Settings):
-    """Update number -> that update's questions: fresh ones every time, the tasks in equal shares."""
+    """Update number -> that update's questions: fresh ones every time, the tasks in equal shares.
+
+    Of a published train split the questions after those of stages 01 and 03, round after round in another order; all
+    of them where less than one update's are left.
+    """
     each, odd = divmod(settings.ppo.questions, len(settings.tasks))
     if odd:
         raise ValueError(
             f"PPO asks {settings.ppo.questions} questions per update, no multiple of the {len(settings.tasks)} tasks; "
             "change ppo.episodes or ppo.samples_per_question"
         )
+    if settings.tasks[0] in TRAIN_SETS:
+        questions = _train_split(settings.tasks[0], settings.seed)
+        left = questions[settings.sampling.questions + settings.reward.questions :]
+        return _in_rounds(left if len(left) >= each else questions, each, f"ppo/{settings.seed}")
     pools = [generate(task, each * settings.ppo.updates, _PPO + settings.seed) for task in settings.tasks]
     return lambda update: [problem for pool in pools for problem in pool[update * each : (update + 1) * each]]
 
 
+def _in_rounds(pool: list[Problem], each: int, name: str):
+    """Update number -> `each` different questions: the pool in a random order, then in another one, and so on."""
+    if len(pool) < each:
+        raise ValueError(f"PPO asks {each} questions per update, and there are {len(pool)}: lower ppo.episodes")
+
+    def asked(update: int) -> list[Problem]:
+        number, place = divmod(update, len(pool) // each)
+        order = random.Random(f"{name}/{number}").sample(pool, len(pool))
+        return order[place * each : (place + 1) * each]
+
+    return asked
+
+
 def fresh_problems(settings: Settings, n: int) -> list[Problem]:
-    """n questions per task, of the train split and in none of the run's stages: to look at a model on the way."""
-    used = training_problems(settings) + second_problems(settings)
+    """n questions per task, of the train split and in none of the run's stages: to look at a model on the way.
+
+    Of a published train split as many of the n as are left; raises ValueError where none is.
+    """
     asked = ppo_problems(settings)
     seen = {problem.id for update in range(settings.ppo.updates) for problem in asked(update)}
-    seen |= {problem.id for problem in used}
-    pools = [generate(task, 2 * n, _FRESH + settings.seed) for task in settings.tasks]
+    seen |= {problem.id for problem in training_problems(settings) + second_problems(settings)}
+    if settings.tasks[0] in TRAIN_SETS:
+        pools = [_train_split(settings.tasks[0], settings.seed)]
+        if all(problem.id in seen for problem in pools[0]):
+            raise ValueError(
+                f"the run's stages use all {len(pools[0]):,} train questions of {settings.tasks[0]}: lower "
+                "sampling.questions, reward.questions or ppo.updates"
+            )
+    else:
+        pools = [generate(task, 2 * n, _FRESH + settings.seed) for task in settings.tasks]
     return [problem for pool in pools for problem in [p for p in pool if p.id not in seen][:n]]
 
 
 def test_problems(settings: Settings) -> dict[str, list[Problem]]:
-    """Test set -> its questions: one generated set per task, equal for all seeds of training."""
-    return {task: generate(task, settings.evaluation.questions, _TEST, split="test") for task in settings.tasks}
+    """Test set -> its questions, equal for all seeds of training: one set per task, generated or of the test split."""
+    n = settings.evaluation.questions
+    return {
+        task: _shuffled(load(task, "test"), task)[:n] if task in TRAIN_SETS else generate(task, n, _TEST, split="test")
+        for task in settings.tasks
+    }
+
+
+def _train_split(dataset: str, seed: int) -> list[Problem]:
+    """The train split of a published dataset, each question once and none of its test split (multiarith repeats some),
+    in an order that the seed decides."""
+    found = {problem.question: problem for problem in load(dataset, "train")}
+    for problem in load(dataset, "test"):
+        found.pop(problem.question, None)
+    return _shuffled(list(found.values()), f"{dataset}/{seed}")
+
+
+def _shuffled(problems: list[Problem], seed: str) -> list[Problem]:
+    return random.Random(seed).sample(problems, len(problems))
 
 
 def published_problems(settings: Settings) -> tuple[dict[str, list[Problem]], str]:
-    """The published test sets of the run's tasks, and a sentence that says which are missing and why."""
+    """The published sets of the run's generated tasks, and a sentence that says which are missing and why."""
     found, missing = {}, ""
     for task in settings.tasks:
-        if task in PUBLISHED and settings.evaluation.published:
+        if task in TASKS and task in PUBLISHED and settings.evaluation.published:
             try:
                 found[f"{task} (published)"] = load(task, "all", limit=settings.evaluation.published)
             except DatasetError as error:
@@ -103,14 +163,14 @@ def sample_rationales(run_dir: Path, settings: Settings, progress: bool = True) 
 
     Writes problems.jsonl and rationales.jsonl.
     """
-    stage = Stage(run_dir, "01_sampling", _keys(settings, "sampling"))
+    stage = Stage(run_dir, "01_sampling", stage_keys(settings, "sampling"))
     if stage.done:
         return stage
     with stage.recording():
-        engine = NativeEngine(models.load_policy(settings.base), models.load_tokenizer(settings.base))
+        engine = load_engine(settings, settings.base)
         problems = training_problems(settings)
         rows = rationales.sample_open(
-            _to_disk(stage, "open", engine), problems, settings.sampling.samples, author="base",
+            to_disk(stage, "open", engine), problems, settings.sampling.samples, author="base",
             shots=settings.sampling.shots, progress="open rationales" if progress else None, **_drawing(settings),
         )  # fmt: skip
         asked = [
@@ -119,12 +179,12 @@ def sample_rationales(run_dir: Path, settings: Settings, progress: bool = True) 
             for problem in problems[start : start + settings.sampling.conditioned_questions]
         ]
         rows += rationales.sample_conditioned(
-            _to_disk(stage, "conditioned", engine), asked, settings.sampling.conditioned_samples, author="base",
+            to_disk(stage, "conditioned", engine), asked, settings.sampling.conditioned_samples, author="base",
             shots=settings.sampling.shots, progress="answer-conditioned rationales" if progress else None,
             **_drawing(settings),
         )  # fmt: skip
         rows = rationales.reanswer(
-            _to_disk(stage, "reanswers", engine),
+            to_disk(stage, "reanswers", engine),
             problems,
             rows,
             seed=settings.seed,
@@ -143,7 +203,7 @@ def rank_rationales(run_dir: Path, settings: Settings) -> Stage:
     Writes ranked.jsonl (kept rationales with their side), pairs.jsonl (of the base's rationales) and fate.json.
     """
     sampled = require(run_dir, "01_sampling")
-    stage = Stage(run_dir, "02_ranking", _keys(settings, "ranking"), inputs=[sampled])
+    stage = Stage(run_dir, "02_ranking", stage_keys(settings, "ranking"), inputs=[sampled])
     if stage.done:
         return stage
     with stage.recording():
@@ -157,21 +217,19 @@ def rank_rationales(run_dir: Path, settings: Settings) -> Stage:
 def train_sft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     """02_sft: the base, fine-tuned on r+. Writes model/ and log.jsonl."""
     ranked = require(run_dir, "02_ranking")
-    stage = Stage(run_dir, "02_sft", _keys(settings, "sft"), inputs=[ranked])
+    stage = Stage(run_dir, "02_sft", stage_keys(settings, "sft"), inputs=[ranked])
     if stage.done:
         return stage
     with stage.recording():
-        tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(settings.base)
-        model = _with_lora(model, settings) if settings.lora.rank else model
+        tokenizer, model = models.load_tokenizer(settings.base), load_trainable(settings, settings.base)
         rows = [row for row in ranked.read_rows("ranked") if settings.sft.source in ("both", row["source"])]
         log = sft.train_sft(
             model, tokenizer, training_problems(settings), rows,
             epochs=settings.sft.epochs, learning_rate=settings.sft.learning_rate, batch=settings.sft.batch,
-            seed=settings.seed, progress="SFT on r+" if progress else None,
+            **fitting(settings), progress="SFT on r+" if progress else None,
         )  # fmt: skip
         stage.write_rows("log", log)
-        # merged: the base of the reward model's and of PPO's adapters
-        stage.write_model("model", model.merge_and_unload() if settings.lora.rank else model, tokenizer)
+        stage.write_model("model", merged(model), tokenizer)  # the base of the reward model's and of PPO's adapters
     return stage
 
 
@@ -182,15 +240,15 @@ def sample_again(run_dir: Path, settings: Settings, progress: bool = True) -> St
     SFT model, which are the ones that PPO will meet.
     """
     tuned = require(run_dir, "02_sft")
-    stage = Stage(run_dir, "03_second_sampling", _keys(settings, "sampling", "ranking") | {
+    stage = Stage(run_dir, "03_second_sampling", stage_keys(settings, "sampling", "ranking") | {
         "questions": settings.reward.questions}, inputs=[tuned])  # fmt: skip
     if stage.done:
         return stage
     with stage.recording():
-        engine = NativeEngine(models.load_policy(tuned.path("model")), models.load_tokenizer(settings.base))
+        engine = load_engine(settings, tuned.path("model"))
         problems = second_problems(settings)
         rows = rationales.sample_open(
-            _to_disk(stage, "open", engine), problems, settings.sampling.samples, author="sft",
+            to_disk(stage, "open", engine), problems, settings.sampling.samples, author="sft",
             progress="rationales of the SFT model" if progress else None, **_drawing(settings),
         )  # fmt: skip
         rows = rationales.reanswer(
@@ -208,12 +266,11 @@ def train_reward_model(run_dir: Path, settings: Settings, progress: bool = True)
     """03_reward_model: from the SFT model, on ranked pairs. Writes model/, log.jsonl and held_out.jsonl (scored)."""
     ranked, tuned = require(run_dir, "02_ranking"), require(run_dir, "02_sft")
     second = require(run_dir, "03_second_sampling")
-    stage = Stage(run_dir, "03_reward_model", _keys(settings, "reward"), inputs=[ranked, tuned, second])
+    stage = Stage(run_dir, "03_reward_model", stage_keys(settings, "reward"), inputs=[ranked, tuned, second])
     if stage.done:
         return stage
     with stage.recording():
-        tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(tuned.path("model"))
-        model = _with_lora(model, settings) if settings.lora.rank else model
+        tokenizer, model = models.load_tokenizer(settings.base), load_trainable(settings, tuned.path("model"))
         problems = training_problems(settings) + second_problems(settings)
         everything = ranked.read_rows("pairs") + second.read_rows("pairs")
         used = [
@@ -225,7 +282,7 @@ def train_reward_model(run_dir: Path, settings: Settings, progress: bool = True)
         log = reward_model.train_reward_model(
             model, tokenizer, problems, used,
             epochs=settings.reward.epochs, learning_rate=settings.reward.learning_rate, batch=settings.reward.batch,
-            beta=settings.reward.beta, nll_coef=settings.reward.nll_coef, seed=settings.seed,
+            beta=settings.reward.beta, nll_coef=settings.reward.nll_coef, **fitting(settings),
             progress="reward model" if progress else None,
         )  # fmt: skip
         held_out = [pair for pair in everything if pair["held_out"]]
@@ -254,7 +311,7 @@ def train_policy(
         raise ValueError(f"method {method!r} is unknown; choose one of: {', '.join(POLICY_METHODS)}.")
     reward_model.weighted_sum(reward, dict.fromkeys(REWARDS))  # refuses an unknown one before anything is loaded
     tuned, rewarder = require(run_dir, "02_sft"), require(run_dir, "03_reward_model")
-    stage = Stage(run_dir, f"04_{method}", _keys(settings, "ppo") | {"reward": reward}, inputs=[tuned, rewarder])
+    stage = Stage(run_dir, f"04_{method}", stage_keys(settings, "ppo") | {"reward": reward}, inputs=[tuned, rewarder])
     if stage.done:
         return stage
     accelerator = make_accelerator(tracker, stage.folder / "training")
@@ -275,8 +332,7 @@ def train_policy(
             if accelerator.num_processes > 1:  # each may hold a part only
                 trained = ppo.trained_roles(make_roles(settings, tuned, rewarder), stage.folder / "training")
         else:
-            trained = models.load_policy(tuned.path("model"))
-            trained = _with_lora(trained, settings) if settings.lora.rank else trained
+            trained = load_trainable(settings, tuned.path("model"))
             trl_policy.train(method, trained, reward=make_reward(reward, rewarder, tokenizer), **arguments)
         if accelerator.is_main_process:
             stage.write_model("model", trained, tokenizer)
@@ -285,11 +341,11 @@ def train_policy(
 
 def make_roles(settings: Settings, tuned: Stage, rewarder: Stage) -> Roles:
     """PPO's roles as the settings hold them: models of their own, or adapters of the SFT model."""
-    policy, head = models.load_policy(tuned.path("model")), settings.ppo.value == "head"
+    policy, head = load_trainable(settings, tuned.path("model")), settings.ppo.value == "head"
     if settings.lora.rank:
-        return Adapters(_with_lora(policy, settings), rewarder.path("model"), share_trunk=head)
+        return Adapters(policy, rewarder.path("model"), share_trunk=head)
     value = None if head else copy.deepcopy(policy).get_decoder()
-    return SeparateModels(policy, models.load_policy(tuned.path("model")), value)
+    return SeparateModels(policy, load_model(settings, tuned.path("model")), value)
 
 
 def make_reward(formula: str, rewarder: Stage, tokenizer, roles: Roles | None = None) -> Reward:
@@ -303,7 +359,8 @@ def make_reward(formula: str, rewarder: Stage, tokenizer, roles: Roles | None = 
 
         rewards["learned"] = learned
     elif "learned" in formula:
-        judge = models.load_policy(rewarder.path("model")).to(PartialState().device)
+        weights = rewarder.settings.get("weights", "float32")
+        judge = models.load_policy(rewarder.path("model"), weights).to(PartialState().device)
         rewards["learned"] = reward_model.learned_reward(judge, tokenizer)
     return reward_model.weighted_sum(formula, rewards)
 
@@ -318,11 +375,6 @@ def make_accelerator(tracker: str, folder: Path) -> Accelerator:
         ) from error
 
 
-def _with_lora(model, settings: Settings):
-    lora = settings.lora
-    return models.add_lora(model, lora.rank, lora.alpha, lora.targets, base="../../02_sft/model")
-
-
 def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     """05_evaluation: base, SFT and SML on fresh generated questions and on the published test sets.
 
@@ -333,23 +385,23 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     trained = require(run_dir, "04_ppo")
     published, missing = published_problems(settings)
     files = {name: {"rows": len(found), **pinned_files(found[0].dataset)} for name, found in published.items()}
-    keys = _keys(settings, "evaluation") | {"published_sets": files}
+    keys = stage_keys(settings, "evaluation") | {"published_sets": files}
     stage = Stage(run_dir, "05_evaluation", keys, inputs=[tuned, rewarder, trained])
     if stage.done:
         return stage
     with stage.recording():
-        tokenizer, judge = models.load_tokenizer(settings.base), models.load_policy(rewarder.path("model"))
+        tokenizer, judge = models.load_tokenizer(settings.base), load_model(settings, rewarder.path("model"))
         paths = {"base": settings.base, "sft": tuned.path("model"), "sml": trained.path("model")}
         rows = []
         for method, path in paths.items():
-            model = models.load_policy(path)
+            model = load_model(settings, path)
             for name, problems in (test_problems(settings) | published).items():
                 answered = evaluation.evaluate(
                     model, tokenizer, problems,
                     k=settings.evaluation.samples if name in settings.tasks else 0,
                     shots=settings.sampling.shots if method == "base" else "none",
                     temperature=settings.evaluation.temperature,
-                    max_new_tokens=settings.sampling.max_new_tokens,
+                    max_new_tokens=settings.sampling.max_new_tokens, max_batch=settings.hardware.rollout_rows,
                     seed=settings.seed, progress=f"{METHODS[method]}, {name}" if progress else None,
                 )  # fmt: skip
                 _add_scores(judge, tokenizer, problems, answered)
@@ -397,7 +449,40 @@ _BEFORE_POLICY = {
 }
 
 
-def _to_disk(stage: Stage, name: str, engine: NativeEngine) -> Bulk:
+# ---- what the stages here and in smlib.explore_pipeline share ------------------------------------------------
+
+
+def load_model(settings: Settings, path: str | Path):
+    """The model in a folder, or of the hub, as the settings want it held."""
+    return models.load_policy(path, settings.hardware.weights)
+
+
+def load_engine(settings: Settings, path: str | Path) -> NativeEngine:
+    """The sampler on that model, with the tokenizer of the run's base."""
+    tokenizer = models.load_tokenizer(settings.base)
+    return NativeEngine(load_model(settings, path), tokenizer, settings.hardware.rollout_rows)
+
+
+def load_trainable(settings: Settings, path: str | Path):
+    """That model to be trained: whole, or with an adapter on it, which is new."""
+    model, lora = load_model(settings, path), settings.lora
+    if not lora.rank:
+        return model
+    return models.add_lora(model, lora.rank, lora.alpha, lora.targets, base="../../02_sft/model")
+
+
+def merged(model):
+    """A trained model without its adapter, which is added to its weights."""
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+def fitting(settings: Settings) -> dict:
+    """The arguments that all of SFT, reward model and DPO take of the settings."""
+    hardware = settings.hardware
+    return {"seed": settings.seed, "micro_batch": hardware.micro_batch, "recompute": hardware.recompute}
+
+
+def to_disk(stage: Stage, name: str, engine: NativeEngine) -> Bulk:
     """The engine with its samples in shards inside the unfinished stage, so that a killed stage goes on from them.
 
     They are deleted at the stage's end, whose rows say the same; the stage itself checks the settings.
@@ -409,13 +494,15 @@ def _pairs(rows: list[dict], settings: Settings) -> list[dict]:
     return ranking.pairs(rows, settings.ranking.max_pairs_per_question, settings.seed)
 
 
-def _keys(settings: Settings, *groups: str) -> dict:
+def stage_keys(settings: Settings, *groups: str) -> dict:
     """What a stage's result depends on, besides its inputs."""
     common = {"preset": settings.preset, "tasks": settings.tasks, "seed": settings.seed, "base": settings.base}
     if digest := models.weights_sha256(settings.base):  # other weights under the same name make another run
         common["base_sha256"] = digest
     if settings.lora.rank:
         common["lora"] = asdict(settings.lora)
+    if settings.hardware.weights != "float32":  # the rest of the group changes no result
+        common["weights"] = settings.hardware.weights
     return common | {group: asdict(getattr(settings, group)) for group in groups}
 
 

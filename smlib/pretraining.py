@@ -347,7 +347,7 @@ def main(argv: list[str]) -> int:
     started = time.time()
     if options.start_from:
         tokenizer = models.load_tokenizer(str(options.start_from))
-        model = models.load_policy(options.start_from)
+        model = models.load_policy(options.start_from).cpu()
         before = json.loads((options.start_from / "training.json").read_text())["phases"]
     else:
         tokenizer = make_tokenizer([prompt + completion for prompt, completion in corpus(8_000, options.seed)])

@@ -196,6 +196,10 @@ def splits(dataset: str) -> tuple[str, ...]:
     return (*dict.fromkeys(split for named in _DATASETS[dataset].files.values() for split in named), "all")
 
 
+# What a run can be about besides TASKS.
+TRAIN_SETS = tuple(name for name in PUBLISHED if name not in TASKS and "train" in splits(name))
+
+
 def pinned_files(dataset: str) -> dict[str, str]:
     """path -> SHA-256 of the files behind a published dataset, for a run's manifest."""
     return {path: FILES[path].sha256 for path in _DATASETS[dataset].files}

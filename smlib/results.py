@@ -16,7 +16,7 @@ from smlib import evaluation
 from smlib.answers import grade
 from smlib.artifacts import MANIFEST, replacing, require
 from smlib.pipeline import METHODS, test_problems
-from smlib.problems import Problem
+from smlib.problems import TASKS, Problem
 from smlib.prompts import split_answer
 from smlib.settings import Settings, preset
 from smlib.steps import is_sound
@@ -79,7 +79,8 @@ def question_values(row: dict, problem: Problem | None = None) -> dict[str, floa
 
 def table_of(answers: list[dict], settings: Settings) -> dict[tuple[str, str, str], dict[str, float]]:
     """(method, test set, metric) -> {question id: value}; the generated sets together are test set MEAN."""
-    problems = {problem.id: problem for group in test_problems(settings).values() for problem in group}
+    checked = all(task in TASKS for task in settings.tasks)  # a published dataset's steps are not
+    problems = {problem.id: problem for group in test_problems(settings).values() for problem in group if checked}
     table = defaultdict(dict)
     for row in answers:
         for metric, value in question_values(row, problems.get(row["id"])).items():

@@ -49,10 +49,17 @@ class _LikelihoodTrainer(RewardTrainer):
 
     Both sides of a pair continue what they share, the question and often most of the steps: it is read once. Its
     tokens have the same probabilities in both, cancel in the difference, and are therefore not even summed.
+
+    Of a step's micro batches each counts by its pairs, and in the second loss by its tokens, as in one whole batch.
     """
 
     beta: float
     nll_coef: float
+    loss_is_scaled_for_ga = True  # by compute_loss
+
+    def get_batch_samples(self, *arguments):
+        batches, _ = super().get_batch_samples(*arguments)
+        return batches, [sum(counts) for counts in zip(*map(_pairs_and_tokens, batches), strict=True)]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         logprobs = models.packed_logprobs(model, inputs)
@@ -61,8 +68,15 @@ class _LikelihoodTrainer(RewardTrainer):
         parts = {"accuracy": (chosen > rejected).float().mean(), "pair_loss": pairwise, "chosen_nll": nll}
         for name, part in parts.items():
             self._metrics["train"][name].append(part.item())
-        loss = pairwise + self.nll_coef * nll
+        counts = _pairs_and_tokens(inputs)
+        of_pairs, of_tokens = (n / whole for n, whole in zip(counts, num_items_in_batch or counts, strict=True))
+        loss = of_pairs * pairwise + self.nll_coef * of_tokens * nll
         return (loss, {"rewards": (chosen, rejected)}) if return_outputs else loss
+
+
+def _pairs_and_tokens(batch: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """How many pairs are in a batch of `models.pack`, and how many tokens of their chosen sides."""
+    return len(batch["input_ids"]), int((batch["rows"] % 2 == 0).sum())
 
 
 def shared_prefix(chosen: list[int], rejected: list[int]) -> tuple[list[int], list[list[int]]]:
@@ -87,10 +101,12 @@ def train_reward_model(
     beta: float,
     nll_coef: float,
     seed: int,
+    micro_batch: int = 0,
+    recompute: bool = False,
     progress: str | None = "reward model",
 ) -> list[dict]:
     """Fit `model` in place on the pairs that are not held out; returns the log (loss, its parts pair_loss and
-    chosen_nll, accuracy)."""
+    chosen_nll, accuracy). micro_batch, recompute: `settings.HardwareSettings`."""
     by_id = {problem.id: problem for problem in problems}
     examples = []
     for pair in pairs:
@@ -104,7 +120,7 @@ def train_reward_model(
         raise ValueError("the reward model needs at least one pair that is not held out, got none: sample more")
     model.config.num_labels = 1  # what TRL knows a reward model by
     with tempfile.TemporaryDirectory() as out:
-        options = trainer_options(epochs, learning_rate, batch, seed, out)
+        options = trainer_options(model, epochs, learning_rate, batch, seed, out, micro_batch, recompute)
         trainer = _LikelihoodTrainer(
             model=model,
             args=RewardConfig(

@@ -35,20 +35,38 @@ class Progress(TrainerCallback):
         self.bar.close()
 
 
-def trainer_options(epochs: float, learning_rate: float, batch: int, seed: int, out: str) -> dict:
-    """What SFT and the reward model have in common, for a CPU: no mixed precision, no checkpointing."""
+def trainer_options(
+    model: PreTrainedModel,
+    epochs: float,
+    learning_rate: float,
+    batch: int,
+    seed: int,
+    out: str,
+    micro_batch: int = 0,
+    recompute: bool = False,
+) -> dict:
+    """What SFT, DPO and the reward model have in common, where the model is: on a GPU or a CPU.
+
+    No mixed precision: a model computes in the precision that it was loaded in, and adapters of it in float32.
+    micro_batch: rows per forward pass, 0 = the batch at once; it must divide the batch (ValueError), whose rows and
+    gradient do not depend on it.
+    """
+    rows = micro_batch or batch
+    if rows < 1 or batch % rows:
+        raise ValueError(f"a batch of {batch} cannot be made of micro batches of {rows}: give a number that divides it")
     return {
         "output_dir": out,
         "num_train_epochs": epochs,
         "learning_rate": learning_rate,
-        "per_device_train_batch_size": batch,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": batch // rows,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
         "optim": "adamw_torch_fused",
         "seed": seed,
-        "use_cpu": True,
+        "use_cpu": model.device.type == "cpu",
         "bf16": False,
-        "activation_checkpointing": False,
+        "activation_checkpointing": recompute,
         "logging_steps": 10,
         "logging_first_step": True,  # a short run has a log, too
         "report_to": "none",
@@ -78,12 +96,14 @@ def train_sft(
     learning_rate: float,
     batch: int,
     seed: int,
+    micro_batch: int = 0,
+    recompute: bool = False,
     progress: str | None = "SFT",
 ) -> list[dict]:
     """Fine-tune `model` in place on the r+ among `rows`; returns the training log.
 
     Each example is the question-only prompt and the rationale, whatever prompt drew it; the loss is on the
-    completion and its end-of-sequence alone (our choice).
+    completion and its end-of-sequence alone (our choice). micro_batch, recompute: `settings.HardwareSettings`.
     """
     by_id = {problem.id: problem for problem in problems}
     examples = []
@@ -96,7 +116,7 @@ def train_sft(
     if not examples:
         raise ValueError("SFT needs at least one r+ rationale, got none: sample more, or from a stronger base")
     with tempfile.TemporaryDirectory() as out:
-        options = trainer_options(epochs, learning_rate, batch, seed, out)
+        options = trainer_options(model, epochs, learning_rate, batch, seed, out, micro_batch, recompute)
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(**options, max_length=None, completion_only_loss=True, loss_type="nll"),

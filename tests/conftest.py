@@ -1,8 +1,9 @@
-"""What all tests share: no network, no threads that fight over two cores, no time limit on properties."""
+"""What all tests share: no network, no GPU, no threads that fight over two cores, no time limit on properties."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # numbers are compared with those of a CPU
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import hypothesis

@@ -105,6 +105,32 @@ def test_a_few_steps_widen_the_margin_and_a_seed_decides_them(capfd, recwarn):
     assert [str(found.message) for found in recwarn if "checkpointing" in str(found.message)] == []
 
 
+@pytest.mark.parametrize("hardware", [{"micro_batch": 2}, {"micro_batch": 1, "recompute": True}])
+def test_micro_batches_and_recomputing_change_nothing(hardware):
+    """Eleven pairs: the last batch has a micro batch of two pairs and one of one, which TRL would count alike."""
+    whole, small, quick = policy(), policy(), QUICK | {"epochs": 2}
+    log = dpo.train_dpo(whole, tokenizer(), PAIRS[1:], **quick)
+    other = dpo.train_dpo(small, tokenizer(), PAIRS[1:], **quick, **hardware)
+    assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in log], abs=1e-5)
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(small.state_dict()[name], weight, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_learns_against_its_base_which_stays():
+    base = policy()
+    model = models.add_lora(base, rank=4, alpha=8, targets="all-linear", base="")
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    log = dpo.train_dpo(model, tokenizer(), PAIRS, **QUICK | {"epochs": 5, "learning_rate": 1e-2})
+    assert log[0]["loss"] == pytest.approx(0.6931, abs=1e-4) and log[-1]["rewards/margins"] > 0
+    assert list(model.peft_config) == ["default"]
+    assert [name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])] == [
+        name for name in before if "lora" in name
+    ]
+    with model.disable_adapter():
+        reference = margin(model)
+    assert reference == pytest.approx(margin(policy()), abs=1e-4) and margin(model) > reference + 1
+
+
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [

@@ -191,14 +191,30 @@ def test_a_pit_report_takes_an_even_choice(finished, tmp_path, monkeypatch):
     assert row["rationales"] == 2
 
 
-def test_adapters_are_refused_before_anything_is_made(finished, tmp_path, capsys):
-    assert main(["explore", "--preset", "tiny-lora", "--out", str(tmp_path / "run")]) == 1
-    assert "error: stages 06 train all weights, and preset 'tiny-lora' has lora.rank = 16" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-    run = branch(finished, tmp_path / "later", ["02_sft", *NAMES[:4]])
-    for stage in (explore_pipeline.train_step_dpo, explore_pipeline.train_outcome_dpo, explore_pipeline.train_rft):
-        with pytest.raises(ValueError, match="choose a preset without LoRA"):
-            stage(run, small(lora={"rank": 4}))
+def test_with_lora_rft_and_dpo_are_merged_and_start_where_they_should(finished, tmp_path):
+    """RFT moves away from the base, each DPO from RFT, by low-rank changes of the same layers; all are whole models."""
+    run, settings = branch(finished, tmp_path / "run", ["06_selection", "06_exploration"]), small(lora={"rank": 2})
+    rft = explore_pipeline.train_rft(run, settings, progress=False)
+    before = {"06_rft": models.load_policy("tiny")}
+    for train in (explore_pipeline.train_step_dpo, explore_pipeline.train_outcome_dpo):
+        stage = train(run, settings, progress=False)
+        assert stage.read_rows("log")[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # policy and reference are one
+        before[stage.name] = models.load_policy(rft.path("model"))
+    for name, source in before.items():
+        assert not (run / name / "model" / "adapter_config.json").exists()
+        trained = models.load_policy(run / name / "model").state_dict()
+        for layer, weight in source.state_dict().items():
+            if layer.endswith("_proj.weight"):
+                assert 1 <= torch.linalg.matrix_rank(trained[layer] - weight, atol=1e-4) <= 2
+            else:
+                assert torch.equal(trained[layer], weight)
+
+
+def test_without_a_right_beside_a_wrong_solution_there_is_nothing_to_explore(finished, tmp_path, monkeypatch):
+    run = branch(finished, tmp_path / "run", ["06_solutions"])
+    monkeypatch.setattr(explore_pipeline.selection, "outcome_pairs", lambda *_: [])
+    with pytest.raises(ValueError, match=r"no question has a right and a wrong solution.* raise explore\.samples"):
+        explore_pipeline.select(run, small())
 
 
 def test_the_fate_adds_up():

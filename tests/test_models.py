@@ -118,9 +118,20 @@ def test_a_tokenizer_whose_pad_is_its_end_is_refused(tmp_path):
     assert models.load_tokenizer(str(tmp_path / "good")).get_vocab() == tokenizer().get_vocab()
     bad = models.load_tokenizer(str(tmp_path / "good"))
     bad.pad_token = bad.eos_token
+    bad.bos_token = bad.unk_token = None
     bad.save_pretrained(tmp_path / "bad")
     with pytest.raises(ValueError, match="must exist and differ from the end token '<eos>'; add one with"):
         models.load_tokenizer(str(tmp_path / "bad"))
+
+
+@pytest.mark.parametrize(("unknown", "pad"), [("<pad>", "<pad>"), (None, "<bos>")])
+def test_where_the_pad_is_the_end_or_missing_another_special_token_pads(tmp_path, unknown, pad):
+    """As in Llama's, Mistral's (no pad, an unknown token) and DeepSeek's tokenizers (the end pads, none unknown)."""
+    spoilt = models.load_tokenizer("tiny")
+    spoilt.pad_token, spoilt.unk_token = (None if unknown else "<eos>"), unknown
+    spoilt.save_pretrained(tmp_path)
+    loaded = models.load_tokenizer(str(tmp_path))
+    assert loaded.pad_token == pad and len(loaded) == len(spoilt)
 
 
 def test_a_saved_tokenizer_gives_the_same_ids(tmp_path):
@@ -141,6 +152,15 @@ def test_a_policy_comes_back_as_it_was_saved(tmp_path):
     assert not loaded.training and loaded.dtype == torch.float32
     for name, weight in policy().state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight)
+
+
+def test_a_policy_and_its_adapter_are_held_in_the_precision_asked_for(tmp_path):
+    policy().save_pretrained(tmp_path / "base")
+    adapted = models.add_lora(policy(), rank=2, alpha=4, targets="all-linear", base="../base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    for name in ("base", "adapter"):
+        loaded = models.load_policy(tmp_path / name, "bfloat16")
+        assert {weight.dtype for weight in loaded.parameters()} == {torch.bfloat16}
 
 
 def test_tied_weights_count_once():

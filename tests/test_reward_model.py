@@ -138,6 +138,18 @@ def test_it_learns_a_separable_toy_and_ranks_held_out_pairs_right(capsys):
         assert row["loss"] == pytest.approx(row["pair_loss"] + row["chosen_nll"], abs=1e-2)  # nll_coef is 1; rounded
 
 
+@pytest.mark.parametrize("hardware", [{"micro_batch": 2}, {"micro_batch": 1, "recompute": True}])
+def test_micro_batches_and_recomputing_change_nothing(hardware):
+    """Pairs count by their number in the one loss and by their tokens in the other; the last batch is not full."""
+    whole, small, pairs = reward(), reward(), PAIRS[1:]
+    quick = QUICK | {"epochs": 2, "batch": 4}
+    log = reward_model.train_reward_model(whole, tokenizer(), PROBLEMS, pairs, **quick)
+    other = reward_model.train_reward_model(small, tokenizer(), PROBLEMS, pairs, **quick, **hardware)
+    assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in log], abs=1e-5)
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(small.state_dict()[name], weight, rtol=0, atol=1e-5)
+
+
 def test_pair_accuracy_adds_both_scores_and_leaves_the_pairs_alone():
     model = reward()
     flipped = [pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in PAIRS[:8]]

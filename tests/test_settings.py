@@ -2,20 +2,40 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
+from smlib import pipeline
 from smlib.problems import TASKS
-from smlib.settings import PRESETS, preset
+from smlib.settings import LARGE, PRESETS, preset
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", set(PRESETS) - set(LARGE))
 def test_every_preset_can_be_made_for_all_tasks_and_for_one(name):
     assert preset(name).tasks == TASKS
-    settings = preset(name, "coin_flip", seed=3)
-    assert (settings.preset, settings.tasks, settings.seed, settings.base) == (
-        name,
-        ("coin_flip",),
-        3,
-        "tiny",
-    )
+    for task in ("coin_flip", "gsm8k"):
+        settings = preset(name, task, seed=3)
+        assert (settings.preset, settings.tasks, settings.seed, settings.base) == (name, (task,), 3, "tiny")
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize(("task", "length"), [("gsm8k", 512), ("math", 1024)])
+def test_presets_of_large_models_are_as_the_paper_has_it_with_rates_for_adapters(name, task, length):
+    """Self-Explore, 2404.10346: its rates are for all weights, ours ten times as large."""
+    settings = preset(name, task)
+    assert "7b" in settings.base.lower() and settings.sampling.max_new_tokens == settings.ppo.max_new_tokens == length
+    drawn, sft, dpo = settings.explore, settings.sft, settings.dpo
+    assert (drawn.samples, drawn.temperature, drawn.k, drawn.max_per_question) == (100, 0.7, 4, 8)
+    assert (sft.epochs, sft.batch, sft.learning_rate) == (5, 64, 1e-4)
+    assert (dpo.epochs, dpo.batch, dpo.beta, dpo.learning_rate) == (3, 32, 0.1, 1e-5)
+    assert settings.lora.rank and settings.hardware.weights == "bfloat16"
+    assert sft.batch % settings.hardware.micro_batch == dpo.batch % settings.hardware.micro_batch == 0
+
+
+def test_what_the_hardware_needs_is_no_part_of_a_stage_but_for_the_precision():
+    plain = pipeline.stage_keys(preset("tiny-lora"), "sft")
+    assert "weights" not in plain
+    fits = {"micro_batch": 4, "recompute": True, "rollout_rows": 8}
+    assert pipeline.stage_keys(preset("tiny-lora", hardware=fits), "sft") == plain
+    rounded = preset("tiny-lora", hardware=fits | {"weights": "bfloat16"})
+    assert pipeline.stage_keys(rounded, "sft") == plain | {"weights": "bfloat16"}
 
 
 def test_smoke_asks_for_less_than_tiny():
@@ -47,6 +67,11 @@ def test_a_whole_number_may_stand_for_a_fraction():
     [
         (lambda: preset("huge"), "preset 'huge' is unknown; choose one of: tiny, smoke"),
         (lambda: preset("tiny", "chess"), "task 'chess' is unknown; choose one of: all, coin_flip"),
+        (lambda: preset("mistral-7b"), "preset 'mistral-7b' is not for task 'all'; choose one of: single_eq, .*gsm8k"),
+        (lambda: preset("llemma-7b", "coin_flip"), "preset 'llemma-7b' is not for task 'coin_flip'"),
+        (lambda: preset("tiny", "aqua"), "task 'aqua' is unknown"),
+        (lambda: preset("tiny", hardware={"weights": "bfloat16"}), "lora.rank = 0 would train weights of three digits"),
+        (lambda: preset("tiny", hardware={"weights": "int8"}), "hardware.weights 'int8' is unknown; choose one of: fl"),
         (lambda: preset("tiny", seed=-1), "seed -1 is not allowed; give a whole number from 0"),
         (lambda: preset("tiny", seed="1"), "seed '1' is not allowed"),
         (

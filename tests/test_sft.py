@@ -83,6 +83,33 @@ def test_a_few_steps_reduce_the_loss_and_a_seed_decides_them(capsys):
     assert capsys.readouterr().out == ""  # progress=None is silent
 
 
+@pytest.mark.parametrize("hardware", [{"micro_batch": 2}, {"micro_batch": 1, "recompute": True}])
+def test_micro_batches_and_recomputing_change_nothing(hardware):
+    """The mean is over the tokens of the whole batch. Eleven rows: the last of three batches is not full."""
+    whole, small, quick = policy(), policy(), QUICK | {"epochs": 2}
+    log = sft.train_sft(whole, tokenizer(), PROBLEMS, ROWS[1:], **quick)
+    other = sft.train_sft(small, tokenizer(), PROBLEMS, ROWS[1:], **quick, **hardware)
+    assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in log], abs=1e-5)
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(small.state_dict()[name], weight, rtol=0, atol=1e-5)
+
+
+def test_recomputing_trains_an_adapter_on_bfloat16_weights():
+    base = policy().bfloat16()
+    model = models.add_lora(base, rank=2, alpha=4, targets="all-linear", base="")
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    sft.train_sft(model, tokenizer(), PROBLEMS, ROWS, **QUICK, micro_batch=2, recompute=True)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name]) == ("lora" not in name)
+        assert weight.dtype == (torch.float32 if "lora" in name else torch.bfloat16)
+
+
+@pytest.mark.parametrize("rows", [3, 8, -1])
+def test_a_batch_that_micro_batches_do_not_fill_is_refused(rows):
+    with pytest.raises(ValueError, match=f"a batch of 4 cannot be made of micro batches of {rows}: give a number that"):
+        sft.train_sft(policy(), tokenizer(), PROBLEMS, ROWS, **QUICK, micro_batch=rows)
+
+
 def test_without_a_right_rationale_there_is_nothing_to_learn():
     model = policy()
     before = copy.deepcopy(model.state_dict())
