@@ -9,8 +9,8 @@ run: $(READY)  ## execute all notebooks at the tiny preset; writes runs/, figure
 
 test: $(READY)  ## style, unit tests, the smoke pipeline, and the committed notebooks
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/pytest -q
-	$(BIN)/pytest -q -m slow
+	$(BIN)/pytest -q -n 2 --dist loadfile
+	$(BIN)/pytest -q -n 2 --dist loadfile -m slow
 	$(BIN)/pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 notebooks
 
 test-ray: .venv-ray/.ready  ## the Ray engine's tests, in an environment of their own
@@ -26,6 +26,7 @@ bench: $(READY)  ## speed and memory, ours beside peers
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/ppo.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/exploration.py
 
 figures: $(READY)  ## draw the figures and tables again from the finished stages
 	$(BIN)/python -m smlib run --preset tiny --from 0 --publish

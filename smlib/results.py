@@ -93,14 +93,15 @@ def table_of(answers: list[dict], settings: Settings) -> dict[tuple[str, str, st
 def contrasts(
     table: dict, pairs: Sequence[tuple[str, str]] = CONTRASTS
 ) -> dict[tuple[str, str, str], dict[str, float]]:
-    """("sml - sft", test set, metric) -> {question id: difference}, for every one of `pairs`: (better, worse)."""
+    """("sml - sft", test set, metric) -> {question id: difference}, for every one of `pairs`: (better, worse), and
+    every metric that both have: stages 06 have no reward model's scores."""
     return {
         (f"{better} - {method}", test_set, metric): {
             identity: table[better, test_set, metric][identity] - value for identity, value in values.items()
         }
         for better, worse in pairs
         for (method, test_set, metric), values in table.items()
-        if method == worse
+        if method == worse and (better, test_set, metric) in table
     }
 
 

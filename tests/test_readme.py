@@ -40,7 +40,8 @@ def test_the_notebooks_it_names_exist(readme):
 
 def test_its_tables_are_those_of_the_results(readme):
     """Paste what `python -m smlib results runs/...` prints: it writes results/tiny.csv, too."""
-    for table in results.markdown(results.read_csv(ROOT / "results" / "tiny.csv")).split("\n\n"):
+    rows = results.read_csv(ROOT / "results" / "tiny.csv")
+    for table in [*results.markdown(rows).split("\n\n"), results.explore_markdown(rows)]:
         assert table in readme
 
 

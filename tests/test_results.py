@@ -222,14 +222,18 @@ def test_the_reference_line_stands_under_the_published_sets_alone(tmp_path):
     assert len(generated) == 2 and "davinci" not in "".join(generated)
 
 
-def test_self_explore_stands_beside_the_others_where_all_runs_have_it(two_runs):
+def test_self_explore_stands_beside_the_others_where_all_runs_have_it(two_runs, tmp_path):
+    """The rows of stages 06 have no scores of a reward model; their evaluation may have other settings."""
     rows = [row for row in answers(settings()) if row["method"] == "sft"]
     rows = [row | {"method": method} for method in results.EXPLORE_METHODS for row in rows]
-    plain = results.combine(two_runs[:1])
-    stage = Stage(two_runs[0], "06_evaluation", require(two_runs[0], "05_evaluation").settings)
+    scored = [row | {"scores": [0.0, 1.0]} for row in answers(settings())]
+    runs = [write_run(tmp_path / "scored", settings(), scored), two_runs[1]]
+    plain = results.combine(runs[:1])
+    assert cell(plain, "sml", "best_of_2")
+    stage = Stage(runs[0], "06_evaluation", require(runs[0], "05_evaluation").settings)
     with stage.recording():
         stage.write_rows("answers", rows)
-    found = results.combine(two_runs[:1])
+    found = results.combine(runs[:1])
     assert {row["method"] for row in found} - {row["method"] for row in plain} == {
         *results.EXPLORE_METHODS, *(" - ".join(pair) for pair in results.EXPLORE_CONTRASTS)
     }  # fmt: skip
@@ -240,7 +244,7 @@ def test_self_explore_stands_beside_the_others_where_all_runs_have_it(two_runs):
     assert value["SFT on r+"] == value["RFT"] == value["Self-Explore"] != value["SML (PPO)"]
     assert value["Self-Explore minus RFT"].startswith("+0.0 [+0.0, +0.0]")
     with pytest.raises(ValueError, match="Self-Explore in all of them"):
-        results.combine(two_runs)
+        results.combine(runs)
 
 
 def test_several_seeds_add_a_line_with_seeds_as_the_draws(two_runs):
