@@ -10,6 +10,7 @@ import ast
 import hashlib
 import html
 import json
+import logging
 import os
 import re
 import shutil
@@ -81,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        logging.getLogger("asyncio").disabled = True  # at exit it would print the traceback of the interrupted cell
         print("\nStopped. The same command goes on from here.", file=sys.stderr)
         return 130
 

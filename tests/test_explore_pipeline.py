@@ -93,9 +93,16 @@ def test_rft_begins_at_the_base_and_dpo_at_rft(finished):
     problems, model = pipeline.training_problems(settings), models.load_policy("tiny")
     sft.train_sft(model, tokenizer, problems, selected.read_rows("rft"), seed=0, progress=None, **learning)
     assert_equal(model, finished / "06_rft" / "model")
-    for name, source in (("06_outcome_dpo", selected), ("06_step_dpo", require(finished, "06_exploration"))):
+    learning = asdict(settings.dpo)
+    step_rate = learning.pop("step_learning_rate")
+    sources = {
+        "06_outcome_dpo": (selected, learning["learning_rate"]),
+        "06_step_dpo": (require(finished, "06_exploration"), step_rate),
+    }
+    for name, (source, rate) in sources.items():
         model = models.load_policy(finished / "06_rft" / "model")
-        dpo.train_dpo(model, tokenizer, source.read_rows("pairs"), seed=0, progress=None, **asdict(settings.dpo))
+        how = learning | {"learning_rate": rate}
+        dpo.train_dpo(model, tokenizer, source.read_rows("pairs"), seed=0, progress=None, **how)
         assert_equal(model, finished / name / "model")
 
 

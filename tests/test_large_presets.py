@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from smlib import downloads, explore_pipeline, models, prompts
+from smlib import downloads, explore_pipeline, models, prompts, results
 from smlib.__main__ import main
 from smlib.artifacts import require
 from smlib.problems import load
@@ -114,7 +114,7 @@ def check(run, settings):
         assert not (folder / "adapter_config.json").exists()
     answers = require(run, "06_evaluation").read_rows("answers")
     assert {(found["method"], found["id"]) for found in answers} == {
-        (method, name) for method in explore_pipeline.METHODS for name in test
+        (method, name) for method in results.EXPLORE_METHODS for name in test
     }
     assert require(run, "06_pit_report").read_rows("report") == []
 
