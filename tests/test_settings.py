@@ -7,7 +7,7 @@ from smlib.problems import TASKS
 from smlib.settings import LARGE, PRESETS, preset
 
 
-@pytest.mark.parametrize("name", set(PRESETS) - set(LARGE))
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - set(LARGE)))
 def test_every_preset_can_be_made_for_all_tasks_and_for_one(name):
     assert preset(name).tasks == TASKS
     for task in ("coin_flip", "gsm8k"):
