@@ -66,12 +66,14 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "explore":
             return explore(args)
         from smlib.pipeline import run_folder  # here, because they import torch
-        from smlib.settings import preset
 
-        preset(args.preset, args.task, args.seed)  # refuses an unknown name before anything is written
+        settings_of(args)  # refuses an unknown name before anything is written
         out = run_folder(args.out or "", args.preset, args.task, args.seed).resolve()
-        values = {"PRESET": args.preset, "TASK": args.task, "SEED": args.seed} | dict(args.set)
-        run(ROOT / "notebooks", out, values, first=args.first, last=args.last)
+        named, values = {"PRESET": args.preset, "TASK": args.task, "SEED": args.seed}, dict(args.set)
+        named |= {name: value for name, value in values.items() if "." not in name}
+        if changed := overrides(args):
+            named["OVERRIDES"] = changed
+        run(ROOT / "notebooks", out, named, first=args.first, last=args.last)
         if args.publish:
             publish(out, ROOT)
         if args.refresh:
@@ -91,15 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m smlib", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the notebooks in order, or go on where a run stopped")
-    run.add_argument("--preset", default="tiny", help="smoke (seconds, for tests), tiny (default) or tiny-lora")
-    run.add_argument("--task", default="all", help="one task, such as coin_flip, or all (default)")
-    run.add_argument("--seed", type=int, default=0)
+    _add_settings(run, "run folder (default: runs/PRESET-TASK-seedSEED)")
     again = "execute again from notebook N on (a finished stage is read; delete its folder to redo it)"
     run.add_argument("--from", dest="first", type=int, metavar="N", help=again)
     run.add_argument("--to", dest="last", type=int, metavar="N", help="stop after notebook N")
-    run.add_argument("--out", help="run folder (default: runs/PRESET-TASK-seedSEED)")
-    change = {"type": _assignment, "metavar": "NAME=VALUE", "help": "change a notebook parameter; repeatable"}
-    run.add_argument("--set", action="append", default=[], **change)
     run.add_argument("--publish", action="store_true", help="copy figures and results to the repository's")
     run.add_argument("--refresh", action="store_true", help="put the executed notebooks into notebooks/")
     results = commands.add_parser("results", help="pool finished runs of several seeds: a table, results/PRESET.csv")
@@ -112,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--split", default="train", help="train (default) or test")
     sample.add_argument("--questions", type=int, metavar="N", help="the first N (default: all; generated: 1,000)")
     sample.add_argument("--samples", type=int, default=8, metavar="K", help="per question (default 8)")
-    sample.add_argument("--base", default="tiny", help="tiny (default), a model's folder or a hub id")
+    sample.add_argument("--model", default="tiny", help="tiny (default), a model's folder or a hub id, with @REVISION")
     sample.add_argument("--shots", default="none", help="exemplars before the question: none (default), smlib or wei")
     sample.add_argument("--engine", default="native", help="native (default) or vllm")
     sample.add_argument("--workers", type=int, default=1, help="processes of Ray's that draw (default 1: without Ray)")
@@ -123,10 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     shard = "questions in one file: what a kill loses (default 64; with workers more, as they start anew for each)"
     sample.add_argument("--shard", type=int, default=64, help=shard)
     policy = commands.add_parser("policy", help="stage 04 alone, by a method of choice, in one process or many")
-    policy.add_argument("--preset", default="tiny", help="the run's preset (default tiny)")
-    policy.add_argument("--task", default="all", help="the run's task, or all (default)")
-    policy.add_argument("--seed", type=int, default=0)
-    policy.add_argument("--out", help="run folder with stages 01 to 03 (default: runs/PRESET-TASK-seedSEED)")
+    _add_settings(policy, "run folder with stages 01 to 03 (default: runs/PRESET-TASK-seedSEED)")
     policy.add_argument("--method", default="ppo", help="ppo (default), or rloo or grpo by TRL")
     formula = "learned (default), checker, or a sum such as 'learned - 0.1*words'"
     policy.add_argument("--reward", default="learned", help=formula)
@@ -134,16 +128,42 @@ def _parser() -> argparse.ArgumentParser:
     explore = commands.add_parser(
         "explore", help="stages 06, Self-Explore: where wrong rationales go wrong, and DPO there"
     )
-    presets = "the run's preset: tiny (default), smoke, tiny-lora, mistral-7b, llemma-7b or deepseek-math-7b"
-    explore.add_argument("--preset", default="tiny", help=presets)
-    tasks = "a generated task, or all (default) of them; for the 7B presets a published dataset, such as gsm8k or math"
-    explore.add_argument("--task", default="all", help=tasks)
-    explore.add_argument("--seed", type=int, default=0)
-    explore.add_argument("--base", help="another model in place of the preset's: a folder or a hub id")
     there = "run folder; stages 01 and 02 are made where missing (default: runs/PRESET-TASK-seedSEED)"
-    explore.add_argument("--out", metavar="RUN", help=there)
+    _add_settings(explore, there)
     commands.add_parser("pretrain", help="make the tiny base model again; see pretrain --help")
     return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, out: str) -> None:
+    """The options that say what a run is."""
+    parser.add_argument("--preset", default="tiny", help="tiny (default), smoke, rehearsal, llama2-7b, ...")
+    tasks = "a generated task such as coin_flip, a published dataset such as gsm8k, or all (default) generated ones"
+    parser.add_argument("--task", default="all", help=tasks)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", help="in place of the preset's: a folder, or a hub id, best with @REVISION")
+    change = "change a setting (ppo.updates=10) or a notebook's parameter (REWARD=checker); repeatable"
+    parser.add_argument("--set", action="append", default=[], type=_assignment, metavar="NAME=VALUE", help=change)
+    parser.add_argument("--out", metavar="RUN", help=out)
+
+
+def overrides(args) -> dict:
+    """What --model and --set change of the preset, as `settings.preset` takes it."""
+    changed: dict = {"base": args.model} if args.model else {}
+    for name, value in args.set:
+        group, dot, setting = name.partition(".")
+        if dot:
+            changed.setdefault(group, {})[setting] = value
+    return changed
+
+
+def settings_of(args):
+    from smlib.settings import preset
+
+    if args.command != "run" and (names := [name for name, _ in args.set if "." not in name]):
+        raise ValueError(
+            f"{names[0]} is no setting, such as ppo.updates; notebooks' parameters are for the command run"
+        )
+    return preset(args.preset, args.task, args.seed, **overrides(args))
 
 
 def show_data(datasets: list[str]) -> int:
@@ -174,8 +194,8 @@ def sample(args) -> int:
         problems = load(args.dataset, args.split, limit=args.questions)
     shots = prompts.shots(args.dataset, args.shots)
     questions = [(problem.id, prompts.open_prompt(problem, shots)) for problem in problems]
-    source = {"base": args.base, "base_sha256": models.weights_sha256(args.base), "dataset": args.dataset}
-    bulk = Bulk(args.out, make_engine(args.engine, args.base, workers=args.workers), source, args.shard)
+    source = {"base": args.model, "base_sha256": models.weights_sha256(args.model), "dataset": args.dataset}
+    bulk = Bulk(args.out, make_engine(args.engine, args.model, workers=args.workers), source, args.shard)
     counts = bulk.draw(
         questions, args.samples, temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
         seed=args.seed, stop=prompts.stop(args.shots), progress=args.dataset,
@@ -192,9 +212,8 @@ def policy(args) -> int:
     from accelerate import PartialState
 
     from smlib import pipeline
-    from smlib.settings import preset
 
-    settings = preset(args.preset, args.task, args.seed)
+    settings = settings_of(args)
     run = pipeline.run_folder(args.out or "", args.preset, args.task, args.seed)
     stage = pipeline.train_policy(run, settings, args.method, args.reward, tracker=args.tracker)
     if PartialState().is_main_process:
@@ -206,9 +225,8 @@ def explore(args) -> int:
     """Run the stages of Self-Explore on a run folder, and print what they found; luck is warned of once a dataset."""
     from smlib import explore_pipeline, pipeline
     from smlib.explore import LuckWarning
-    from smlib.settings import preset
 
-    settings = preset(args.preset, args.task, args.seed, **({"base": args.base} if args.base else {}))
+    settings = settings_of(args)
     run = pipeline.run_folder(args.out or "", args.preset, args.task, args.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("once", LuckWarning)
@@ -220,8 +238,8 @@ def explore(args) -> int:
 
 def _assignment(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, such as SEED=1")
+    if not equals or not all(part.isidentifier() for part in name.split(".")) or name.count(".") > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, such as ppo.updates=10 or REWARD=checker")
     if name in ("PRESET", "TASK", "SEED", "RUN_DIR"):
         raise argparse.ArgumentTypeError(f"{name} has an option of its own, see --help")
     try:

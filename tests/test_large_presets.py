@@ -121,7 +121,7 @@ def check(run, settings):
 
 def test_gsm8k_by_the_command_with_the_preset_as_it_is(published, tmp_path, capsys):
     base, run = published("gsm8k", "mistral"), tmp_path / "run"
-    command = ["explore", "--preset", "mistral-7b", "--task", "gsm8k", "--base", base, "--out", str(run)]
+    command = ["explore", "--preset", "mistral-7b", "--task", "gsm8k", "--model", base, "--out", str(run)]
     assert main(command) == 0
     shown = capsys.readouterr()
     assert "| step-level pairs |" in shown.out and "| Self-Explore | " in shown.out
@@ -153,5 +153,8 @@ def test_math_is_cut_at_sentences_and_judged_as_math(published, tmp_path):
 
 def test_the_command_names_the_tasks_of_a_large_preset(capsys, tmp_path):
     assert main(["explore", "--preset", "mistral-7b", "--out", str(tmp_path / "run")]) == 1
-    assert "error: preset 'mistral-7b' is not for task 'all'; choose one of: single_eq, " in capsys.readouterr().err
+    assert (
+        "error: preset 'mistral-7b' shows exemplars (sampling.shots = 'smlib'), and task 'chain"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "run").exists()

@@ -278,7 +278,7 @@ def test_a_stopped_run_goes_on_where_it_was(notebooks, out, sent, code, monkeypa
 
 def test_the_command_line_refuses_in_one_line(capsys):
     for arguments, message in [
-        (["--preset", "huge"], "error: preset 'huge' is unknown; choose one of: tiny, smoke, tiny-lora, mistral-7b, "),
+        (["--preset", "huge"], "error: preset 'huge' is unknown; choose one of: tiny, smoke, tiny-lora, llama2-7b, "),
         (
             ["--task", "chess"],
             "error: task 'chess' is unknown; choose one of: all, coin_flip, last_letters, ",
