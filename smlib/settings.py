@@ -250,8 +250,8 @@ def _self_explore(base: str, rollout_rows: int) -> dict:
     }  # fmt: skip
 
 
-# Self-motivated Learning on one GPU. Of the paper (2404.07017) we have the model alone: the numbers are ours, and nobody
-# tuned them. GSM8K's 7,473 train questions go to stage 01 (4,000), stage 03 (2,000) and PPO (the rest, about twice).
+# Self-motivated Learning on one GPU. Of the paper (2404.07017) we have the model alone: the numbers are ours and
+# nobody tuned them. GSM8K's 7,473 train questions go to stage 01 (4,000), stage 03 (2,000) and PPO (the rest, twice).
 _LLAMA = {
     "base": "meta-llama/Llama-2-7b-hf@01c7f73d771dfac7d292323805ebc428287df4f9",
     "sampling": SamplingSettings(
