@@ -67,7 +67,13 @@ def main(argv: list[str] | None = None) -> int:
             return explore(args)
         from smlib.pipeline import run_folder  # here, because they import torch
 
-        settings_of(args)  # refuses an unknown name before anything is written
+        settings = settings_of(args)  # refuses an unknown name before anything is written
+        from smlib import plan
+
+        if args.dry_run:
+            print(plan.describe(settings))
+            return 0
+        plan.check(settings)
         out = run_folder(args.out or "", args.preset, args.task, args.seed).resolve()
         named, values = {"PRESET": args.preset, "TASK": args.task, "SEED": args.seed}, dict(args.set)
         named |= {name: value for name, value in values.items() if "." not in name}
@@ -97,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     again = "execute again from notebook N on (a finished stage is read; delete its folder to redo it)"
     run.add_argument("--from", dest="first", type=int, metavar="N", help=again)
     run.add_argument("--to", dest="last", type=int, metavar="N", help="stop after notebook N")
+    run.add_argument("--dry-run", action="store_true", help="print what it takes: samples, memory, hours, disk")
     run.add_argument("--publish", action="store_true", help="copy figures and results to the repository's")
     run.add_argument("--refresh", action="store_true", help="put the executed notebooks into notebooks/")
     results = commands.add_parser("results", help="pool finished runs of several seeds: a table, results/PRESET.csv")
@@ -211,9 +218,10 @@ def policy(args) -> int:
     """Train the policy of a run whose stages 01 to 03 are done, under `accelerate launch` too."""
     from accelerate import PartialState
 
-    from smlib import pipeline
+    from smlib import pipeline, plan
 
     settings = settings_of(args)
+    plan.check(settings)
     run = pipeline.run_folder(args.out or "", args.preset, args.task, args.seed)
     stage = pipeline.train_policy(run, settings, args.method, args.reward, tracker=args.tracker)
     if PartialState().is_main_process:
@@ -223,10 +231,11 @@ def policy(args) -> int:
 
 def explore(args) -> int:
     """Run the stages of Self-Explore on a run folder, and print what they found; luck is warned of once a dataset."""
-    from smlib import explore_pipeline, pipeline
+    from smlib import explore_pipeline, pipeline, plan
     from smlib.explore import LuckWarning
 
     settings = settings_of(args)
+    plan.check(settings)
     run = pipeline.run_folder(args.out or "", args.preset, args.task, args.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("once", LuckWarning)
