@@ -29,8 +29,8 @@ MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"  # what a stage that has begun and not ended was asked to do
 LESS_MEMORY = (
     "Lower hardware.rollout_rows (sampling) or hardware.micro_batch (training; ppo.minibatch in stage 04), set "
-    "hardware.recompute = True (ppo.recompute in stage 04), and give the same command again; or begin another run with "
-    "hardware.weights = 'bfloat16' or 'nf4'."
+    "hardware.recompute = True (ppo.recompute in stage 04), or begin another run with hardware.weights = 'bfloat16' or "
+    "'nf4'."
 )
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets")
 

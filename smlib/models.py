@@ -27,6 +27,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 from transformers import (
@@ -211,8 +212,13 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: 
     """Put a trainable LoRA adapter (2106.09685) of scale alpha / rank, without dropout, on a model that stays as it is.
 
     targets: a regular expression of whole module names, or "all-linear" for all but the output head. base: what the
-    saved adapter names as its base. Raises ValueError where targets match no layer.
+    saved adapter names as its base. Raises ValueError where targets match no layer, and for a model with an adapter.
     """
+    if any(isinstance(layer, BaseTunerLayer) for layer in model.modules()):  # peft would begin that one anew
+        raise ValueError(
+            "the model has an adapter, beside a base in 4 bits: save it as load_policy(folder, 'bfloat16') merges it, "
+            "and begin from there"
+        )
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about how peft asks it

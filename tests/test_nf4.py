@@ -119,6 +119,8 @@ def test_an_adapter_is_loaded_beside_its_base_as_it_was_trained(base, tmp_path):
     loaded = models.load_policy(tmp_path / "adapter", "nf4")
     assert isinstance(loaded, LlamaForCausalLM) and not loaded.training
     assert torch.equal(logprobs(loaded), logprobs(model))
+    with pytest.raises(ValueError, match="the model has an adapter, beside a base in 4 bits: save it as load_policy"):
+        models.add_lora(loaded, 4, 8, "all-linear", base="")
 
 
 def test_roles_are_adapters_of_it(base, tmp_path):
