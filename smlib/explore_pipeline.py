@@ -82,7 +82,7 @@ def train_rft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
             **pipeline.fitting(settings), progress="RFT" if progress else None,
         )  # fmt: skip
         stage.write_rows("log", log)
-        stage.write_model("model", pipeline.merged(model), tokenizer)
+        stage.write_model("model", pipeline.merged(model, settings.base), tokenizer)
     return stage
 
 
@@ -207,7 +207,7 @@ def _train_dpo(run_dir: Path, settings: Settings, name: str, paired: Stage, rate
             progress=label or None,
         )  # fmt: skip
         stage.write_rows("log", log)
-        stage.write_model("model", pipeline.merged(model), tokenizer)
+        stage.write_model("model", pipeline.merged(model, tuned.path("model")), tokenizer)
     return stage
 
 

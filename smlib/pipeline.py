@@ -229,7 +229,8 @@ def train_sft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
             **fitting(settings), progress="SFT on r+" if progress else None,
         )  # fmt: skip
         stage.write_rows("log", log)
-        stage.write_model("model", merged(model), tokenizer)  # the base of the reward model's and of PPO's adapters
+        # the base of the reward model's and of PPO's adapters
+        stage.write_model("model", merged(model, settings.base), tokenizer)
     return stage
 
 
@@ -471,9 +472,9 @@ def load_trainable(settings: Settings, path: str | Path):
     return models.add_lora(model, lora.rank, lora.alpha, lora.targets, base="../../02_sft/model")
 
 
-def merged(model):
-    """A trained model without its adapter, which is added to its weights."""
-    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+def merged(model, base: str | Path):
+    """A trained model without its adapter, which is added to its weights; base: where `load_trainable` took it from."""
+    return models.merged(model, base) if isinstance(model, PeftModel) else model
 
 
 def fitting(settings: Settings) -> dict:

@@ -14,7 +14,6 @@ from dataclasses import asdict
 
 import pyarrow as pa
 import torch
-from transformers import AutoConfig
 
 from smlib import models
 from smlib.engines import ENGINES, make_engine
@@ -45,7 +44,7 @@ class RayEngine:
         self.base, self.workers, self.inner, self.rows = base, workers, inner, rows
         self.name = inner  # the samples are those of the inner engine, whatever the number of workers
         self.tokenizer = models.load_tokenizer(base)
-        self.limit = getattr(AutoConfig.from_pretrained(models.resolve(base)), "max_position_embeddings", None)
+        self.limit = getattr(models.load_config(base), "max_position_embeddings", None)
         self._started = False
 
     def __enter__(self):

@@ -141,7 +141,7 @@ class HardwareSettings:
     rounding."""
 
     weights: str = "float32"  # precision that models are loaded in; "bfloat16", in which merging an adapter rounds; or
-    # "nf4": 4 bits a weight (QLoRA, 2305.14314), by the extra bitsandbytes
+    # "nf4": 4 bits a weight (QLoRA, 2305.14314), by the extra gpu; stages write bfloat16, rounded anew when loaded
     micro_batch: int = 0  # rows (pairs) per forward and backward pass; 0 = the batch at once
     recompute: bool = False  # activations in the backward pass: less memory, more time
     rollout_rows: int = MAX_BATCH  # completions that the native sampler draws at once

@@ -77,8 +77,17 @@ def trainer_options(
     }
 
 
+def keep_adapters_exact(model: PreTrainedModel) -> None:
+    """Back to float32 with the adapters of a 4-bit base, which TRL rounds to bfloat16, where small steps are lost."""
+    if getattr(model, "is_loaded_in_4bit", False):
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.float()
+
+
 def fit(trainer, label: str | None) -> list[dict]:
     """Train with our bar in place of the Trainer's printing; returns its log rows that hold a loss."""
+    keep_adapters_exact(trainer.model)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress(label))

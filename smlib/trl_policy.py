@@ -43,6 +43,7 @@ from smlib.ppo import PPOSettings
 from smlib.problems import Problem
 from smlib.progress import progress_bar
 from smlib.prompts import open_prompt
+from smlib.sft import keep_adapters_exact
 
 GRPO = {"scale_rewards": "group", "loss_type": "grpo"}  # 2402.03300; "none" and "dr_grpo" are 2503.20783
 CPU_ROWS = 4  # completions in one pass on a CPU: less padding, and they fit its cache
@@ -279,6 +280,7 @@ def _make_trainer(method: str, policy, tokenizer, settings: PPOSettings, out: Pa
         processing_class=tokenizer,
         optimizers=(optimizer, schedule),
     )
+    keep_adapters_exact(policy)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer

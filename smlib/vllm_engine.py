@@ -16,8 +16,6 @@ import hashlib
 import json
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from smlib import models
 from smlib.progress import progress_bar
 from smlib.sampling import Ending, Sample, check_drawing, check_lengths, check_prompts, draw_until
@@ -28,8 +26,9 @@ LEAST_TEMPERATURE = 0.01  # vLLM raises lower ones to this
 class VLLMEngine:
     """vLLM on one model.
 
-    base: "tiny", a folder or a hub id. adapter: folder of a peft LoRA adapter for it. options: arguments of
-    `vllm.LLM`, such as dtype (by default the checkpoint's own), max_model_len or tensor_parallel_size.
+    base: "tiny", a folder or a hub id, best with "@" and a revision. adapter: folder of a peft LoRA adapter for it.
+    options: arguments of `vllm.LLM`, such as dtype (by default the checkpoint's own), max_model_len or
+    tensor_parallel_size.
     """
 
     name = "vllm"
@@ -51,12 +50,14 @@ class VLLMEngine:
         # before temperature and truncation.
         options = {"enable_prefix_caching": True} | options
         # vLLM's own default draws from a float32 checkpoint in bfloat16.
-        options = {"dtype": AutoConfig.from_pretrained(models.resolve(base)).dtype or "auto"} | options
+        options = {"dtype": models.load_config(base).dtype or "auto"} | options
         if current_platform.is_cpu():
             # Where a batch is full, vLLM reads a prompt in parts, draws after each and rewinds the generator, which
             # fails on a CPU: "CPU Generator does not use offset".
             options = {"enable_chunked_prefill": False} | options
-        self.llm = LLM(models.resolve(base), logprobs_mode="raw_logprobs", **options)
+        place, revision = models.locate(base)
+        options = {"revision": revision, "tokenizer_revision": revision} | options
+        self.llm = LLM(place, logprobs_mode="raw_logprobs", **options)
 
     def sample(
         self,
