@@ -74,15 +74,17 @@ def train_rft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
     stage = Stage(run_dir, "06_rft", pipeline.stage_keys(settings, "sft"), inputs=[selected])
     if stage.done:
         return stage
-    with stage.recording():
+    with pipeline.recording_together(stage) as writes:
         tokenizer, model = models.load_tokenizer(settings.base), pipeline.load_trainable(settings, settings.base)
         log = sft.train_sft(
             model, tokenizer, pipeline.training_problems(settings), selected.read_rows("rft"),
             epochs=settings.sft.epochs, learning_rate=settings.sft.learning_rate, batch=settings.sft.batch,
             **pipeline.fitting(settings), progress="RFT" if progress else None,
         )  # fmt: skip
-        stage.write_rows("log", log)
-        stage.write_model("model", pipeline.merged(model, settings.base), tokenizer)
+        model = pipeline.whole(model, settings, settings.base)
+        if writes:
+            stage.write_rows("log", log)
+            stage.write_model("model", pipeline.merged(model, settings.base), tokenizer)
     return stage
 
 
@@ -199,15 +201,17 @@ def _train_dpo(run_dir: Path, settings: Settings, name: str, paired: Stage, rate
     stage = Stage(run_dir, name, pipeline.stage_keys(settings, "dpo"), inputs=[tuned, paired])
     if stage.done:
         return stage
-    with stage.recording():
+    with pipeline.recording_together(stage) as writes:
         tokenizer, model = models.load_tokenizer(settings.base), pipeline.load_trainable(settings, tuned.path("model"))
         log = dpo.train_dpo(
             model, tokenizer, paired.read_rows("pairs"), beta=settings.dpo.beta, epochs=settings.dpo.epochs,
             learning_rate=rate, batch=settings.dpo.batch, **pipeline.fitting(settings),
             progress=label or None,
         )  # fmt: skip
-        stage.write_rows("log", log)
-        stage.write_model("model", pipeline.merged(model, tuned.path("model")), tokenizer)
+        model = pipeline.whole(model, settings, tuned.path("model"))
+        if writes:
+            stage.write_rows("log", log)
+            stage.write_model("model", pipeline.merged(model, tuned.path("model")), tokenizer)
     return stage
 
 
@@ -252,13 +256,21 @@ def refuse_training_questions(sets: dict[str, list[Problem]], trained: list[Prob
 
 def run(run_dir: Path, settings: Settings, progress: bool = True) -> None:
     """All stages in order, from 01_sampling on; those that are there are read."""
-    pipeline.sample_rationales(run_dir, settings, progress)
-    pipeline.rank_rationales(run_dir, settings)
-    pipeline.train_sft(run_dir, settings, progress)
-    draw_solutions(run_dir, settings, progress)
-    select(run_dir, settings)
-    for stage in (train_rft, find_pits, report_pits, train_step_dpo, train_outcome_dpo, evaluate):
-        stage(run_dir, settings, progress)
+    for stage in (BEFORE | STAGES).values():
+        stage(run_dir, settings, progress=progress)
+
+
+BEFORE = {name: pipeline.STAGES[name] for name in ("01_sampling", "02_ranking", "02_sft")}
+STAGES = {
+    "06_solutions": draw_solutions,
+    "06_selection": lambda run_dir, settings, progress: select(run_dir, settings),
+    "06_rft": train_rft,
+    "06_exploration": find_pits,
+    "06_pit_report": report_pits,
+    "06_step_dpo": train_step_dpo,
+    "06_outcome_dpo": train_outcome_dpo,
+    "06_evaluation": evaluate,
+}
 
 
 def summary(run_dir: Path, settings: Settings) -> str:

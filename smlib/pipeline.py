@@ -10,13 +10,17 @@ import copy
 import random
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, PartialState
 from peft import PeftModel
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from smlib import evaluation, models, ppo, ranking, rationales, reward_model, sft, trl_policy
 from smlib.answers import Reward
@@ -220,7 +224,7 @@ def train_sft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
     stage = Stage(run_dir, "02_sft", stage_keys(settings, "sft"), inputs=[ranked])
     if stage.done:
         return stage
-    with stage.recording():
+    with recording_together(stage) as writes:
         tokenizer, model = models.load_tokenizer(settings.base), load_trainable(settings, settings.base)
         rows = [row for row in ranked.read_rows("ranked") if settings.sft.source in ("both", row["source"])]
         log = sft.train_sft(
@@ -228,9 +232,11 @@ def train_sft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
             epochs=settings.sft.epochs, learning_rate=settings.sft.learning_rate, batch=settings.sft.batch,
             **fitting(settings), progress="SFT on r+" if progress else None,
         )  # fmt: skip
-        stage.write_rows("log", log)
-        # the base of the reward model's and of PPO's adapters
-        stage.write_model("model", merged(model, settings.base), tokenizer)
+        model = whole(model, settings, settings.base)
+        if writes:
+            stage.write_rows("log", log)
+            # the base of the reward model's and of PPO's adapters
+            stage.write_model("model", merged(model, settings.base), tokenizer)
     return stage
 
 
@@ -270,7 +276,7 @@ def train_reward_model(run_dir: Path, settings: Settings, progress: bool = True)
     stage = Stage(run_dir, "03_reward_model", stage_keys(settings, "reward"), inputs=[ranked, tuned, second])
     if stage.done:
         return stage
-    with stage.recording():
+    with recording_together(stage) as writes:
         tokenizer, model = models.load_tokenizer(settings.base), load_trainable(settings, tuned.path("model"))
         problems = training_problems(settings) + second_problems(settings)
         everything = ranked.read_rows("pairs") + second.read_rows("pairs")
@@ -286,10 +292,13 @@ def train_reward_model(run_dir: Path, settings: Settings, progress: bool = True)
             beta=settings.reward.beta, nll_coef=settings.reward.nll_coef, **fitting(settings),
             progress="reward model" if progress else None,
         )  # fmt: skip
+        model = whole(model, settings, tuned.path("model"))
         held_out = [pair for pair in everything if pair["held_out"]]
-        stage.write_rows("log", log)
-        stage.write_rows("held_out", reward_model.pair_accuracy(model, tokenizer, problems, held_out))
-        stage.write_model("model", model, tokenizer)
+        held_out = reward_model.pair_accuracy(model, tokenizer, problems, held_out)  # by all: none waits long
+        if writes:
+            stage.write_rows("log", log)
+            stage.write_rows("held_out", held_out)
+            stage.write_model("model", model, tokenizer)
     return stage
 
 
@@ -320,8 +329,7 @@ def train_policy(
         raise ValueError(
             f"method {method!r} trains in one process here: start it without accelerate launch or torchrun."
         )
-    accelerator.wait_for_everyone()  # all have seen that the stage is not done
-    with stage.recording() if accelerator.is_main_process else nullcontext():
+    with recording_together(stage) as writes:
         tokenizer = models.load_tokenizer(settings.base)
         arguments = {
             "problems": ppo_problems(settings), "tokenizer": tokenizer, "settings": settings.ppo,
@@ -335,7 +343,7 @@ def train_policy(
         else:
             trained = load_trainable(settings, tuned.path("model"))
             trl_policy.train(method, trained, reward=make_reward(reward, rewarder, tokenizer), **arguments)
-        if accelerator.is_main_process:
+        if writes:
             stage.write_model("model", trained, tokenizer)
     return stage
 
@@ -423,11 +431,7 @@ def _add_scores(judge, tokenizer, problems: Sequence[Problem], answered: list[di
 
 def run(run_dir: Path, settings: Settings, reward: str = "learned", progress: bool = True) -> dict[str, float]:
     """All stages in order, without notebooks; returns the seconds of each."""
-    stages = _BEFORE_POLICY | {
-        "04_ppo": lambda run_dir, settings, progress: train_policy(run_dir, settings, "ppo", reward, progress),
-        "05_evaluation": evaluate,
-    }
-    seconds = {}
+    stages, seconds = STAGES | {"04_ppo": partial(train_policy, reward=reward)}, {}
     for name, stage in stages.items():
         started = time.perf_counter()
         stage(run_dir, settings, progress=progress)
@@ -437,20 +441,50 @@ def run(run_dir: Path, settings: Settings, reward: str = "learned", progress: bo
 
 def before_policy(run_dir: Path, settings: Settings, progress: bool = True) -> None:
     """Stages 01 to 03: all that `train_policy` needs."""
-    for stage in _BEFORE_POLICY.values():
-        stage(run_dir, settings, progress=progress)
+    for name, stage in STAGES.items():
+        if name < "04":
+            stage(run_dir, settings, progress=progress)
 
 
-_BEFORE_POLICY = {
+STAGES = {
     "01_sampling": sample_rationales,
     "02_ranking": lambda run_dir, settings, progress: rank_rationales(run_dir, settings),
     "02_sft": train_sft,
     "03_second_sampling": sample_again,
     "03_reward_model": train_reward_model,
+    "04_ppo": train_policy,
+    "05_evaluation": evaluate,
 }
+TRAINING = ("02_sft", "03_reward_model", "04_ppo", "06_rft", "06_step_dpo", "06_outcome_dpo")  # processes share these
 
 
 # ---- what the stages here and in smlib.explore_pipeline share ------------------------------------------------
+
+
+def launched() -> PartialState:
+    """The processes that accelerate or torchrun started, on GPUs or on CPUs, as `models.load_policy` chooses."""
+    return PartialState(cpu=not torch.cuda.is_available())  # else it would take those on CPUs for one each
+
+
+def refuse_processes(names: Iterable[str]) -> None:
+    """Raise ValueError in several processes for the first of these stages that they cannot share."""
+    processes = launched().num_processes
+    alone = [name for name in names if name not in TRAINING]
+    if processes > 1 and alone:
+        raise ValueError(
+            f"{alone[0]} is made by one process, and here are {processes}: start it without accelerate launch or "
+            "torchrun, and where it samples, with --set hardware.workers=N for Ray's processes"
+        )
+
+
+@contextmanager
+def recording_together(stage: Stage) -> Iterator[bool]:
+    """`stage.recording()` in the main process, whose part is the writing (True); none goes on before it is done."""
+    processes = launched()
+    processes.wait_for_everyone()  # all have seen that the stage is not done
+    with stage.recording() if processes.is_main_process else nullcontext():
+        yield processes.is_main_process
+    processes.wait_for_everyone()
 
 
 def load_model(settings: Settings, path: str | Path):
@@ -470,6 +504,16 @@ def load_trainable(settings: Settings, path: str | Path):
     if not lora.rank:
         return model
     return models.add_lora(model, lora.rank, lora.alpha, lora.targets, base="../../02_sft/model")
+
+
+def whole(model, settings: Settings, path: str | Path):
+    """A trained model of `load_trainable` with all its weights in each process, whatever sharded them."""
+    if not any(isinstance(weight, DTensor) for weight in model.parameters()):
+        return model
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, ignore_frozen_params=True))
+    fresh = load_trainable(settings, path)
+    fresh.load_state_dict(weights, strict=False)
+    return fresh
 
 
 def merged(model, base: str | Path):

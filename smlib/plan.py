@@ -454,6 +454,6 @@ def _assumptions(settings: Settings, found: Lengths, assumed: Assumed) -> list[s
         f"{found.shown:.0f} of the exemplars, {found.conditioned:.0f} of those with given answers.",
         f"Assumed: {100 * assumed.base:.0f} % of the base's samples right, {100 * assumed.tuned:.0f} % of the tuned "
         f"model's; {assumed.solution:.0f} tokens a rationale. Drawing at {100 * DRAW_SHARE:.0f} % of a card's "
-        f"bandwidth and {1000 * LAUNCH:.1f} ms a layer and step besides, reading at {100 * READ_SHARE:.0f} %, training at "
-        f"{100 * TRAIN_SHARE:.0f} % of its operations.",
+        f"bandwidth and {1000 * LAUNCH:.1f} ms a layer and step besides, reading at {100 * READ_SHARE:.0f} %, training "
+        f"at {100 * TRAIN_SHARE:.0f} % of its operations.",
     ]
