@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -333,11 +334,14 @@ def train_policy(
         tokenizer = models.load_tokenizer(settings.base)
         arguments = {
             "problems": ppo_problems(settings), "tokenizer": tokenizer, "settings": settings.ppo,
-            "out": stage.folder / "training", "seed": settings.seed, "progress": method.upper() if progress else None,
+            "out": stage.folder / "training", "progress": method.upper() if progress else None,
+            "rollout_rows": settings.hardware.rollout_rows, **fitting(settings),
         }  # fmt: skip
         if method == "ppo":
             trained = make_roles(settings, tuned, rewarder)
-            ppo.train(trained, make_reward(reward, rewarder, tokenizer, trained), **arguments, accelerator=accelerator)
+            engine = rollout_engine(settings, tuned) if accelerator.num_processes == 1 else None
+            learned = make_reward(reward, rewarder, tokenizer, trained)
+            ppo.train(trained, learned, **arguments, accelerator=accelerator, engine=engine)
             if accelerator.num_processes > 1:  # each may hold a part only
                 trained = ppo.trained_roles(make_roles(settings, tuned, rewarder), stage.folder / "training")
         else:
@@ -355,6 +359,22 @@ def make_roles(settings: Settings, tuned: Stage, rewarder: Stage) -> Roles:
         return Adapters(policy, rewarder.path("model"), share_trunk=head)
     value = None if head else copy.deepcopy(policy).get_decoder()
     return SeparateModels(policy, load_model(settings, tuned.path("model")), value)
+
+
+def rollout_engine(settings: Settings, tuned: Stage):
+    """vLLM for PPO's rollouts, where the settings want it and there are adapters to hand over; None: our own sampler.
+
+    None too with a base of 4 bits: vLLM would draw from the weights as they were before they were rounded.
+    """
+    lora, hardware = settings.lora, settings.hardware
+    wanted = hardware.engine == "vllm" or (hardware.engine == "auto" and find_spec("vllm") is not None)
+    if not (wanted and lora.rank) or hardware.weights == "nf4":
+        return None
+    from smlib.vllm_engine import VLLMEngine
+
+    # a third of the card: the rest is for training, which holds the base a second time
+    options = {"dtype": hardware.weights, "gpu_memory_utilization": 0.35}
+    return VLLMEngine(str(tuned.path("model")), lora_rank=lora.rank, **options)
 
 
 def make_reward(formula: str, rewarder: Stage, tokenizer, roles: Roles | None = None) -> Reward:

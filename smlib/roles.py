@@ -179,6 +179,10 @@ class Adapters(Roles):
         (Path(folder) / "value").mkdir(exist_ok=True)
         save_file(_trained(self.head), Path(folder) / "value" / "head.safetensors")
 
+    def save_policy(self, folder: str | Path) -> None:
+        """The policy's adapter alone, as above."""
+        self.model.save_pretrained(folder, selected_adapters=["default"])
+
     def _decoders(self):
         return [self.policy]
 

@@ -142,10 +142,10 @@ class HardwareSettings:
 
     weights: str = "float32"  # precision that models are loaded in; "bfloat16", in which merging an adapter rounds; or
     # "nf4": 4 bits a weight (QLoRA, 2305.14314), by the extra gpu; stages write bfloat16, rounded anew when loaded
-    micro_batch: int = 0  # rows (pairs) per forward and backward pass; 0 = the batch at once
+    micro_batch: int = 0  # rows (pairs, completions) per forward and backward pass; 0 = the batch at once
     recompute: bool = False  # activations in the backward pass: less memory, more time
     rollout_rows: int = MAX_BATCH  # completions that the native sampler draws at once
-    engine: str = "native"  # who samples; "vllm", or "auto": vllm where it is installed
+    engine: str = "native"  # who samples, in PPO for adapters in one process; "vllm", or "auto": where it is installed
     workers: int = 1  # processes of Ray's that sample, on one machine or many; 1 = without Ray
 
     def __post_init__(self):
