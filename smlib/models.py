@@ -26,6 +26,14 @@ from transformers.utils import logging
 
 logging.disable_progress_bar()  # its bars about files of a few megabytes go to standard error
 
+# What transformers calls it to keep a layer's input alone and compute the rest again in the backward pass. The version
+# that vLLM 0.32 wants has the older name.
+RECOMPUTING = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
+
 TINY_BASE = Path(__file__).parent / "tiny_base"
 
 
@@ -71,16 +79,27 @@ def load_tokenizer(name: str = "tiny") -> PreTrainedTokenizerBase:
 def load_policy(name: str | Path = "tiny", weights: str = "float32") -> PreTrainedModel:
     """A causal language model in eval mode, on the GPU where torch finds one; an adapter is merged into its base.
 
-    weights: the precision to hold it in, "float32" or "bfloat16". The base of a LoRA adapter's folder is sought beside
-    it first, as stages name theirs by a relative path.
+    weights: the precision to hold it in, "float32" or "bfloat16".
     """
-    folder = Path(resolve(str(name)))
-    if (folder / "adapter_config.json").is_file():
-        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-        base = folder / base if (folder / base).exists() else base
-        return PeftModel.from_pretrained(load_policy(base, weights), folder).merge_and_unload().eval()
+    if adapter := adapter_config(name):
+        base = load_policy(adapter.base_model_name_or_path, weights)
+        return PeftModel.from_pretrained(base, name).merge_and_unload().eval()
     model = AutoModelForCausalLM.from_pretrained(resolve(str(name)), dtype=getattr(torch, weights)).eval()
     return model.to("cuda") if torch.cuda.is_available() else model
+
+
+def adapter_config(name: str | Path) -> PeftConfig | None:
+    """What the folder of a LoRA adapter says of it; None for a whole model.
+
+    Its base is sought beside the folder first, as stages name theirs by a relative path.
+    """
+    folder = Path(resolve(str(name)))
+    if not (folder / "adapter_config.json").is_file():
+        return None
+    config = PeftConfig.from_pretrained(folder)
+    if (base := folder / config.base_model_name_or_path).exists():
+        config.base_model_name_or_path = str(base)
+    return config
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: str) -> PeftModel:

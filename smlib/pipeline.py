@@ -22,7 +22,7 @@ from smlib import evaluation, models, ppo, ranking, rationales, reward_model, sf
 from smlib.answers import Reward
 from smlib.artifacts import Stage, require
 from smlib.bulk import Bulk
-from smlib.engines import NativeEngine
+from smlib.engines import Engine, chosen, make_engine
 from smlib.problems import PUBLISHED, TASKS, TRAIN_SETS, DatasetError, Problem, generate, load, pinned_files
 from smlib.roles import Adapters, Roles, SeparateModels
 from smlib.settings import Settings
@@ -163,11 +163,10 @@ def sample_rationales(run_dir: Path, settings: Settings, progress: bool = True) 
 
     Writes problems.jsonl and rationales.jsonl.
     """
-    stage = Stage(run_dir, "01_sampling", stage_keys(settings, "sampling"))
+    stage = Stage(run_dir, "01_sampling", stage_keys(settings, "sampling") | engine_key(settings))
     if stage.done:
         return stage
-    with stage.recording():
-        engine = load_engine(settings, settings.base)
+    with stage.recording(), load_engine(settings, settings.base) as engine:
         problems = training_problems(settings)
         rows = rationales.sample_open(
             to_disk(stage, "open", engine), problems, settings.sampling.samples, author="base",
@@ -240,12 +239,11 @@ def sample_again(run_dir: Path, settings: Settings, progress: bool = True) -> St
     SFT model, which are the ones that PPO will meet.
     """
     tuned = require(run_dir, "02_sft")
-    stage = Stage(run_dir, "03_second_sampling", stage_keys(settings, "sampling", "ranking") | {
-        "questions": settings.reward.questions}, inputs=[tuned])  # fmt: skip
+    keys = stage_keys(settings, "sampling", "ranking") | {"questions": settings.reward.questions}
+    stage = Stage(run_dir, "03_second_sampling", keys | engine_key(settings), inputs=[tuned])
     if stage.done:
         return stage
-    with stage.recording():
-        engine = load_engine(settings, tuned.path("model"))
+    with stage.recording(), load_engine(settings, tuned.path("model")) as engine:
         problems = second_problems(settings)
         rows = rationales.sample_open(
             to_disk(stage, "open", engine), problems, settings.sampling.samples, author="sft",
@@ -385,28 +383,30 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     trained = require(run_dir, "04_ppo")
     published, missing = published_problems(settings)
     files = {name: {"rows": len(found), **pinned_files(found[0].dataset)} for name, found in published.items()}
-    keys = stage_keys(settings, "evaluation") | {"published_sets": files}
+    keys = stage_keys(settings, "evaluation") | {"published_sets": files} | engine_key(settings)
     stage = Stage(run_dir, "05_evaluation", keys, inputs=[tuned, rewarder, trained])
     if stage.done:
         return stage
     with stage.recording():
-        tokenizer, judge = models.load_tokenizer(settings.base), load_model(settings, rewarder.path("model"))
         paths = {"base": settings.base, "sft": tuned.path("model"), "sml": trained.path("model")}
-        rows = []
+        sets, answered = test_problems(settings) | published, {}
         for method, path in paths.items():
-            model = load_model(settings, path)
-            for name, problems in (test_problems(settings) | published).items():
-                answered = evaluation.evaluate(
-                    model, tokenizer, problems,
-                    k=settings.evaluation.samples if name in settings.tasks else 0,
-                    shots=settings.sampling.shots if method == "base" else "none",
-                    temperature=settings.evaluation.temperature,
-                    max_new_tokens=settings.sampling.max_new_tokens, max_batch=settings.hardware.rollout_rows,
-                    seed=settings.seed, progress=f"{METHODS[method]}, {name}" if progress else None,
-                )  # fmt: skip
-                _add_scores(judge, tokenizer, problems, answered)
-                rows += [{"method": method, "test_set": name} | row for row in answered]
-        stage.write_rows("answers", rows)
+            with load_engine(settings, path) as engine:
+                for name, problems in sets.items():
+                    answered[method, name] = evaluation.evaluate(
+                        engine, problems, k=settings.evaluation.samples if name in settings.tasks else 0,
+                        shots=settings.sampling.shots if method == "base" else "none",
+                        temperature=settings.evaluation.temperature, max_new_tokens=settings.sampling.max_new_tokens,
+                        seed=settings.seed, progress=f"{METHODS[method]}, {name}" if progress else None,
+                    )  # fmt: skip
+        # Now, when the engines are closed: the judge is as large as they were.
+        tokenizer, judge = models.load_tokenizer(settings.base), load_model(settings, rewarder.path("model"))
+        for (_, name), rows in answered.items():
+            _add_scores(judge, tokenizer, sets[name], rows)
+        labelled = (
+            {"method": method, "test_set": name} | row for (method, name), rows in answered.items() for row in rows
+        )
+        stage.write_rows("answers", labelled)
         stage.write_json("published.json", missing)
     return stage
 
@@ -457,10 +457,13 @@ def load_model(settings: Settings, path: str | Path):
     return models.load_policy(path, settings.hardware.weights)
 
 
-def load_engine(settings: Settings, path: str | Path) -> NativeEngine:
-    """The sampler on that model, with the tokenizer of the run's base."""
-    tokenizer = models.load_tokenizer(settings.base)
-    return NativeEngine(load_model(settings, path), tokenizer, settings.hardware.rollout_rows)
+def load_engine(settings: Settings, path: str | Path) -> Engine:
+    """The engine that the settings ask for, on that model. Close it before the next model is loaded: vLLM takes most of
+    a GPU."""
+    hardware = settings.hardware
+    return make_engine(
+        hardware.engine, str(path), weights=hardware.weights, rows=hardware.rollout_rows, workers=hardware.workers
+    )
 
 
 def load_trainable(settings: Settings, path: str | Path):
@@ -482,7 +485,7 @@ def fitting(settings: Settings) -> dict:
     return {"seed": settings.seed, "micro_batch": hardware.micro_batch, "recompute": hardware.recompute}
 
 
-def to_disk(stage: Stage, name: str, engine: NativeEngine) -> Bulk:
+def to_disk(stage: Stage, name: str, engine: Engine) -> Bulk:
     """The engine with its samples in shards inside the unfinished stage, so that a killed stage goes on from them.
 
     They are deleted at the stage's end, whose rows say the same; the stage itself checks the settings.
@@ -504,6 +507,13 @@ def stage_keys(settings: Settings, *groups: str) -> dict:
     if settings.hardware.weights != "float32":  # the rest of the group changes no result
         common["weights"] = settings.hardware.weights
     return common | {group: asdict(getattr(settings, group)) for group in groups}
+
+
+def engine_key(settings: Settings) -> dict:
+    """What a stage that samples depends on too: who draws, unless it is the native engine. The number of workers
+    changes no sample."""
+    name = chosen(settings.hardware.engine)
+    return {} if name == "native" else {"engine": name}
 
 
 def _drawing(settings: Settings) -> dict:
