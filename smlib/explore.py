@@ -7,7 +7,7 @@ pit step alone is rejected, and chosen is a completion from the prefix before it
 A pit is k failures, not a proven error: where a completion recovers with probability p, all k fail with (1 - p)^k.
 
     rationales = [split(tokenizer, problem, prompt_ids, token_ids), ...]
-    found = explore(tokenizer, rationales, draw, k=4)      # draw: smlib.sampling.sample_ids with its settings
+    found = explore(tokenizer, rationales, draw, k=4)      # draw: explore_pipeline.drawing(engine, settings)
     pits = [first_pit(outcomes(rationale, found)) for rationale in rationales]
 
 Tokens, not texts, go from one stage to the next: a prefix is a rationale's own tokens as drawn, so that exploration,
@@ -45,7 +45,7 @@ class LuckWarning(UserWarning):
     """Blind guesses recover so often that a wrong step may seem recoverable."""
 
 
-# Completions of prompts that are token ids: `sampling.sample_ids` with model, tokenizer, temperature, lengths and seed.
+# Completions of prompts that are token ids: an engine's `sample_ids` with temperature, lengths and seed.
 Draw = Callable[..., list[list[Sample]]]
 
 

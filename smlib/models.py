@@ -44,6 +44,14 @@ from transformers.utils import logging
 
 logging.disable_progress_bar()  # its bars about files of a few megabytes go to standard error
 
+# What transformers calls it to keep a layer's input alone and compute the rest again in the backward pass. The version
+# that vLLM 0.32 wants has the older name.
+RECOMPUTING = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
+
 TINY_BASE = Path(__file__).parent / "tiny_base"
 
 
@@ -167,15 +175,13 @@ def load_policy(name: str | Path = "tiny", weights: str = "float32") -> PreTrain
     """A causal language model in eval mode, on the GPU where torch finds one; an adapter is merged into its base.
 
     weights: the precision to hold it in, "float32", "bfloat16" or "nf4" (see `_nf4`). An adapter stays beside a base in
-    nf4: so it was trained, and merged weights would be rounded to 4 bits anew. The base of a LoRA adapter's folder is
-    sought beside it first, as stages name theirs by a relative path. Raises ModelError where there is no such model.
+    nf4: so it was trained, and merged weights would be rounded to 4 bits anew. Raises ModelError where there is no
+    such model.
     """
-    folder = Path(locate(name)[0])
-    if not (folder / "adapter_config.json").is_file():
+    adapter = adapter_config(name)
+    if not adapter:
         return _load(name, weights, device())
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    base = folder / base if (folder / base).exists() else base
-    adapted = PeftModel.from_pretrained(load_policy(base, weights), folder)
+    adapted = PeftModel.from_pretrained(load_policy(adapter.base_model_name_or_path, weights), name)
     return (adapted.get_base_model() if weights == "nf4" else adapted.merge_and_unload()).eval()
 
 
@@ -206,6 +212,20 @@ def _nf4() -> dict:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     return {"dtype": torch.bfloat16, "quantization_config": quantized}
+
+
+def adapter_config(name: str | Path) -> PeftConfig | None:
+    """What the folder of a LoRA adapter says of it; None for a whole model.
+
+    Its base is sought beside the folder first, as stages name theirs by a relative path.
+    """
+    folder = Path(locate(name)[0])
+    if not (folder / "adapter_config.json").is_file():
+        return None
+    config = PeftConfig.from_pretrained(folder)
+    if (base := folder / config.base_model_name_or_path).exists():
+        config.base_model_name_or_path = str(base)
+    return config
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: str) -> PeftModel:

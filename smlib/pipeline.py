@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ from smlib import evaluation, models, ppo, ranking, rationales, reward_model, sf
 from smlib.answers import Reward
 from smlib.artifacts import Stage, require
 from smlib.bulk import Bulk
-from smlib.engines import NativeEngine
+from smlib.engines import Engine, chosen, make_engine
 from smlib.problems import PUBLISHED, TASKS, TRAIN_SETS, DatasetError, Problem, generate, load, pinned_files
 from smlib.roles import Adapters, Roles, SeparateModels
 from smlib.settings import Settings
@@ -36,6 +35,7 @@ from smlib.settings import Settings
 # base read seeds from 1,000,003. Test questions are of another split and the same for every run.
 _FIRST, _SECOND, _PPO, _TEST, _FRESH = 10_000, 20_000, 30_000, 60_000, 50_000
 
+ROLLOUT_SHARE = 0.35  # of a card, for vLLM beside the models that train
 SHARDS = "shards"  # folder of the samples of a stage that is not finished
 
 POLICY_METHODS = ("ppo", "rloo", "grpo")
@@ -168,11 +168,10 @@ def sample_rationales(run_dir: Path, settings: Settings, progress: bool = True) 
 
     Writes problems.jsonl and rationales.jsonl.
     """
-    stage = Stage(run_dir, "01_sampling", stage_keys(settings, "sampling"))
+    stage = Stage(run_dir, "01_sampling", stage_keys(settings, "sampling") | engine_key(settings.hardware.engine))
     if stage.done:
         return stage
-    with stage.recording():
-        engine = load_engine(settings, settings.base)
+    with stage.recording(), load_engine(settings, settings.base) as engine:
         problems = training_problems(settings)
         rows = rationales.sample_open(
             to_disk(stage, "open", engine), problems, settings.sampling.samples, author="base",
@@ -248,12 +247,11 @@ def sample_again(run_dir: Path, settings: Settings, progress: bool = True) -> St
     SFT model, which are the ones that PPO will meet.
     """
     tuned = require(run_dir, "02_sft")
-    stage = Stage(run_dir, "03_second_sampling", stage_keys(settings, "sampling", "ranking") | {
-        "questions": settings.reward.questions}, inputs=[tuned])  # fmt: skip
+    keys = stage_keys(settings, "sampling", "ranking") | {"questions": settings.reward.questions}
+    stage = Stage(run_dir, "03_second_sampling", keys | engine_key(settings.hardware.engine), inputs=[tuned])
     if stage.done:
         return stage
-    with stage.recording():
-        engine = load_engine(settings, tuned.path("model"))
+    with stage.recording(), load_engine(settings, tuned.path("model")) as engine:
         problems = second_problems(settings)
         rows = rationales.sample_open(
             to_disk(stage, "open", engine), problems, settings.sampling.samples, author="sft",
@@ -322,7 +320,10 @@ def train_policy(
         raise ValueError(f"method {method!r} is unknown; choose one of: {', '.join(POLICY_METHODS)}.")
     reward_model.weighted_sum(reward, dict.fromkeys(REWARDS))  # refuses an unknown one before anything is loaded
     tuned, rewarder = require(run_dir, "02_sft"), require(run_dir, "03_reward_model")
-    stage = Stage(run_dir, f"04_{method}", stage_keys(settings, "ppo") | {"reward": reward}, inputs=[tuned, rewarder])
+    keys = stage_keys(settings, "ppo") | {"reward": reward}
+    if method == "ppo":
+        keys |= engine_key(settings.hardware.rollout_engine)
+    stage = Stage(run_dir, f"04_{method}", keys, inputs=[tuned, rewarder])
     if stage.done:
         return stage
     accelerator = make_accelerator(tracker, stage.folder / "training")
@@ -339,9 +340,9 @@ def train_policy(
         }  # fmt: skip
         if method == "ppo":
             trained = make_roles(settings, tuned, rewarder)
-            engine = rollout_engine(settings, tuned) if accelerator.num_processes == 1 else None
             learned = make_reward(reward, rewarder, tokenizer, trained)
-            ppo.train(trained, learned, **arguments, accelerator=accelerator, engine=engine)
+            with rollout_engine(settings, tuned) or nullcontext() as engine:
+                ppo.train(trained, learned, **arguments, accelerator=accelerator, engine=engine)
             if accelerator.num_processes > 1:  # each may hold a part only
                 trained = ppo.trained_roles(make_roles(settings, tuned, rewarder), stage.folder / "training")
         else:
@@ -361,20 +362,21 @@ def make_roles(settings: Settings, tuned: Stage, rewarder: Stage) -> Roles:
     return SeparateModels(policy, load_model(settings, tuned.path("model")), value)
 
 
-def rollout_engine(settings: Settings, tuned: Stage):
-    """vLLM for PPO's rollouts, where the settings want it and there are adapters to hand over; None: our own sampler.
+def rollout_engine(settings: Settings, tuned: Stage) -> Engine | None:
+    """vLLM for PPO's rollouts, where the settings want it; None: our own sampler.
 
-    None too with a base of 4 bits: vLLM would draw from the weights as they were before they were rounded.
+    Raises ValueError with a base of 4 bits: vLLM would draw from the weights as they were before they were rounded.
     """
-    lora, hardware = settings.lora, settings.hardware
-    wanted = hardware.engine == "vllm" or (hardware.engine == "auto" and find_spec("vllm") is not None)
-    if not (wanted and lora.rank) or hardware.weights == "nf4":
+    hardware = settings.hardware
+    if chosen(hardware.rollout_engine) == "native":
         return None
-    from smlib.vllm_engine import VLLMEngine
-
-    # a third of the card: the rest is for training, which holds the base a second time
-    options = {"dtype": hardware.weights, "gpu_memory_utilization": 0.35}
-    return VLLMEngine(str(tuned.path("model")), lora_rank=lora.rank, **options)
+    if hardware.weights == "nf4":
+        raise ValueError(
+            "hardware.rollout_engine = 'vllm' with hardware.weights = 'nf4' would draw from weights that are not those "
+            "that train: give rollout_engine = 'native', or weights = 'bfloat16'"
+        )
+    options = {"lora_rank": settings.lora.rank, "share": ROLLOUT_SHARE}
+    return make_engine("vllm", str(tuned.path("model")), weights=hardware.weights, **options)
 
 
 def make_reward(formula: str, rewarder: Stage, tokenizer, roles: Roles | None = None) -> Reward:
@@ -414,28 +416,30 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     trained = require(run_dir, "04_ppo")
     published, missing = published_problems(settings)
     files = {name: {"rows": len(found), **pinned_files(found[0].dataset)} for name, found in published.items()}
-    keys = stage_keys(settings, "evaluation") | {"published_sets": files}
+    keys = stage_keys(settings, "evaluation") | {"published_sets": files} | engine_key(settings.hardware.engine)
     stage = Stage(run_dir, "05_evaluation", keys, inputs=[tuned, rewarder, trained])
     if stage.done:
         return stage
     with stage.recording():
-        tokenizer, judge = models.load_tokenizer(settings.base), load_model(settings, rewarder.path("model"))
         paths = {"base": settings.base, "sft": tuned.path("model"), "sml": trained.path("model")}
-        rows = []
+        sets, answered = test_problems(settings) | published, {}
         for method, path in paths.items():
-            model = load_model(settings, path)
-            for name, problems in (test_problems(settings) | published).items():
-                answered = evaluation.evaluate(
-                    model, tokenizer, problems,
-                    k=settings.evaluation.samples if name in settings.tasks else 0,
-                    shots=settings.sampling.shots if method == "base" else "none",
-                    temperature=settings.evaluation.temperature,
-                    max_new_tokens=settings.sampling.max_new_tokens, max_batch=settings.hardware.rollout_rows,
-                    seed=settings.seed, progress=f"{METHODS[method]}, {name}" if progress else None,
-                )  # fmt: skip
-                _add_scores(judge, tokenizer, problems, answered)
-                rows += [{"method": method, "test_set": name} | row for row in answered]
-        stage.write_rows("answers", rows)
+            with load_engine(settings, path) as engine:
+                for name, problems in sets.items():
+                    answered[method, name] = evaluation.evaluate(
+                        engine, problems, k=settings.evaluation.samples if name in settings.tasks else 0,
+                        shots=settings.sampling.shots if method == "base" else "none",
+                        temperature=settings.evaluation.temperature, max_new_tokens=settings.sampling.max_new_tokens,
+                        seed=settings.seed, progress=f"{METHODS[method]}, {name}" if progress else None,
+                    )  # fmt: skip
+        # Now, when the engines are closed: the judge is as large as they were.
+        tokenizer, judge = models.load_tokenizer(settings.base), load_model(settings, rewarder.path("model"))
+        for (_, name), rows in answered.items():
+            _add_scores(judge, tokenizer, sets[name], rows)
+        labelled = (
+            {"method": method, "test_set": name} | row for (method, name), rows in answered.items() for row in rows
+        )
+        stage.write_rows("answers", labelled)
         stage.write_json("published.json", missing)
     return stage
 
@@ -512,10 +516,13 @@ def load_model(settings: Settings, path: str | Path):
     return models.load_policy(path, settings.hardware.weights)
 
 
-def load_engine(settings: Settings, path: str | Path) -> NativeEngine:
-    """The sampler on that model, with the tokenizer of the run's base."""
-    tokenizer = models.load_tokenizer(settings.base)
-    return NativeEngine(load_model(settings, path), tokenizer, settings.hardware.rollout_rows)
+def load_engine(settings: Settings, path: str | Path) -> Engine:
+    """The engine that the settings ask for, on that model. Close it before the next model is loaded: vLLM takes most of
+    a GPU."""
+    hardware = settings.hardware
+    return make_engine(
+        hardware.engine, str(path), weights=hardware.weights, rows=hardware.rollout_rows, workers=hardware.workers
+    )
 
 
 def load_trainable(settings: Settings, path: str | Path):
@@ -547,7 +554,7 @@ def fitting(settings: Settings) -> dict:
     return {"seed": settings.seed, "micro_batch": hardware.micro_batch, "recompute": hardware.recompute}
 
 
-def to_disk(stage: Stage, name: str, engine: NativeEngine) -> Bulk:
+def to_disk(stage: Stage, name: str, engine: Engine) -> Bulk:
     """The engine with its samples in shards inside the unfinished stage, so that a killed stage goes on from them.
 
     They are deleted at the stage's end, whose rows say the same; the stage itself checks the settings.
@@ -569,6 +576,12 @@ def stage_keys(settings: Settings, *groups: str) -> dict:
     if settings.hardware.weights != "float32":  # the rest of the group changes no result
         common["weights"] = settings.hardware.weights
     return common | {group: asdict(getattr(settings, group)) for group in groups}
+
+
+def engine_key(name: str) -> dict:
+    """What a stage that samples depends on too: who draws, unless it is the native engine. The number of workers
+    is no key: the samples are the same."""
+    return {} if chosen(name) == "native" else {"engine": chosen(name)}
 
 
 def _drawing(settings: Settings) -> dict:

@@ -19,7 +19,7 @@ from statistics import mean
 import psutil
 import torch
 from scipy.stats import betabinom
-from transformers import AutoConfig, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from smlib import memory, models, pipeline, prompts, reward_model
 from smlib.engines import NativeEngine
@@ -82,7 +82,7 @@ CONFIGS = {  # of the presets' models, whose config.json may be behind a licence
 def config_of(base: str):
     """The shape of a model: of the presets' known here, of others read from a folder or the hub."""
     known = CONFIGS.get(base.partition("@")[0])
-    return known or AutoConfig.from_pretrained(models.resolve(base))
+    return known or models.load_config(base)
 
 
 # ---- lengths -------------------------------------------------------------------------------------------------

@@ -317,7 +317,7 @@ def collate(prompts: list[list[int]], samples: list[Sample], pad_id: int, device
 # have the whole batch, and an update is the same, up to rounding, for any number of them.
 
 
-class Engine(Protocol):
+class PolicyEngine(Protocol):
     """Another program that draws from the policy, such as `vllm_engine.VLLMEngine` on the adapters' base."""
 
     name: str
@@ -333,7 +333,7 @@ class Engine(Protocol):
 
 def rollout(
     policy, tokenizer, problems: list[Problem], settings: PPOSettings, seed: int, rows: int = MAX_BATCH,
-    engine: Engine | None = None,
+    engine: PolicyEngine | None = None,
 ) -> tuple[Batch, list[Sample]]:  # fmt: skip
     """Draw the completions of one update; those of one question are neighbours.
 
@@ -354,7 +354,7 @@ def rollout(
     return collate(repeated, samples, tokenizer.pad_token_id, policy.device), samples
 
 
-def hand_over(roles: Adapters, engine: Engine, folder: Path) -> None:
+def hand_over(roles: Adapters, engine: PolicyEngine, folder: Path) -> None:
     """Let the engine draw from the policy as it is now, by way of its adapter in `folder`."""
     with replacing(folder) as tmp:
         roles.save_policy(tmp)
@@ -520,7 +520,7 @@ class Experience:
 
 def experience(
     accelerator: Accelerator, roles: Roles, reward: Reward, asked: list[Problem], tokenizer, settings: PPOSettings,
-    state: "State", seed: int, micro_batch: int = 0, rollout_rows: int = MAX_BATCH, engine: Engine | None = None,
+    state: "State", seed: int, micro_batch: int = 0, rollout_rows: int = MAX_BATCH, engine: PolicyEngine | None = None,
 ) -> Experience:  # fmt: skip
     """Draw, score, and work out which token deserves what. An engine has been handed the policy; it is checked here."""
     clock = [time.perf_counter()]
@@ -572,7 +572,7 @@ def train(
     micro_batch: int = 0,
     recompute: bool = False,
     rollout_rows: int = MAX_BATCH,
-    engine: Engine | None = None,
+    engine: PolicyEngine | None = None,
     checkpoint_every: int = 10,
     examples_every: int = 10,
     progress: str | None = None,
@@ -872,7 +872,7 @@ def check_micro_batch(settings: PPOSettings, processes: int, micro_batch: int) -
         )
 
 
-def _check_engine(engine: Engine | None, roles: Roles, processes: int) -> None:
+def _check_engine(engine: PolicyEngine | None, roles: Roles, processes: int) -> None:
     if engine is not None and processes > 1:
         raise ValueError(
             f"engine {engine.name!r} draws for one process, not for {processes}: sample by the native engine, or train "

@@ -77,7 +77,7 @@ def trainer_options(
         "seed": seed,
         "use_cpu": model.device.type == "cpu",
         "bf16": False,
-        "activation_checkpointing": recompute,
+        models.RECOMPUTING: recompute,
         "logging_steps": 10,
         "logging_first_step": True,  # a short run has a log, too
         "report_to": "none",

@@ -38,7 +38,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from smlib import ppo
 from smlib.answers import Reward, grade_many
 from smlib.artifacts import refuse_difference, replacing
-from smlib.models import packed_logprobs
+from smlib.models import RECOMPUTING, packed_logprobs
 from smlib.ppo import PPOSettings
 from smlib.problems import Problem
 from smlib.progress import progress_bar
@@ -283,6 +283,7 @@ def _make_trainer(
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        **{RECOMPUTING: settings.recompute},
         **options,
     )
     trainer = trainer_class(
@@ -316,8 +317,8 @@ def _clean(policy) -> None:
     """Take back what TRL has changed of the policy besides its weights."""
     base = policy.get_base_model() if is_peft_model(policy) else policy
     del base.forward  # TRL's own, which can do without logits
-    if base.is_activation_checkpointing:
-        base.activation_checkpointing_disable()
+    if getattr(base, f"is_{RECOMPUTING}"):
+        getattr(base, f"{RECOMPUTING}_disable")()
     if base is not policy and "ref" in policy.peft_config:  # RLOO's copy of the adapter
         policy.delete_adapter("ref")
     policy.eval()
