@@ -30,7 +30,7 @@ from smlib.answers import answer_start, grade
 from smlib.evaluation import pass_at_k
 from smlib.problems import KINDS, TASKS, Problem
 from smlib.sampling import Sample
-from smlib.steps import first_wrong_step
+from smlib.steps import first_wrong_step, knows
 
 CHOICES = ("shortest", "random", "most_likely")  # which of the correct completions is chosen
 # Datasets in whose rationales one line is one step, the word problems and our tasks; in all others sentences are.
@@ -356,7 +356,9 @@ def pit_report(
 
 
 def wrong_step(tokenizer: PreTrainedTokenizerBase, rationale: Rationale) -> int | None:
-    """The first wrong step, from 1, of a rationale of a generated task; None if all of its steps are right."""
+    """The first wrong step, from 1; None if all steps are right, or of a dataset that the step checker knows not."""
+    if not knows(rationale.problem.dataset):
+        return None
     wrong = first_wrong_step(rationale.problem, models.decode(tokenizer, rationale.prefix(len(rationale.ends))))
     return wrong + 1 if wrong is not None and wrong < len(rationale.ends) else None
 

@@ -228,6 +228,11 @@ def adapter_config(name: str | Path) -> PeftConfig | None:
     return config
 
 
+def device_name() -> str:
+    """Where `load_policy` puts a model: the GPU's name, or "CPU"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
 def add_lora(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: str) -> PeftModel:
     """Put a trainable LoRA adapter (2106.09685) of scale alpha / rank, without dropout, on a model that stays as it is.
 
