@@ -1,0 +1,717 @@
+"""What this package does with a model of Llama-2-7B's shape on one GPU, measured; writes results/gpu_7b.csv.
+
+    PYTHONPATH=. python benchmarks/gpu_7b.py [--out FOLDER] [--minutes 8.5] [--only SECTION ...]
+    PYTHONPATH=. python benchmarks/gpu_7b.py --shape small --out FOLDER    # a minute on one CPU core, to test this file
+
+The weights are random (speed and memory do not depend on them), so nothing is downloaded, and one card of 80 GB will
+do. It takes the packages of smlib.models, torch and transformers as pinned and peft; the sections sft, reward and dpo
+take trl and datasets too, nf4 takes bitsandbytes, and each of them says so in a row where they are missing. A machine
+that has torch but no network gets the others as wheels in a folder:
+
+    python -m pip install --no-index --no-deps --target /tmp/site WHEELS/*.whl
+    PYTHONUNBUFFERED=1 PYTHONPATH=/tmp/site:. python benchmarks/gpu_7b.py --out "$OUT"
+
+The table is written anew after every section, so that a run that is killed leaves what it had. A section that fails
+leaves a row that says why, and the next one runs; one that would not end in time is not begun. Only a whole run of
+shape 7b writes to results/.
+
+The columns: section, what, value, unit, computed, ratio = value / computed, note. (section, what, unit) names a row.
+Computed is, of GiB, what smlib.memory expects; of a speed or a time, the bound: the time that the arithmetic takes at
+the speed of a large matrix product, or that the bytes which must be read take at the speed of a large copy, both
+measured in the same run. The ratio of a speed is then the share of the bound.
+
+Operations are counted of the P weights in matrices, not of attention, which is below 2 % at these lengths: a forward
+pass takes 2 P per token, a backward pass through frozen weights 2 P (no gradients of theirs), and 2 P more where
+activations are computed again. The output head counts for all tokens, though it reads only those of completions.
+"""
+
+import argparse
+import copy
+import csv
+import gc
+import math
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, StaticCache
+
+from smlib import memory, models
+from smlib.memory import Choices
+from smlib.problems import Problem
+from smlib.sampling import Sample, sample_ids
+
+RESULTS = Path(__file__).parents[1] / "results"
+COLUMNS = ("section", "what", "value", "unit", "computed", "ratio", "note")
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+GIB = 2**30
+STATIC = {"cache_implementation": "static"}  # for model.generate
+RANK, SAMPLES, K = 16, 8, 4  # of LoRA; completions of a question; of a prefix in the exploration
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model's shape and how much it is given to do; lengths in tokens."""
+
+    config: LlamaConfig
+    prompt: int
+    new: int  # drawn of a completion
+    answer: int  # of a completion to train on
+    rows: tuple[int, ...]  # completions drawn together
+    stepped: tuple[int, ...]  # the same, where single steps are measured
+    episodes: int  # of a PPO update
+    rationales: int  # to explore
+
+
+SMALL = LlamaConfig(
+    hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=300,
+)  # fmt: skip
+JOBS = {
+    "7b": Job(memory.LLAMA_2_7B, 128, 128, 256, (32, 128, 512), (1, 8, 32, 128), 64, 8),
+    "small": Job(SMALL, 16, 16, 16, (8, 16), (1, 8), 8, 2),
+}
+
+
+# ---- the table -----------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """The rows so far, what the machine can do, and the time that is left."""
+
+    def __init__(self, job: Job, files: list[Path], minutes: float):
+        self.job, self.files, self.deadline = job, files, time.monotonic() + 60 * minutes
+        self.rows: list[dict] = []
+        self.section = ""
+        self.bandwidth = self.peak = math.nan  # bytes and operations per second
+
+    def add(self, what: str, value=None, unit: str = "", computed: float | None = None, note: str = "") -> None:
+        ratio = value / computed if computed and value is not None else None
+        self.rows.append(dict(zip(COLUMNS, (self.section, what, value, unit, computed, ratio, note), strict=True)))
+
+    def run(self, name: str, work: Callable[["Bench"], None], estimate: float) -> None:
+        """A section of about `estimate` seconds, within the time that is left."""
+        self.section, left, started = name, self.deadline - time.monotonic(), time.monotonic()
+        if left < estimate:
+            self.add("skipped", note=f"{left:.0f} s left, it takes about {estimate:.0f}")
+        else:
+            try:
+                with limit(left):
+                    work(self)
+            except ModuleNotFoundError as error:
+                self.add("skipped", note=f"no module {error.name}")
+            except Exception as error:  # of whatever kind: the sections after it are worth having
+                self.add("failed", note=f"{type(error).__name__}: {error}".replace("\n", " ")[:200])
+            self.add("whole section", time.monotonic() - started, "s")
+        free()
+        self.write()
+        print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
+
+    def write(self) -> None:
+        for path in self.files:
+            with path.open("w", newline="") as file:
+                table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                table.writeheader()
+                table.writerows({name: short(value) for name, value in row.items()} for row in self.rows)
+
+    def show(self) -> None:
+        for row in self.rows:
+            value, computed, ratio = (short(row[name]) for name in ("value", "computed", "ratio"))
+            beside = f" | {computed} | x {ratio}" if computed else ""
+            print(f"{row['section']} | {row['what']} | {value} {row['unit']}{beside} | {row['note'][:80]}")
+
+    def weigh(self, what: str, computed: float, note: str = "") -> None:
+        """The row of the most memory since `reset_peak`, beside what was computed; bytes."""
+        found = torch.cuda.max_memory_allocated() / GIB if GPU else None
+        self.add(what, found, "GiB", computed / GIB, note if GPU else "measured on a GPU only")
+        reset_peak()
+
+    def train(self, what: str, seconds: float, rows: int, computed: float, recompute: bool, note: str = "") -> None:
+        """The rows of a training step on `rows` whole sequences under LoRA; note: of the computed memory."""
+        tokens = rows * (self.job.prompt + self.job.answer)
+        work = (6 if recompute else 4) * matrices(self.job.config) * tokens
+        self.add(what, seconds, "s", work / self.peak)
+        self.add(what, tokens / seconds, "tokens/s")
+        self.add(what, work / seconds / 1e12, "TFLOP/s", self.peak / 1e12)
+        self.weigh(what, computed, note)
+
+
+def short(value) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError within, once the seconds have passed."""
+
+    def stop(*_):
+        raise TimeoutError(f"stopped after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def free() -> None:
+    gc.collect()
+    if GPU:
+        torch.cuda.empty_cache()
+    reset_peak()
+
+
+def reset_peak() -> None:
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def clock() -> float:
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = clock()
+    work()
+    return clock() - started
+
+
+# ---- the model and what it is given --------------------------------------------------------------------------
+
+
+def build(config: LlamaConfig) -> torch.nn.Module:
+    """A frozen model with random weights in bfloat16, made where it computes. Nothing ends what it writes."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
+    model.generation_config.eos_token_id = None
+    return model.eval().requires_grad_(False)
+
+
+def adapted(config: LlamaConfig):
+    return models.add_lora(build(config), RANK, RANK, "all-linear", "")
+
+
+def matrices(config: LlamaConfig) -> int:
+    """Weights that every token is multiplied with: the layers' and the output head's."""
+    return memory.parameters(config)["linear"] + config.vocab_size * config.hidden_size
+
+
+def token_ids(count: int, length: int, config: LlamaConfig) -> list[list[int]]:
+    """Random tokens, the special ones of `word_tokenizer` left out."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(5, config.vocab_size, (count, length), generator=generator).tolist()
+
+
+def word_tokenizer(config: LlamaConfig) -> PreTrainedTokenizerFast:
+    """A token for each word "w5", "w6", ..., so that the tokens of a text can be counted beforehand."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+
+    words = ["<pad>", "</s>", "<unk>", "Q:", "A:", *(f"w{number}" for number in range(5, config.vocab_size))]
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )  # fmt: skip
+
+
+def text(ids: list[int]) -> str:
+    return " ".join(f"w{number}" for number in ids)
+
+
+def problems_of(job: Job, count: int) -> list[Problem]:
+    """Problems whose prompt has job.prompt tokens: "Q:", the question's and "A:"."""
+    questions = token_ids(count, job.prompt - 2, job.config)
+    return [Problem(f"gpu/{n}", "multiarith", text(ids), "7", "number") for n, ids in enumerate(questions)]
+
+
+def choices(job: Job, **changed) -> Choices:
+    """How the models are held here, for smlib.memory."""
+    usual = {"layout": "adapters", "rank": RANK, "frozen": "bfloat16", "precision": "bfloat16", "prompt": job.prompt}
+    return Choices(**usual | {"completion": job.new, "samples": SAMPLES} | changed)
+
+
+# ---- facts, weights ------------------------------------------------------------------------------------------
+
+
+def facts(bench: Bench) -> None:
+    name = torch.cuda.get_device_name() if GPU else "CPU"
+    total = torch.cuda.get_device_properties(0).total_memory / GIB if GPU else None
+    bench.add("device", total, "GiB", note=name)
+    for package in PACKAGES:
+        try:
+            bench.add(package, note=version(package))
+        except PackageNotFoundError:
+            bench.add(package, note="is not there")
+    source = torch.empty(2**32 if GPU else 2**26, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    bench.bandwidth = 2 * len(source) / best(lambda: target.copy_(source))
+    bench.add("copy", bench.bandwidth / 1e9, "GB/s", note="bytes read and written")
+    size = 8192 if GPU else 512
+    left, right = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    bench.peak = 2 * size**3 / best(lambda: left @ right)
+    bench.add("matrix product", bench.peak / 1e12, "TFLOP/s", note=f"bfloat16, {size} x {size} x {size}")
+
+
+def best(work: Callable[[], object], times: int = 10) -> float:
+    work()
+    return min(seconds(work) for _ in range(times))
+
+
+def weights(bench: Bench) -> None:
+    model = build(bench.job.config)
+    held = sum(weight.nbytes for weight in model.parameters())
+    bench.add("held", held / GIB, "GiB", memory.model_bytes(bench.job.config, "bfloat16") / GIB)
+    bench.add("parameters", models.model_size(model), "", sum(memory.parameters(bench.job.config).values()))
+    bench.weigh("while they are made", held)
+
+
+# ---- sampling ------------------------------------------------------------------------------------------------
+
+
+def native(model, job: Job, rows: int, new: int) -> list[list[Sample]]:
+    prompts = token_ids(-(-rows // SAMPLES), job.prompt, job.config)
+    return sample_ids(model, prompts, min(rows, SAMPLES), temperature=1.0, max_new_tokens=new, seed=0)
+
+
+@torch.inference_mode()
+def by_generate(model, prompts: list[list[int]], new: int, samples: int, **options) -> torch.Tensor:
+    ids = torch.tensor(prompts, device=DEVICE)
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), num_return_sequences=samples, do_sample=True, top_k=0,
+        temperature=1.0, max_new_tokens=new, pad_token_id=0, **options,
+    )  # fmt: skip
+
+
+def step_bound(bench: Bench, rows: int, new: int) -> float:
+    """Seconds of a decode step, in the middle of `new`: the weights, each prompt's keys and values once and those of
+    the drawn tokens are read, or the weights multiplied with all rows, whichever takes longer."""
+    config = bench.job.config
+    cached = -(-rows // SAMPLES) * bench.job.prompt + rows * new / 2
+    read = 2 * matrices(config) + 4 * config.num_hidden_layers * memory.widths(config)[3] * cached
+    return max(read / bench.bandwidth, 2 * matrices(config) * rows / bench.peak)
+
+
+def draw_bound(bench: Bench, rows: int) -> float:
+    """Seconds to read the prompts and draw all tokens."""
+    job = bench.job
+    return job.new * step_bound(bench, rows, job.new) + memory.parameters(job.config)["linear"] * 2 * job.prompt * (
+        -(-rows // SAMPLES) / bench.peak
+    )
+
+
+def sampling(bench: Bench) -> None:
+    """smlib's sampler and model.generate, the same prompts, eight completions each, all of them of the same length."""
+    job, model = bench.job, build(bench.job.config)
+    compare_logprobs(bench, model)
+    ours = {rows: native_speed(bench, model, rows) for rows in job.rows[:2]}
+    theirs = {rows: generate_speed(bench, model, rows) for rows in job.rows[:2]}
+    for rows, speed in theirs.items():
+        bench.add(f"native over generate, {rows} rows", ours[rows] / speed, "times")
+    bench.add("native over generate, best of each", max(ours.values()) / max(theirs.values()), "times")
+    for rows in job.rows[2:]:
+        native_speed(bench, model, rows)
+
+
+def native_speed(bench: Bench, model, rows: int) -> float:
+    """Tokens per second."""
+    job, what = bench.job, f"native, {rows} rows"
+    parts = memory.rollout(job.config, choices(job, rollout_rows=rows))
+    native(model, job, rows, 4)
+    reset_peak()
+    speed = rows * job.new / seconds(lambda: native(model, job, rows, job.new))
+    bench.add(what, speed, "tokens/s", rows * job.new / draw_bound(bench, rows))
+    bench.weigh(what, memory.model_bytes(job.config, "bfloat16") + parts["cache"] + parts["scratch"])
+    return speed
+
+
+def generate_speed(bench: Bench, model, rows: int, what: str = "generate", **options) -> float:
+    """Tokens per second, after a first time."""
+    job, what = bench.job, f"{what}, {rows} rows"
+    prompts = token_ids(rows // SAMPLES, job.prompt, job.config)
+    draw = partial(by_generate, model, prompts, job.new, SAMPLES, **options)
+    if drawn := draw().shape[1] - job.prompt - job.new:
+        raise RuntimeError(f"generate drew {drawn} tokens more than {job.new}")
+    reset_peak()
+    speed = rows * job.new / seconds(draw)
+    bench.add(what, speed, "tokens/s", rows * job.new / draw_bound(bench, rows))
+    if GPU:
+        bench.add(what, torch.cuda.max_memory_allocated() / GIB, "GiB")
+    return speed
+
+
+@torch.inference_mode()
+def compare_logprobs(bench: Bench, model) -> None:
+    """Log-probabilities as the sampler gives them beside those of a training pass over the same tokens."""
+    job = bench.job
+    prompts = token_ids(1, job.prompt, job.config)
+    [drawn] = native(model, job, models.CONTINUATIONS_PER_ROW, job.new)
+    packed = models.pack([(prompts[0], [list(one.token_ids) for one in drawn])], 0, DEVICE)
+    trained = models.packed_logprobs(model, packed).cpu()
+    apart = (trained - torch.tensor([number for one in drawn for number in one.logprobs])).abs()
+    bench.add("log p, sampler and training pass, largest difference", apart.max().item(), "nats")
+    bench.add("log p, sampler and training pass, mean difference", apart.mean().item(), "nats", note="bfloat16")
+
+
+def steps(bench: Bench) -> None:
+    """A decode step of the sampler, and how long of it the GPU has work: the rest is Python and launches."""
+    job, model = bench.job, build(bench.job.config)
+    few, many = job.new // 8, job.new // 2
+    for rows in job.stepped:
+        taken = [seconds(lambda n=n, rows=rows: native(model, job, rows, n)) for n in (few, few, many)]
+        bound = 1e3 * step_bound(bench, rows, few + many)
+        bench.add(f"native, {rows} rows", 1e3 * (taken[2] - taken[1]) / (many - few), "ms/step", bound)
+        if GPU:
+            busy = [busy_seconds(lambda n=n, rows=rows: native(model, job, rows, n)) for n in (few, many)]
+            bench.add(f"kernels of native, {rows} rows", 1e3 * (busy[1] - busy[0]) / (many - few), "ms/step", bound)
+
+
+def busy_seconds(work: Callable[[], object]) -> float:
+    """What all kernels take together."""
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        work()
+    return sum(event.self_device_time_total for event in found.key_averages()) / 1e6
+
+
+@torch.inference_mode()
+def graph(bench: Bench) -> None:
+    """A step over a static cache with a prompt for every row, launched as one CUDA graph: nothing but kernels."""
+    if not GPU:
+        return bench.add("skipped", note="needs a GPU")
+    job, model = bench.job, build(bench.job.config)
+    length = job.prompt + job.new
+    for rows in job.stepped:
+        given = {
+            "input_ids": torch.zeros(rows, 1, dtype=torch.long, device=DEVICE),
+            "position_ids": torch.full((rows, 1), job.prompt, device=DEVICE),
+            "attention_mask": torch.zeros(rows, 1, 1, length, dtype=torch.bfloat16, device=DEVICE),
+            "past_key_values": StaticCache(config=model.config, max_cache_len=length),
+            "use_cache": True,
+        }
+        eager = best(lambda given=given: model(**given), 4)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries set up what they may not while a graph is recorded
+            model(**given)
+        torch.cuda.current_stream().wait_stream(side)
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            model(**given)
+        recorded.replay()
+        taken = seconds(lambda recorded=recorded: [recorded.replay() for _ in range(32)]) / 32
+        bound = 1e3 * step_bound(bench, rows, job.new)
+        bench.add(f"static cache, launched singly, {rows} rows", 1e3 * eager, "ms/step", bound)
+        bench.add(f"static cache, CUDA graph, {rows} rows", 1e3 * taken, "ms/step", bound)
+        del recorded, given
+        free()
+
+
+def static(bench: Bench) -> None:
+    """model.generate with a static cache, which transformers compiles on a GPU. The last section: compiling may take
+    all the time that is left."""
+    if not GPU:
+        return bench.add("skipped", note="needs a GPU")
+    model = build(bench.job.config)
+    taken = seconds(lambda: generate_speed(bench, model, bench.job.rows[1], "generate, compiled", **STATIC))
+    bench.add("compiled and drawn twice", taken, "s")
+
+
+# ---- training ------------------------------------------------------------------------------------------------
+
+
+def variants() -> Iterator[tuple[str, int, bool]]:
+    """(its name, micro batch, whether activations are computed again), as a model that does so goes on doing it."""
+    for recompute in (False, True):
+        for micro in (4, 1):
+            yield f"micro batch {micro}{', recompute' if recompute else ''}", micro, recompute
+
+
+def update_bytes(job: Job, micro: int, recompute: bool, frozen: str = "bfloat16") -> float:
+    """Bytes of a step on whole completions, as smlib.memory counts PPO's with a value head, under autocast."""
+    held = choices(job, minibatch=micro, samples=1, completion=job.answer, recompute=recompute, frozen=frozen)
+    return memory.total(memory.update(job.config, held))
+
+
+def loop_step(bench: Bench, lora, micro: int) -> float:
+    """Seconds of a step of SFT as plain torch under autocast, as PPO's steps are: median of four after a first one."""
+    job, trained = bench.job, [weight for weight in lora.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    rows = token_ids(micro, job.prompt + job.answer, job.config)
+    packed = models.pack([(row[: job.prompt], [row[job.prompt :]]) for row in rows], 0, DEVICE)
+
+    def step():
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = -models.packed_logprobs(lora, packed).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    reset_peak()
+    return statistics.median([seconds(step) for _ in range(5)][1:])
+
+
+def loop(bench: Bench) -> None:
+    """SFT without a trainer, under autocast."""
+    lora = adapted(bench.job.config)
+    for what, micro, recompute in variants():
+        if recompute:
+            recompute_activations(lora)
+        taken = loop_step(bench, lora, micro)
+        bench.train(what, taken, micro, update_bytes(bench.job, micro, recompute), recompute)
+
+
+def recompute_activations(lora) -> None:
+    lora.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    lora.train()
+
+
+class Ticks(list):
+    """In place of a progress bar: when each step ended, in seconds."""
+
+    def update(self, _) -> None:
+        self.append(clock())
+
+    def set_postfix(self, **_) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def trainer_step(train: Callable[[], object]) -> float:
+    """Seconds of a step of one of smlib's trainers: the median of those after the first."""
+    from smlib import sft
+
+    ticks = Ticks()
+    reset_peak()
+    with mock.patch.object(sft, "progress_bar", lambda *_: ticks):
+        train()
+    return statistics.median(end - start for start, end in pairwise(ticks))
+
+
+def trainer_options(micro: int, recompute: bool) -> dict:
+    return {
+        "epochs": 1, "learning_rate": 1e-5, "batch": micro, "seed": 0, "micro_batch": micro, "recompute": recompute,
+    }  # fmt: skip
+
+
+def sft(bench: Bench) -> None:
+    """smlib.sft: by TRL's trainer, without autocast."""
+    from smlib.sft import train_sft
+
+    job, lora, tokenizer = bench.job, adapted(bench.job.config), word_tokenizer(bench.job.config)
+    for what, micro, recompute in variants():
+        asked = problems_of(job, 5 * micro)
+        answers = token_ids(len(asked), job.answer - 1, job.config)  # and the end
+        rows = [{"id": one.id, "side": "+", "text": text(ids)} for one, ids in zip(asked, answers, strict=True)]
+        taken = trainer_step(partial(train_sft, lora, tokenizer, asked, rows, **trainer_options(micro, recompute)))
+        bench.train(what, taken, micro, update_bytes(job, micro, recompute), recompute, "computed as for the loop")
+
+
+def sides(job: Job, count: int) -> list[tuple[list[int], list[int]]]:
+    """Tokens of the two sides of pairs, alike in their first half."""
+    drawn = token_ids(2 * count, job.answer - 1, job.config)
+    half = job.answer // 2
+    return [(one, one[:half] + other[half:]) for one, other in zip(drawn[::2], drawn[1::2], strict=True)]
+
+
+def pair_row(bench: Bench, what: str, taken: float, micro: int) -> None:
+    bench.add(what, taken, "s", note=f"recompute; sides of {bench.job.answer} tokens after {bench.job.prompt}")
+    bench.add(what, micro / taken, "pairs/s")
+    bench.weigh(what, update_bytes(bench.job, 2 * micro, recompute=True), "computed as for the loop on both sides")
+
+
+def reward(bench: Bench, micro: int = 4) -> None:
+    from smlib import reward_model
+
+    job, lora, tokenizer = bench.job, adapted(bench.job.config), word_tokenizer(bench.job.config)
+    asked = problems_of(job, 5 * micro)
+    pairs = [
+        {"id": one.id, "chosen": text(good), "rejected": text(bad), "held_out": False}
+        for one, (good, bad) in zip(asked, sides(job, len(asked)), strict=True)
+    ]
+    options = trainer_options(micro, True) | {"beta": 0.1, "nll_coef": 1.0}
+    taken = trainer_step(partial(reward_model.train_reward_model, lora, tokenizer, asked, pairs, **options))
+    pair_row(bench, f"step, micro batch {micro}", taken, micro)
+    texts = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
+    problems = [one for one in asked for _ in range(2)]
+    score = partial(reward_model.score, lora, tokenizer, problems, texts)
+    score()
+    bench.add("texts scored", len(texts) / seconds(score), "texts/s")
+
+
+def dpo(bench: Bench, micro: int = 4) -> None:
+    from smlib.dpo import train_dpo
+
+    job, lora, tokenizer = bench.job, adapted(bench.job.config), word_tokenizer(bench.job.config)
+    prompts, end = token_ids(5 * micro, job.prompt, job.config), [tokenizer.eos_token_id]
+    pairs = [
+        {"id": str(number), "prompt_ids": prompt, "chosen_ids": good + end, "rejected_ids": bad + end}
+        for number, (prompt, (good, bad)) in enumerate(zip(prompts, sides(job, len(prompts)), strict=True))
+    ]
+    options = trainer_options(micro, True) | {"beta": 0.1}
+    taken = trainer_step(partial(train_dpo, lora, tokenizer, pairs, **options))
+    pair_row(bench, f"step, micro batch {micro}", taken, micro)
+
+
+def ppo_update(bench: Bench, value: str, recompute: bool) -> None:
+    """The second of two updates; the peaks are those of the rollout, and of all that comes after it."""
+    from smlib import ppo
+    from smlib.roles import Adapters
+
+    job, tokenizer = bench.job, word_tokenizer(bench.job.config)
+    held = choices(
+        job, value=value, recompute=recompute, minibatch=min(16, job.episodes // 2), rollout_rows=job.episodes
+    )
+    phases = {name: memory.total(parts) for name, parts in memory.phases(job.config, held).items()}
+    settings = ppo.PPOSettings(
+        value=value, updates=2, episodes=job.episodes, samples_per_question=SAMPLES, minibatch=held.minibatch,
+        max_new_tokens=job.new, precision="bfloat16", max_update_kl=math.inf, learning_rate=1e-5,
+    )  # fmt: skip
+    roles = Adapters(adapted(job.config), share_trunk=value == "head")
+    if recompute:
+        roles.recompute_activations()
+    asked, updates = problems_of(job, settings.questions), []
+
+    def problems(update: int) -> list[Problem]:
+        updates.append(update)
+        reset_peak()
+        return asked
+
+    def score(_, texts: list[str]) -> list[float]:
+        if len(updates) == settings.updates:
+            bench.weigh("rollout", phases["rollout"])
+        return [float(len(one) % 7) for one in texts]
+
+    with tempfile.TemporaryDirectory() as out:
+        row = ppo.train(roles, score, problems, tokenizer, settings, out)[-1]
+    bench.weigh("scoring and update", max(phases["reference"], phases["update"]))
+    tokens, passes = row["tokens"], 1 if value == "head" else 2
+    read = held.tokens * job.episodes // held.minibatch  # prompts included
+    work = passes * (6 if recompute else 4) * matrices(job.config) * read
+    bench.add("rollout", row["rollout_seconds"], "s", draw_bound(bench, job.episodes), f"{tokens} tokens")
+    bench.add("rollout", tokens / row["rollout_seconds"], "tokens/s")
+    bench.add("scoring", row["score_seconds"], "s", note="log p of policy and reference, values")
+    bench.add("update", row["update_seconds"], "s", work / bench.peak, f"{row['steps']} steps of {held.minibatch}")
+    bench.add("update", work / row["update_seconds"] / 1e12, "TFLOP/s", bench.peak / 1e12)
+    whole = sum(row[name] for name in ppo.SECONDS)
+    bench.add("all", whole, "s", note=f"{job.episodes} completions")
+    bench.add("all", 1e6 * whole / tokens, "us/token")
+
+
+# ---- exploration, four bits ----------------------------------------------------------------------------------
+
+
+def exploration(bench: Bench) -> None:
+    """k completions of every prefix of wrong rationales: all together, and the nested loop on a few of them."""
+    from smlib import explore
+
+    job, model, tokenizer = bench.job, build(bench.job.config), word_tokenizer(bench.job.config)
+    asked = problems_of(job, job.rationales)
+    prompts, written = (token_ids(len(asked), length, job.config) for length in (job.prompt, job.new))
+    ends = tuple(job.new * part // 4 for part in (1, 2, 3))
+    rationales = [
+        explore.Rationale(problem, tuple(prompt), tuple(ids), ends)
+        for problem, prompt, ids in zip(asked, prompts, written, strict=True)
+    ]
+    draw = partial(sample_ids, model, tokenizer=tokenizer, temperature=1.0, max_new_tokens=job.new, seed=0)
+    explore.explore_all(tokenizer, rationales[:1], draw, K)
+    started = clock()
+    found = explore.explore_all(tokenizer, rationales, draw, K)
+    speed = sum(map(len, found.values())) / (clock() - started)
+    bench.add(f"{len(found)} prefixes together", speed, "completions/s", note=f"k = {K}, {job.new} tokens")
+    for at_once in (K, 1):
+        taken = 0.0
+        for steps_kept in (1, 2, 3):
+            start = [*rationales[0].prompt_ids, *rationales[0].prefix(steps_kept)]
+            taken += seconds(lambda start=start, n=at_once: by_generate(model, [start], job.new, n))
+        what = f"loop over prefixes, {at_once} completions a call"
+        bench.add(what, 3 * at_once / taken, "completions/s")
+        bench.add(f"together over {what}", speed * taken / (3 * at_once), "times")
+
+
+def nf4(bench: Bench) -> None:
+    """The linear layers in four bits: weights, a training step, sampling."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    job, model = bench.job, build(bench.job.config)
+    for layer in model.get_decoder().layers:
+        for name, old in [found for found in layer.named_modules() if isinstance(found[1], torch.nn.Linear)]:
+            new = Linear4bit(old.in_features, old.out_features, bias=False, compute_dtype=torch.bfloat16, device="meta")
+            new.weight = Params4bit(old.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+            layer.set_submodule(name, new.to(DEVICE))
+    del old
+    model.is_loaded_in_4bit = True  # so peft puts its layers for four bits on them
+    free()
+    if GPU:
+        held = torch.cuda.memory_allocated()
+        bench.add("held", held / GIB, "GiB", memory.model_bytes(job.config, "nf4") / GIB)
+    for rows in job.rows[:2]:
+        native(model, job, rows, 4)
+        taken = seconds(lambda rows=rows: native(model, job, rows, job.new))
+        bench.add(f"native, {rows} rows", rows * job.new / taken, "tokens/s")
+    lora = models.add_lora(model, RANK, RANK, "all-linear", "")
+    recompute_activations(lora)
+    taken = loop_step(bench, lora, 4)
+    bench.train("micro batch 4, recompute", taken, 4, update_bytes(job, 4, True, "nf4"), recompute=True)
+
+
+# ---- all of it -----------------------------------------------------------------------------------------------
+
+SECTIONS = {  # in the order of their worth; with seconds on a card of 80 GB
+    "facts": (facts, 5),
+    "weights": (weights, 5),
+    "sampling": (sampling, 40),
+    "loop": (loop, 25),
+    "ppo_head": (partial(ppo_update, value="head", recompute=True), 40),
+    "steps": (steps, 25),
+    "sft": (sft, 35),
+    "ppo_model": (partial(ppo_update, value="model", recompute=True), 50),
+    "reward": (reward, 25),
+    "dpo": (dpo, 30),
+    "exploration": (exploration, 30),
+    "nf4": (nf4, 35),
+    "graph": (graph, 15),
+    "ppo_head_kept": (partial(ppo_update, value="head", recompute=False), 40),
+    "static": (static, 60),
+}
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=JOBS, default="7b")
+    parser.add_argument("--out", type=Path, help="a folder for the table, besides results/")
+    parser.add_argument("--minutes", type=float, default=8.5, help="that it may take (default 8.5)")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="some sections, after the facts")
+    args = parser.parse_args(arguments)
+    whole = args.shape == "7b" and not args.only
+    folders = [folder for folder in (RESULTS if whole else None, args.out) if folder]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(JOBS[args.shape], [folder / f"gpu_{args.shape}.csv" for folder in folders], args.minutes)
+    for name, (work, estimate) in SECTIONS.items():
+        if name in ("facts", *(args.only or SECTIONS)):
+            bench.run(name, work, estimate if GPU else 0)
+    bench.show()
+    return bench.rows
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
