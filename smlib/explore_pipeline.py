@@ -238,6 +238,7 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
                     progress=f"{results.EXPLORE_METHODS[method]}, {name}" if progress else None,
                 )  # fmt: skip
                 rows += [{"method": method, "test_set": name} | row for row in answered]
+            del model  # two at a time may not fit
         stage.write_rows("answers", rows)
     return stage
 

@@ -390,12 +390,12 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     if stage.done:
         return stage
     with stage.recording():
-        tokenizer, judge = models.load_tokenizer(settings.base), load_model(settings, rewarder.path("model"))
+        tokenizer, asked = models.load_tokenizer(settings.base), test_problems(settings) | published
         paths = {"base": settings.base, "sft": tuned.path("model"), "sml": trained.path("model")}
         rows = []
         for method, path in paths.items():
             model = load_model(settings, path)
-            for name, problems in (test_problems(settings) | published).items():
+            for name, problems in asked.items():
                 answered = evaluation.evaluate(
                     model, tokenizer, problems,
                     k=settings.evaluation.samples if name in settings.tasks else 0,
@@ -404,16 +404,18 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
                     max_new_tokens=settings.sampling.max_new_tokens, max_batch=settings.hardware.rollout_rows,
                     seed=settings.seed, progress=f"{METHODS[method]}, {name}" if progress else None,
                 )  # fmt: skip
-                _add_scores(judge, tokenizer, problems, answered)
                 rows += [{"method": method, "test_set": name} | row for row in answered]
+            del model  # two at a time may not fit
+        _add_scores(load_model(settings, rewarder.path("model")), tokenizer, asked, rows)
         stage.write_rows("answers", rows)
         stage.write_json("published.json", missing)
     return stage
 
 
-def _add_scores(judge, tokenizer, problems: Sequence[Problem], answered: list[dict]) -> None:
+def _add_scores(judge, tokenizer, sets: dict[str, list[Problem]], answered: list[dict]) -> None:
     """Add "scores", the reward of each sampled text, to the rows of `evaluate`."""
-    asked = [problem for problem, row in zip(problems, answered, strict=True) for _ in row["sampled_texts"]]
+    by_id = {problem.id: problem for problems in sets.values() for problem in problems}
+    asked = [by_id[row["id"]] for row in answered for _ in row["sampled_texts"]]
     texts = [text for row in answered for text in row["sampled_texts"]]
     scores = iter(reward_model.score(judge, tokenizer, asked, texts))
     for row in answered:
