@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 export TOKENIZERS_PARALLELISM := false
-export PYTHONWARNINGS := ignore:IProgress not found
+export PYTHONWARNINGS := ignore:IProgress not found,ignore:TRL currently supports vLLM
 
 run: $(READY)  ## execute all notebooks at the tiny preset; writes runs/, figures/ and results/
 	$(BIN)/python -m smlib run --preset tiny --publish
@@ -16,8 +16,8 @@ test: $(READY)  ## style, unit tests, the smoke pipeline, and the committed note
 test-ray: .venv-ray/.ready  ## the Ray engine's tests, in an environment of their own
 	.venv-ray/bin/pytest -q tests/test_ray_engine.py
 
-test-vllm: .venv-vllm/.ready  ## the vLLM engine's tests, in an environment of its own (2.2 GB)
-	.venv-vllm/bin/pytest -q tests/test_vllm_engine.py
+test-vllm: .venv-vllm/.ready  ## vLLM's tests, in an environment of its own (2.6 GB)
+	.venv-vllm/bin/pytest -q tests/test_vllm_engine.py tests/test_vllm_stages.py
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

@@ -8,9 +8,10 @@ consecutive seeds (`vllm.v1.engine.parallel_sampling`; a test holds it to that),
 depends on (seed, key, number) only, up to float rounding, which depends on what else is in vLLM's batch and is coarse
 in bfloat16.
 
-vLLM runs its engine in a process of its own unless VLLM_ENABLE_V1_MULTIPROCESSING=0, which is simpler on a CPU; but
-then it also seeds this process's global random numbers, fixes its number of threads, and cannot be made again after it
-was closed.
+vLLM runs its engine in a process of its own unless VLLM_ENABLE_V1_MULTIPROCESSING=0, which starts sooner on a CPU; but
+then it also seeds this process's global random numbers and fixes its number of threads, and of two open ones in it the
+end of the first is the end of both. The process of its own reads a script that makes an engine again: what the script
+does must be below `if __name__ == "__main__":`.
 """
 
 import gc
@@ -74,11 +75,10 @@ class VLLMEngine(Engine):
 
         if not self.llm.llm_engine.vllm_config.lora_config:
             raise ValueError("this engine takes no adapter: make it with lora_rank=, the rank of the adapters to come.")
-        if self.lora:
-            self.llm.llm_engine.remove_lora(self.lora.lora_int_id)
         self.loaded += 1  # vLLM keeps adapters, and the keys and values drawn with them, by number and by name
-        self.lora = LoRARequest(f"adapter-{self.loaded}", self.loaded, str(folder))
-        self.llm.llm_engine.add_lora(self.lora)
+        lora = LoRARequest(f"adapter-{self.loaded}", self.loaded, str(folder))
+        self.llm.llm_engine.add_lora(lora)  # in place of the one before: it holds one
+        self.lora = lora
 
     def close(self) -> None:
         """End vLLM's process and wait until it is gone, and with it what it holds of the GPU."""

@@ -7,10 +7,11 @@ import time
 import psutil
 import pytest
 
-from smlib import ray_engine
+from smlib import models, pipeline, ray_engine
 from smlib.engines import make_engine
 from smlib.problems import generate
 from smlib.prompts import open_prompt
+from smlib.settings import preset
 
 pytest.importorskip("ray", reason="needs Ray, which has an environment of its own: make test-ray")
 
@@ -108,6 +109,26 @@ def test_two_workers_draw_what_one_process_draws(engine, expected, monkeypatch):
     assert_same(engine.sample(PROMPTS, 4, **DRAWING), expected)
     assert len(at_work) == 2
     assert seen == [2 * batches for batches in range(1, 13)]  # as the batches finish
+
+
+def test_beginnings_go_to_the_workers_as_tokens(lone_engine, native):
+    start = native.sample(PROMPTS[:3], 1, **DRAWING | {"keys": DRAWING["keys"][:3], "max_new_tokens": 7})
+    asked = [models.encode_prompt(native.tokenizer, text) for text in PROMPTS[:3]]
+    asked = [[*ids, *one.token_ids] for ids, [one] in zip(asked, start, strict=True)]
+    drawing = {"keys": DRAWING["keys"][:3], "temperature": 0.8, "max_new_tokens": 40, "seed": 3, "first": 2}
+    assert_same(lone_engine.sample_ids(asked, 3, **drawing), native.sample_ids(asked, 3, **drawing))
+
+
+def test_two_workers_make_the_stage_that_one_process_makes(engine, tmp_path):
+    """A stage begun with other workers is the same stage."""
+    engine._start()
+    rows = {}
+    for workers in (1, 2):
+        settings = preset("smoke", "coin_flip", hardware={"workers": workers})
+        stage = pipeline.sample_rationales(tmp_path / str(workers), settings, progress=False)
+        rows[workers] = stage.read_rows("rationales")
+    assert rows[1] == rows[2] and len(rows[1]) == 16 * 4 + 8 * 2
+    assert pipeline.sample_rationales(tmp_path / "1", settings, progress=False).read_rows("rationales") == rows[1]
 
 
 def test_a_killed_worker_costs_no_sample(engine, expected, monkeypatch):

@@ -1,0 +1,96 @@
+"""Stages whose samples vLLM draws: sampling, exploration from prefixes, evaluation; `make test-vllm`."""
+
+import os
+
+import psutil
+import pytest
+import torch
+
+from smlib import evaluation, explore, explore_pipeline, models, pipeline
+from smlib.artifacts import StageMismatch, require
+from smlib.settings import preset
+
+for name, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
+    os.environ.setdefault(name, value)
+pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` runs these tests in its environment")
+
+from smlib import vllm_engine  # noqa: E402
+
+SMALL = {
+    "sampling": {"questions": 12, "samples": 4, "conditioned_questions": 2, "conditioned_samples": 1},
+    "explore": {"samples": 8, "k": 3},
+}
+
+
+def small(engine):
+    return preset("smoke", "chain_arithmetic", **SMALL, hardware={"engine": engine})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eager():
+    """Without compiling, which on a CPU takes longer than all the rest."""
+    made = vllm_engine.VLLMEngine.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            vllm_engine.VLLMEngine,
+            "__init__",
+            lambda self, *given, **options: made(self, *given, enforce_eager=True, **options),
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, eager):
+    run, settings = tmp_path_factory.mktemp("runs") / "vllm", small("auto")
+    before = set(psutil.Process().children(recursive=True))
+    pipeline.sample_rationales(run, settings, progress=False)
+    pipeline.rank_rationales(run, settings)
+    pipeline.train_sft(run, settings, progress=False)
+    explore_pipeline.draw_solutions(run, settings, progress=False)
+    explore_pipeline.select(run, settings)
+    explore_pipeline.train_rft(run, settings, progress=False)
+    explore_pipeline.find_pits(run, settings, progress=False)
+    left = set(psutil.Process().children(recursive=True)) - before
+    assert not [one for one in left if "resource_tracker" not in " ".join(one.cmdline())]
+    return run
+
+
+def test_stages_record_vllm_and_are_refused_to_another_engine(finished):
+    for name in ("01_sampling", "06_solutions", "06_exploration"):
+        assert require(finished, name).settings["engine"] == "vllm"
+    assert "engine" not in require(finished, "02_sft").settings
+    with pytest.raises(StageMismatch, match="engine = 'vllm', and now engine"):
+        pipeline.sample_rationales(finished, small("native"), progress=False)
+
+
+def test_the_sampling_stage_is_whole(finished):
+    rows = require(finished, "01_sampling").read_rows("rationales")
+    assert len(rows) == 12 * 4 + 2 * 2
+    assert sum(row["correct"] for row in rows) > 0 and all("reanswer_correct" in row for row in rows)
+
+
+def test_exploration_and_evaluation_are_what_the_engine_draws_and_the_model_says(finished):
+    """Every prefix anew: the same outcomes, and log-probabilities as in a forward pass of the RFT model."""
+    settings, path = small("vllm"), require(finished, "06_rft").path("model")
+    model, tokenizer = models.load_policy(path), models.load_tokenizer(str(path))
+    problems = pipeline.training_problems(settings)
+    outcome = require(finished, "06_selection").read_rows("pairs")
+    wrong = explore_pipeline.wrong_rationales(tokenizer, {one.id: one for one in problems}, outcome)
+    with pipeline.load_engine(settings, path) as engine:
+        found = explore.explore(tokenizer, wrong, explore_pipeline.drawing(engine, settings), settings.explore.k)
+        answered = evaluation.evaluate(engine, problems, k=2, temperature=1.0, max_new_tokens=96, seed=0)
+    explored = require(finished, "06_exploration").read_rows("explored")
+    assert [row["right"] for row in explored] == [
+        [sum(drawn) for drawn in explore.outcomes(one, found)] for one in wrong
+    ]
+    assert evaluation.summarise(answered)["avg_at_k"]["value"] > 0.2
+    worst = 0.0
+    for one in wrong[:6]:
+        for attempt in found[one.key(1)]:
+            ids = [*one.prompt_ids, *one.prefix(1), *attempt.sample.token_ids]
+            count = len(attempt.sample.token_ids)
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, -count - 1 : -1]
+            expected = models.token_logprobs(logits, torch.tensor(attempt.sample.token_ids))
+            worst = max(worst, (torch.tensor(attempt.sample.logprobs) - expected).abs().max().item())
+    assert worst < 1e-4
