@@ -1,15 +1,19 @@
 """4-bit bases (QLoRA), by bitsandbytes' kernels for CPUs: a small random Llama is loaded, trained on and merged."""
 
+import json
+
 import pytest
 import torch
 from tiny_model import tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smlib import dpo, models, pipeline, sft
+from smlib.artifacts import require
 from smlib.problems import generate
 from smlib.prompts import open_prompt
 from smlib.roles import Adapters
 from smlib.sampling import sample
+from smlib.settings import preset
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra: pip install 'smlib[gpu]'")
 
@@ -154,3 +158,19 @@ def test_dpo_learns_on_it_and_its_base_is_the_reference(base):
     pair = {"id": "a", "prompt_ids": prompt, "chosen_ids": ids, "rejected_ids": wrong}
     log = dpo.train_dpo(model, tokenizer(), [pair] * 4, beta=0.5, **TRAINING, micro_batch=2)
     assert log[0]["loss"] == pytest.approx(0.693, abs=0.001) and log[-1]["loss"] < 0.3
+
+
+def test_every_stage_runs_on_it(tmp_path):
+    """SFT leaves an ordinary model; reward model and policy are adapters of it, held in 4 bits again."""
+    few = {"sampling": {"questions": 8, "conditioned_questions": 4, "max_new_tokens": 64}, "reward": {"questions": 6}}
+    few |= {"ppo": {"max_new_tokens": 64, "episodes": 16}, "evaluation": {"questions": 4, "samples": 1, "published": 0}}
+    settings = preset("rehearsal", "coin_flip", hardware={"weights": "nf4"}, **few)
+    pipeline.run(tmp_path, settings, progress=False)
+    assert require(tmp_path, "02_sft").settings["weights"] == "nf4"
+    tuned = json.loads((require(tmp_path, "02_sft").path("model") / "config.json").read_text())
+    assert tuned["dtype"] == "bfloat16" and "quantization_config" not in tuned
+    for name in ("03_reward_model", "04_ppo"):
+        folder = require(tmp_path, name).path("model")
+        assert (folder / "adapter_config.json").exists() and linear(models.load_policy(folder, "nf4"))
+    rows = require(tmp_path, "05_evaluation").read_rows("answers")
+    assert {row["method"] for row in rows} == {"base", "sft", "sml"}
