@@ -4,9 +4,9 @@
     PYTHONPATH=. python benchmarks/gpu_7b.py --shape small --out FOLDER    # a minute on one CPU core, to test this file
 
 The weights are random (speed and memory do not depend on them), so nothing is downloaded, and one card of 80 GB will
-do. It takes the packages of smlib.models, torch and transformers as pinned and peft; the sections sft, reward and dpo
-take trl and datasets too, nf4 takes bitsandbytes, and each of them says so in a row where they are missing. A machine
-that has torch but no network gets the others as wheels in a folder:
+do. It takes transformers as pinned (5.17 cannot yet be asked to recompute activations as smlib asks it) and peft; the
+sections sft, reward and dpo take trl and datasets too, nf4 takes bitsandbytes, and each of them says so in a row where
+they are missing. A machine that has torch but no network gets the others as wheels in a folder:
 
     python -m pip install --no-index --no-deps --target /tmp/site WHEELS/*.whl
     PYTHONUNBUFFERED=1 PYTHONPATH=/tmp/site:. python benchmarks/gpu_7b.py --out "$OUT"
@@ -23,6 +23,9 @@ measured in the same run. The ratio of a speed is then the share of the bound.
 Operations are counted of the P weights in matrices, not of attention, which is below 2 % at these lengths: a forward
 pass takes 2 P per token, a backward pass through frozen weights 2 P (no gradients of theirs), and 2 P more where
 activations are computed again. The output head counts for all tokens, though it reads only those of completions.
+
+loop is SFT in plain torch under autocast, which is how PPO trains; sft, reward and dpo are smlib's own by TRL's
+trainers, without autocast, so that adapters compute in float32.
 """
 
 import argparse
@@ -45,6 +48,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, StaticCache
 
@@ -78,7 +82,7 @@ class Job:
 
 
 SMALL = LlamaConfig(
-    hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=300,
 )  # fmt: skip
 JOBS = {
@@ -380,16 +384,17 @@ def steps(bench: Bench) -> None:
         taken = [seconds(lambda n=n, rows=rows: native(model, job, rows, n)) for n in (few, few, many)]
         bound = 1e3 * step_bound(bench, rows, few + many)
         bench.add(f"native, {rows} rows", 1e3 * (taken[2] - taken[1]) / (many - few), "ms/step", bound)
-        if GPU:
-            busy = [busy_seconds(lambda n=n, rows=rows: native(model, job, rows, n)) for n in (few, many)]
-            bench.add(f"kernels of native, {rows} rows", 1e3 * (busy[1] - busy[0]) / (many - few), "ms/step", bound)
+        if GPU:  # few steps, as the profile has an entry for every kernel
+            busy = [busy_seconds(lambda n=n, rows=rows: native(model, job, rows, n)) for n in (few, 2 * few)]
+            bench.add(f"kernels of native, {rows} rows", 1e3 * (busy[1] - busy[0]) / few, "ms/step", bound)
 
 
 def busy_seconds(work: Callable[[], object]) -> float:
     """What all kernels take together."""
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         work()
-    return sum(event.self_device_time_total for event in found.key_averages()) / 1e6
+    kernels = [event for event in found.key_averages() if event.device_type == DeviceType.CUDA]
+    return sum(event.self_device_time_total for event in kernels) / 1e6
 
 
 @torch.inference_mode()
@@ -583,7 +588,7 @@ def ppo_update(bench: Bench, value: str, recompute: bool) -> None:
     phases = {name: memory.total(parts) for name, parts in memory.phases(job.config, held).items()}
     settings = ppo.PPOSettings(
         value=value, updates=2, episodes=job.episodes, samples_per_question=SAMPLES, minibatch=held.minibatch,
-        max_new_tokens=job.new, precision="bfloat16", max_update_kl=math.inf, learning_rate=1e-5,
+        epochs=1, max_new_tokens=job.new, precision="bfloat16", max_update_kl=math.inf, learning_rate=1e-5,
     )  # fmt: skip
     roles = Adapters(adapted(job.config), share_trunk=value == "head")
     if recompute:
@@ -604,11 +609,12 @@ def ppo_update(bench: Bench, value: str, recompute: bool) -> None:
         row = ppo.train(roles, score, problems, tokenizer, settings, out)[-1]
     bench.weigh("scoring and update", max(phases["reference"], phases["update"]))
     tokens, passes = row["tokens"], 1 if value == "head" else 2
-    read = held.tokens * job.episodes // held.minibatch  # prompts included
-    work = passes * (6 if recompute else 4) * matrices(job.config) * read
+    forward = 2 * matrices(job.config) * held.tokens * job.episodes // held.minibatch  # of one pass, prompts included
+    work = passes * (3 if recompute else 2) * forward
     bench.add("rollout", row["rollout_seconds"], "s", draw_bound(bench, job.episodes), f"{tokens} tokens")
     bench.add("rollout", tokens / row["rollout_seconds"], "tokens/s")
-    bench.add("scoring", row["score_seconds"], "s", note="log p of policy and reference, values")
+    # the reference's pass and, for values, one with an adapter on; those of the policy again, for log p in one pass
+    bench.add("scoring", row["score_seconds"], "s", (2 + passes) * forward / bench.peak, "log p, values")
     bench.add("update", row["update_seconds"], "s", work / bench.peak, f"{row['steps']} steps of {held.minibatch}")
     bench.add("update", work / row["update_seconds"] / 1e12, "TFLOP/s", bench.peak / 1e12)
     whole = sum(row[name] for name in ppo.SECONDS)
