@@ -12,7 +12,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from smlib import ablations, models, pipeline
+from smlib import ablations, pipeline
 from smlib.artifacts import StageError, replacing, require
 from smlib.settings import preset
 
@@ -31,7 +31,7 @@ def main() -> None:
         settings = preset(args.preset, args.task, seed)
         run = pipeline.run_folder(args.runs, args.preset, args.task, seed)
         try:
-            tuned = models.load_policy(require(run, "02_sft").path("model"))
+            tuned = require(run, "02_sft").path("model")
             require(run, "03_reward_model")
         except StageError as error:
             raise SystemExit(str(error)) from None

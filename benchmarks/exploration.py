@@ -25,6 +25,7 @@ import torch
 from smlib import explore, explore_pipeline, models, pipeline, prompts
 from smlib.answers import grade
 from smlib.artifacts import replacing, require
+from smlib.engines import NativeEngine
 from smlib.settings import preset
 
 TABLE = Path(__file__).parents[1] / "results" / "exploration.csv"
@@ -58,7 +59,8 @@ def loop(model, tokenizer, rationales, settings, at_once: int, early_exit: bool 
 
 def batched(function, model, tokenizer, rationales, settings) -> tuple[list, list[int]]:
     """`explore.explore` or `explore.explore_all`: first pits, and the length of every completion."""
-    found = function(tokenizer, rationales, explore_pipeline.drawing(model, tokenizer, settings), settings.explore.k)
+    engine = NativeEngine(model, tokenizer, settings.hardware.rollout_rows)
+    found = function(tokenizer, rationales, explore_pipeline.drawing(engine, settings), settings.explore.k)
     pits = [explore.first_pit(explore.outcomes(one, found)) for one in rationales]
     return pits, [len(one.sample.token_ids) for attempts in found.values() for one in attempts]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ablations import write
 
-from smlib import ablations, models, pipeline
+from smlib import ablations, pipeline
 from smlib.artifacts import require
 from smlib.settings import preset
 
@@ -43,8 +43,7 @@ def main() -> None:
         settings = preset(args.preset, args.task, seed)
         run = pipeline.run_folder("", args.preset, args.task, seed)
         pipeline.before_policy(run, settings)
-        tuned = models.load_policy(require(run, "02_sft").path("model"))
-        answered = ablations.answers(settings, tuned, args.questions)
+        answered = ablations.answers(settings, require(run, "02_sft").path("model"), args.questions)
         jobs = [(name, settings, *how) for name, how in POLICIES.items()]
         for name, changes in HACKED.items() if seed in args.hacked else ():
             jobs.append((name, preset(args.preset, args.task, seed, ppo=changes), "ppo", BRIEF))

@@ -261,7 +261,7 @@ def trl(python: str, job: dict, prompts: list[list[int]], batch: int) -> dict:
     from smlib import models
 
     asked = {
-        "model": models.resolve(job["model"]), "prompts": prompts, "samples": SAMPLES, "epochs": job["epochs"],
+        "model": models.locate(job["model"])[0], "prompts": prompts, "samples": SAMPLES, "epochs": job["epochs"],
         "minibatch": MINIBATCH, "new_tokens": NEW_TOKENS, "learning_rate": LEARNING_RATE, "updates": job["updates"],
         "rollout_batch": batch,
     }  # fmt: skip

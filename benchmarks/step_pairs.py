@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ablations import write
 
-from smlib import ablations, explore_pipeline, models, pipeline
+from smlib import ablations, explore_pipeline, pipeline
 from smlib.artifacts import require
 from smlib.settings import preset
 
@@ -55,8 +55,7 @@ def main() -> None:
         explore_pipeline.select(wide, more)
         trained[f"RFT, {args.samples} solutions"] = explore_pipeline.train_rft(wide, more)
         trained[f"outcome pairs, {args.samples} solutions"] = explore_pipeline.train_outcome_dpo(wide, more)
-        rft = models.load_policy(require(run, "06_rft").path("model"))
-        answered = ablations.answers(settings, rft, args.questions)
+        answered = ablations.answers(settings, require(run, "06_rft").path("model"), args.questions)
         for name, stage in trained.items():
             rows += ablations.policy_rows(stage, settings, name, answered, before="RFT")
             print(f"seed {seed}: {name}", flush=True)

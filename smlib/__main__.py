@@ -1,4 +1,4 @@
-"""The command line: `run` executes the notebooks, `policy` stage 04, `explore` stages 06; `results` pools runs.
+"""The command line: `run` executes the notebooks, `stage` makes stages without them, `results` pools runs.
 
 A run is a folder: `run.json` says what it was asked to do, `notebooks/` holds the executed notebooks and
 their HTML, `timings.json` their time and memory, `index.html` links them, and each stage of the method has a
@@ -18,6 +18,8 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -27,7 +29,7 @@ from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from papermill.engines import NBClientEngine, papermill_engines
 
-from smlib.artifacts import StageError, code_version, replacing
+from smlib.artifacts import MANIFEST, StageError, code_version, replacing
 
 ROOT = Path(__file__).parents[1]
 KERNEL_ENVIRONMENT = {
@@ -61,13 +63,21 @@ def main(argv: list[str] | None = None) -> int:
             return show_data(args.datasets)
         if args.command == "sample":
             return sample(args)
+        if args.command == "stage":
+            return stage(args)
         if args.command == "policy":
             return policy(args)
         if args.command == "explore":
             return explore(args)
         from smlib.pipeline import run_folder  # here, because they import torch
 
-        settings_of(args)  # refuses an unknown name before anything is written
+        settings = settings_of(args)  # refuses an unknown name before anything is written
+        from smlib import plan
+
+        if args.dry_run:
+            print(plan.describe(settings))
+            return 0
+        plan.check(settings)
         out = run_folder(args.out or "", args.preset, args.task, args.seed).resolve()
         named, values = {"PRESET": args.preset, "TASK": args.task, "SEED": args.seed}, dict(args.set)
         named |= {name: value for name, value in values.items() if "." not in name}
@@ -97,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     again = "execute again from notebook N on (a finished stage is read; delete its folder to redo it)"
     run.add_argument("--from", dest="first", type=int, metavar="N", help=again)
     run.add_argument("--to", dest="last", type=int, metavar="N", help="stop after notebook N")
+    run.add_argument("--dry-run", action="store_true", help="print what it takes: samples, memory, hours, disk")
     run.add_argument("--publish", action="store_true", help="copy figures and results to the repository's")
     run.add_argument("--refresh", action="store_true", help="put the executed notebooks into notebooks/")
     results = commands.add_parser("results", help="pool finished runs of several seeds: a table, results/PRESET.csv")
@@ -119,6 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     shard = "questions in one file: what a kill loses (default 64; with workers more, as they start anew for each)"
     sample.add_argument("--shard", type=int, default=64, help=shard)
+    stage = commands.add_parser("stage", help="make stages of a run, without notebooks, in one process or many")
+    stages = "a stage's folder, such as 02_sft or 06_rft (default: 01_sampling to 05_evaluation, in order)"
+    stage.add_argument("names", nargs="*", metavar="NAME", help=stages)
+    _add_settings(stage, "run folder with the stages that come before (default: runs/PRESET-TASK-seedSEED)")
     policy = commands.add_parser("policy", help="stage 04 alone, by a method of choice, in one process or many")
     _add_settings(policy, "run folder with stages 01 to 03 (default: runs/PRESET-TASK-seedSEED)")
     policy.add_argument("--method", default="ppo", help="ppo (default), or rloo or grpo by TRL")
@@ -207,13 +222,49 @@ def sample(args) -> int:
     return 0
 
 
+def stage(args) -> int:
+    """Make the stages named, in their order, under `accelerate launch` too, and print where each is and its headline.
+
+    Raises ValueError for an unknown name, and in several processes for a stage that they do not share, before any work.
+    """
+    from smlib import explore_pipeline, pipeline
+
+    settings, stages = settings_of(args), pipeline.STAGES | explore_pipeline.STAGES
+    if unknown := [name for name in args.names if name not in stages]:
+        raise ValueError(f"stage {unknown[0]!r} is unknown; choose from: {', '.join(stages)}")
+    names = [name for name in stages if name in (args.names or pipeline.STAGES)]
+    pipeline.refuse_processes(names)
+    run = pipeline.run_folder(args.out or "", args.preset, args.task, args.seed)
+    main = pipeline.launched().is_main_process
+    with _luck_warned_of_once():
+        for name in names:
+            state = " (done before)" if (run / name / MANIFEST).exists() else ""
+            manifest = stages[name](run, settings, progress=main).manifest
+            if main:
+                rows = ", ".join(f"{count:,} {file}" for file, count in manifest["counts"].items())
+                print(f"{run / name}: {rows}, {manifest['wall_seconds']:.1f} s{state}", flush=True)
+    return 0
+
+
+@contextmanager
+def _luck_warned_of_once() -> Iterator[None]:
+    """The warning that completions were right by luck: once a dataset, without a line of code."""
+    from smlib.explore import LuckWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("once", LuckWarning)
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        yield
+
+
 def policy(args) -> int:
     """Train the policy of a run whose stages 01 to 03 are done, under `accelerate launch` too."""
     from accelerate import PartialState
 
-    from smlib import pipeline
+    from smlib import pipeline, plan
 
     settings = settings_of(args)
+    plan.check(settings)
     run = pipeline.run_folder(args.out or "", args.preset, args.task, args.seed)
     stage = pipeline.train_policy(run, settings, args.method, args.reward, tracker=args.tracker)
     if PartialState().is_main_process:
@@ -222,15 +273,14 @@ def policy(args) -> int:
 
 
 def explore(args) -> int:
-    """Run the stages of Self-Explore on a run folder, and print what they found; luck is warned of once a dataset."""
-    from smlib import explore_pipeline, pipeline
-    from smlib.explore import LuckWarning
+    """Run the stages of Self-Explore on a run folder, and print what they found."""
+    from smlib import explore_pipeline, pipeline, plan
 
     settings = settings_of(args)
+    pipeline.refuse_processes(explore_pipeline.BEFORE | explore_pipeline.STAGES)
+    plan.check(settings)
     run = pipeline.run_folder(args.out or "", args.preset, args.task, args.seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("once", LuckWarning)
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    with _luck_warned_of_once():
         explore_pipeline.run(run, settings)
     print(f"\n{explore_pipeline.summary(run, settings)}\n\n[ ]: 95 % intervals over questions. Stages: {run}/06_*")
     return 0

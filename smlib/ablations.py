@@ -34,13 +34,13 @@ def branch(run_dir: str | Path, name: str, stages: Sequence[str]) -> Path:
     return folder
 
 
-def answers(settings: Settings, model, questions: int, k: int = 8, progress=None) -> list[dict]:
-    """Greedy and k sampled answers of a model to fresh questions; with equal settings, to the same ones."""
-    return evaluation.evaluate(
-        model, models.load_tokenizer(settings.base), pipeline.fresh_problems(settings, questions), k=k,
-        temperature=settings.evaluation.temperature, max_new_tokens=settings.sampling.max_new_tokens,
-        seed=settings.seed, progress=progress,
-    )  # fmt: skip
+def answers(settings: Settings, path: str | Path, questions: int, k: int = 8, progress=None) -> list[dict]:
+    """Greedy and k sampled answers of the model in a folder to fresh questions; with equal settings, to the same."""
+    with pipeline.load_engine(settings, path) as engine:
+        return evaluation.evaluate(
+            engine, pipeline.fresh_problems(settings, questions), k=k, temperature=settings.evaluation.temperature,
+            max_new_tokens=settings.sampling.max_new_tokens, seed=settings.seed, progress=progress,
+        )  # fmt: skip
 
 
 def reward_rows(
@@ -100,8 +100,8 @@ def curve_rows(stage: Stage, settings: Settings, name: str) -> list[dict]:
 def policy_rows(stage: Stage, settings: Settings, name: str, answered: list[dict], before: str = "SFT") -> list[dict]:
     """A trained policy's accuracy on the questions of `answered`, the `answers` of the model that it started from
     (`before`), and its gain over it, question by question."""
-    trained, questions = models.load_policy(stage.path("model")), len(answered) // len(settings.tasks)
-    after = answers(settings, trained, questions, len(answered[0]["sampled_texts"]))
+    questions = len(answered) // len(settings.tasks)
+    after = answers(settings, stage.path("model"), questions, len(answered[0]["sampled_texts"]))
     row = _labelled(settings, "policy", name)
     rows = []
     for metric, values in _accuracies(after).items():
@@ -126,12 +126,13 @@ def step_pairs(run_dir: str | Path, settings: Settings, progress: bool = True) -
     """
     tokenizer = models.load_tokenizer(settings.base)
     outcome = require(run_dir, "06_selection").read_rows("pairs")
-    model = models.load_policy(require(run_dir, "06_rft").path("model"))
-    draw = explore_pipeline.drawing(model, tokenizer, settings)
     known = {problem.id: problem for problem in pipeline.training_problems(settings)}
     wrong = explore_pipeline.wrong_rationales(tokenizer, known, outcome)
     solutions = [pair["chosen_ids"] for pair in outcome]
-    found = explore.explore(tokenizer, wrong, draw, settings.explore.k, "exploration" if progress else None)
+    with pipeline.load_engine(settings, require(run_dir, "06_rft").path("model")) as engine:
+        draw, k = explore_pipeline.drawing(engine, settings), settings.explore.k
+        found = explore.explore(tokenizer, wrong, draw, k, "exploration" if progress else None)
+        at_wrong_steps = _at_wrong_steps(tokenizer, wrong, solutions, draw, k)
     made = {
         f"{choice.replace('_', ' ')} chosen": explore.granular_pairs(tokenizer, wrong, found, solutions, choice)[0]
         for choice in ("random", "most_likely")
@@ -142,8 +143,7 @@ def step_pairs(run_dir: str | Path, settings: Settings, progress: bool = True) -
         for one, pair in zip(wrong, own, strict=True)
         if pair
     ]
-    made["first wrong step"] = _at_wrong_steps(tokenizer, wrong, solutions, draw, settings.explore.k)
-    return made
+    return made | {"first wrong step": at_wrong_steps}
 
 
 def _at_wrong_steps(tokenizer, rationales: list, solutions: list, draw, k: int) -> list[dict]:

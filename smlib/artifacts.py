@@ -27,6 +27,11 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"  # what a stage that has begun and not ended was asked to do
+LESS_MEMORY = (
+    "Lower hardware.rollout_rows (sampling) or hardware.micro_batch (training; ppo.minibatch in stage 04), set "
+    "hardware.recompute = True (ppo.recompute in stage 04), or begin another run with hardware.weights = 'bfloat16' or "
+    "'nf4'."
+)
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets")
 
 
@@ -86,7 +91,12 @@ class Stage:
             _remove(tmp)
         self.write_json(UNFINISHED, {"settings": self.settings, "inputs": self.inputs})
         started = time.perf_counter()
-        yield self
+        try:
+            yield self
+        except RuntimeError as error:
+            if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it takes seconds
+                raise StageError(f"{self.folder}: the GPU's memory ran out. {LESS_MEMORY}") from error
+            raise
         seconds = time.perf_counter() - started
         (self.folder / UNFINISHED).unlink()
         files = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]

@@ -28,7 +28,7 @@ from smlib.sampling import Sample, check_drawing
 
 
 class Bulk:
-    """Samples of one engine under one folder; itself an engine (`sample`), without `first` and `until`.
+    """Samples of one engine under one folder; as an engine it has `sample` alone, without `first` and `until`.
 
     source: what besides the drawing decides the samples, such as the base and its SHA-256; kept in the manifest.
     shard: questions in one file: what a killed run loses, and what is in memory at a time.

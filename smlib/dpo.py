@@ -7,24 +7,25 @@ from outcome pairs, whose sides are whole rationales, and from the step-level pa
 """
 
 import copy
+import math
 import tempfile
 import warnings
 from collections.abc import Sequence
 
 from accelerate.utils import is_peft_model
-from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
-from smlib.sft import fit, trainer_options
+from smlib.sft import SharedBatches, dataset, fit, trainer_options
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
-class _TokenTrainer(DPOTrainer):
+class _TokenTrainer(SharedBatches, DPOTrainer):
     """TRL's trainer for tokens: of texts it would end both sides with end-of-sequence, and tokenise them.
 
-    Of a step's micro batches each counts by its pairs: to TRL all are alike, and the last one may be smaller.
+    Of a step's micro batches, in all processes, each counts by its pairs: to TRL all are alike, and the last one may be
+    smaller. An idle pair, whose sides are empty, has a loss of log 2 that nothing can change; it is taken off.
     """
 
     loss_is_scaled_for_ga = True  # by compute_loss
@@ -34,11 +35,20 @@ class _TokenTrainer(DPOTrainer):
 
     def get_batch_samples(self, *arguments):
         batches, _ = super().get_batch_samples(*arguments)
-        return batches, sum(len(batch["input_ids"]) for batch in batches)
+        return batches, self.sum_over_processes([sum(len(batch["input_ids"]) - _idle(batch) for batch in batches)])[0]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, return_outputs)
-        return loss * (len(inputs["input_ids"]) / num_items_in_batch) if num_items_in_batch else loss
+        if not num_items_in_batch:
+            return loss
+        loss = loss * (len(inputs["input_ids"]) / num_items_in_batch)
+        loss = loss - math.log(2) * _idle(inputs) / num_items_in_batch
+        return loss * self.accelerator.num_processes  # which average their gradients
+
+
+def _idle(batch: dict) -> int:
+    """How many rows, two of a pair, have no token to learn from."""
+    return int((batch["completion_mask"].sum(1) == 0).sum())
 
 
 def train_dpo(
@@ -80,11 +90,12 @@ def train_dpo(
         options = trainer_options(model, epochs, learning_rate, batch, seed, out, micro_batch, recompute)
         options |= {"lr_scheduler_type": "linear", "warmup_steps": 0.1}
         options |= {"remove_unused_columns": False}  # it would remove the lengths, by which pairs are grouped
+        idle = {"prompt_ids": [tokenizer.pad_token_id] * 2, "chosen_ids": [], "rejected_ids": [], "length": 2}
         trainer = _TokenTrainer(
             model=model,
             ref_model=None if is_peft_model(model) else copy.deepcopy(model).requires_grad_(False),
             args=DPOConfig(**options, beta=beta, loss_type="sigmoid", max_length=None),
-            train_dataset=Dataset.from_list(examples),
+            train_dataset=dataset(examples, idle),
             processing_class=tokenizer,
         )
         log = fit(trainer, progress)

@@ -1,7 +1,7 @@
 """One way to ask for samples, and who draws them.
 
-    engine = make_engine("native", "tiny")
-    engine.sample(prompts, n=8, keys=keys, temperature=0.7, max_new_tokens=128, seed=0)
+    with make_engine("native", "tiny") as engine:
+        engine.sample(prompts, n=8, keys=keys, temperature=0.7, max_new_tokens=128, seed=0)
 
 - `native`: our own sampler (`smlib.sampling`) on the model in this process;
 - `vllm`: vLLM (`smlib.vllm_engine`), for GPUs and large models;
@@ -11,10 +11,11 @@ vLLM and Ray are extras: without the library the error says how to install it.
 """
 
 from importlib.util import find_spec
-from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
 
 from smlib import models, sampling
-from smlib.sampling import Sample, Until
+from smlib.sampling import MAX_BATCH, Sample, Until, check_prompts
 
 ENGINES = ("native", "vllm")
 INSTALL = {
@@ -24,18 +25,25 @@ INSTALL = {
 }
 
 
-class Engine(Protocol):
+class Engine:
     """Draws n completions for every prompt, numbers first, first + 1, ...; arguments as in `sampling.sample`.
 
     With equal (seed, key, number) an engine draws the same sample, whatever else it draws. Two engines do not draw
     the same ones: their random numbers differ, and so does the rounding of their logits.
+
+    It holds a model until it is closed, by `close` or at the end of a `with` block; then it draws no more.
     """
 
     name: str
+    tokenizer: PreTrainedTokenizerBase
 
-    def sample(
+    def sample(self, prompts: list[str], n: int, *, keys: list[str], **drawing) -> list[list[Sample]]:
+        check_prompts(prompts)
+        return self.sample_ids([models.encode_prompt(self.tokenizer, one) for one in prompts], n, keys=keys, **drawing)
+
+    def sample_ids(
         self,
-        prompts: list[str],
+        prompt_ids: list[list[int]],
         n: int,
         *,
         keys: list[str],
@@ -48,41 +56,83 @@ class Engine(Protocol):
         first: int = 0,
         until: Until | None = None,
         progress: str | None = None,
-    ) -> list[list[Sample]]: ...
+    ) -> list[list[Sample]]:
+        """`sample` for prompts that are token ids already, such as a question and the beginning of a rationale."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Give back the memory, so that the next model has room; a second time does nothing."""
+        raise NotImplementedError
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
 
 
-class NativeEngine:
-    """`sampling.sample` on one model."""
+class NativeEngine(Engine):
+    """`sampling.sample` on one model. Closed, it drops the model, which whoever else holds it keeps alive."""
 
     name = "native"
 
-    def __init__(self, model, tokenizer, max_batch: int = sampling.MAX_BATCH):
+    def __init__(self, model, tokenizer, max_batch: int = MAX_BATCH):
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
 
-    def sample(self, prompts, n, **drawing) -> list[list[Sample]]:
-        return sampling.sample(self.model, self.tokenizer, prompts, n, max_batch=self.max_batch, **drawing)
+    def sample_ids(self, prompt_ids, n, **drawing) -> list[list[Sample]]:
+        return sampling.sample_ids(
+            self.model, prompt_ids, n, tokenizer=self.tokenizer, max_batch=self.max_batch, **drawing
+        )
+
+    def close(self) -> None:
+        self.model = None
 
 
-def make_engine(name: str, base: str, *, workers: int = 1) -> Engine:
-    """The engine called `name`, "native" or "vllm", on a model: "tiny", a folder or a hub id.
+def chosen(name: str) -> str:
+    """The engine that a name stands for: "auto" is vLLM where it is installed, else the native one."""
+    if name != "auto":
+        return name
+    return "vllm" if find_spec("vllm") else "native"
 
-    workers: more than one are processes of Ray's, each with such an engine.
+
+def make_engine(
+    name: str, base: str, *, weights: str | None = None, rows: int = MAX_BATCH, workers: int = 1, lora_rank: int = 0,
+    share: float = 0.0,
+) -> Engine:  # fmt: skip
+    """The engine called `name`, "native", "vllm" or "auto", on a model: "tiny", a folder or a hub id.
+
+    base: may be the folder of a LoRA adapter, which the native engine merges into its base and vLLM applies to it.
+    weights: as in `settings.HardwareSettings`; by default float32, and for vLLM what the checkpoint has. vLLM 0.32
+        holds no nf4: it samples from the same checkpoint in bfloat16, which is 13 GB for 7 billion weights.
+    rows: completions that the native engine draws at once. workers: more than one are processes of Ray's, each with
+        such an engine.
+    lora_rank: of vLLM, the greatest rank of adapters to come (`VLLMEngine.load_adapter`). share: of a GPU that vLLM
+        takes, 0 for nine tenths of what is free.
     """
+    name = chosen(name)
     if name not in ENGINES:
         raise ValueError(f"engine {name!r} is unknown; choose one of: {', '.join(ENGINES)}.")
     if workers < 1:
         raise ValueError(f"workers is {workers}, but must be at least 1.")
+    if name == "vllm":
+        _require("vllm")
     if workers > 1:
         _require("ray")
         from smlib.ray_engine import RayEngine
 
-        return RayEngine(base, workers=workers, inner=name)
-    if name == "vllm":
-        _require("vllm")
-        from smlib.vllm_engine import VLLMEngine
+        return RayEngine(base, workers=workers, inner=name, weights=weights, rows=rows)
+    if name == "native":
+        return NativeEngine(models.load_policy(base, weights or "float32"), models.load_tokenizer(base), rows)
+    from smlib.vllm_engine import VLLMEngine
 
-        return VLLMEngine(base)
-    return NativeEngine(models.load_policy(base), models.load_tokenizer(base))
+    options = {"dtype": "bfloat16" if weights == "nf4" else weights} if weights else {}
+    options |= {"gpu_memory_utilization": share} if share else {}
+    adapter = models.adapter_config(base)
+    if adapter is None:
+        return VLLMEngine(base, lora_rank, **options)
+    engine = VLLMEngine(adapter.base_model_name_or_path, lora_rank=adapter.r, **options)
+    engine.load_adapter(base)
+    return engine
 
 
 def _require(library: str) -> None:

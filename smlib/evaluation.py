@@ -14,8 +14,8 @@ from scipy import stats
 
 from smlib import prompts
 from smlib.answers import grade
+from smlib.engines import Engine
 from smlib.problems import Problem
-from smlib.sampling import MAX_BATCH, sample
 
 # Zero-shot chain-of-thought accuracy (percent) of text-davinci-002, the model the paper compares with, as
 # published by Kojima et al. 2022 (arXiv 2205.11916) with its outputs; the comment is the number of questions.
@@ -158,8 +158,7 @@ def _share(correct: list[bool]) -> dict:
 
 
 def evaluate(
-    model,
-    tokenizer,
+    engine: Engine,
     problems: list[Problem],
     *,
     k: int,
@@ -167,14 +166,12 @@ def evaluate(
     max_new_tokens: int,
     seed: int,
     shots: str = "none",
-    max_batch: int = MAX_BATCH,
     progress: str | None = None,
 ) -> list[dict]:
     """One row per problem: the greedy answer and k sampled ones to the question alone (k = 0: greedy only).
 
     shots: whose exemplars come first, "none", "smlib" or "wei" (`prompts.few_shot`): few-shot chain of thought, for
-    a model that was not trained on the bare question. Texts are cut as in training (`prompts.cut`). max_batch: answers
-    drawn at once.
+    a model that was not trained on the bare question. Texts are cut as in training (`prompts.cut`).
 
     Row: id, dataset, gold; greedy_text, greedy_answer, greedy_correct, greedy_invalid; sampled_texts,
     sampled_answers, sampled_correct (lists of k) and sampled_invalid (a count). An invalid answer is None and
@@ -186,11 +183,10 @@ def evaluate(
         "keys": [problem.id for problem in problems],
         "max_new_tokens": max_new_tokens,
         "seed": seed,
-        "max_batch": max_batch,
         "progress": progress,
     }
-    greedy = sample(model, tokenizer, n=1, temperature=0.0, **common)
-    drawn = sample(model, tokenizer, n=k, temperature=temperature, **common) if k else [[] for _ in problems]
+    greedy = engine.sample(n=1, temperature=0.0, **common)
+    drawn = engine.sample(n=k, temperature=temperature, **common) if k else [[] for _ in problems]
     return [
         _row(problem, prompts.cut(first.text), [prompts.cut(one.text) for one in samples])
         for problem, [first], samples in zip(problems, greedy, drawn, strict=True)

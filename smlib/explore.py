@@ -7,7 +7,7 @@ pit step alone is rejected, and chosen is a completion from the prefix before it
 A pit is k failures, not a proven error: where a completion recovers with probability p, all k fail with (1 - p)^k.
 
     rationales = [split(tokenizer, problem, prompt_ids, token_ids), ...]
-    found = explore(tokenizer, rationales, draw, k=4)      # draw: smlib.sampling.sample_ids with its settings
+    found = explore(tokenizer, rationales, draw, k=4)      # draw: explore_pipeline.drawing(engine, settings)
     pits = [first_pit(outcomes(rationale, found)) for rationale in rationales]
 
 Tokens, not texts, go from one stage to the next: a prefix is a rationale's own tokens as drawn, so that exploration,
@@ -30,7 +30,7 @@ from smlib.answers import answer_start, grade
 from smlib.evaluation import pass_at_k
 from smlib.problems import KINDS, TASKS, Problem
 from smlib.sampling import Sample
-from smlib.steps import first_wrong_step
+from smlib.steps import first_wrong_step, knows
 
 CHOICES = ("shortest", "random", "most_likely")  # which of the correct completions is chosen
 # Datasets in whose rationales one line is one step, the word problems and our tasks; in all others sentences are.
@@ -45,7 +45,7 @@ class LuckWarning(UserWarning):
     """Blind guesses recover so often that a wrong step may seem recoverable."""
 
 
-# Completions of prompts that are token ids: `sampling.sample_ids` with model, tokenizer, temperature, lengths and seed.
+# Completions of prompts that are token ids: an engine's `sample_ids` with temperature, lengths and seed.
 Draw = Callable[..., list[list[Sample]]]
 
 
@@ -356,7 +356,9 @@ def pit_report(
 
 
 def wrong_step(tokenizer: PreTrainedTokenizerBase, rationale: Rationale) -> int | None:
-    """The first wrong step, from 1, of a rationale of a generated task; None if all of its steps are right."""
+    """The first wrong step, from 1; None if all steps are right, or of a dataset that the step checker knows not."""
+    if not knows(rationale.problem.dataset):
+        return None
     wrong = first_wrong_step(rationale.problem, models.decode(tokenizer, rationale.prefix(len(rationale.ends))))
     return wrong + 1 if wrong is not None and wrong < len(rationale.ends) else None
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from smlib import dpo, evaluation, explore, models, pipeline, results, selection, sft
 from smlib.artifacts import MANIFEST, Stage, require
+from smlib.engines import Engine
 from smlib.problems import TASKS, Problem, pinned_files
-from smlib.sampling import sample_ids
 from smlib.settings import Settings
 
 _FOLDERS = {"rft": "06_rft", "outcome_dpo": "06_outcome_dpo", "self_explore": "06_step_dpo"}
@@ -32,11 +32,10 @@ def draw_solutions(run_dir: Path, settings: Settings, progress: bool = True) -> 
     """06_solutions: the SFT model writes many solutions to every training question. Writes solutions.jsonl."""
     tuned = require(run_dir, "02_sft")
     keys = _keys(settings, temperature=settings.explore.temperature, samples=settings.explore.samples)
-    stage = Stage(run_dir, "06_solutions", keys, inputs=[tuned])
+    stage = Stage(run_dir, "06_solutions", keys | pipeline.engine_key(settings), inputs=[tuned])
     if stage.done:
         return stage
-    with stage.recording():
-        engine = pipeline.load_engine(settings, tuned.path("model"))
+    with stage.recording(), pipeline.load_engine(settings, tuned.path("model")) as engine:
         rows = selection.draw_solutions(
             pipeline.to_disk(stage, "solutions", engine), engine.tokenizer, pipeline.training_problems(settings),
             settings.explore.samples, temperature=settings.explore.temperature,
@@ -74,15 +73,17 @@ def train_rft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
     stage = Stage(run_dir, "06_rft", pipeline.stage_keys(settings, "sft"), inputs=[selected])
     if stage.done:
         return stage
-    with stage.recording():
+    with pipeline.recording_together(stage) as writes:
         tokenizer, model = models.load_tokenizer(settings.base), pipeline.load_trainable(settings, settings.base)
         log = sft.train_sft(
             model, tokenizer, pipeline.training_problems(settings), selected.read_rows("rft"),
             epochs=settings.sft.epochs, learning_rate=settings.sft.learning_rate, batch=settings.sft.batch,
             **pipeline.fitting(settings), progress="RFT" if progress else None,
         )  # fmt: skip
-        stage.write_rows("log", log)
-        stage.write_model("model", pipeline.merged(model), tokenizer)
+        model = pipeline.whole(model, settings, settings.base)
+        if writes:
+            stage.write_rows("log", log)
+            stage.write_model("model", pipeline.merged(model, settings.base), tokenizer)
     return stage
 
 
@@ -96,18 +97,19 @@ def find_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
     selected, tuned = require(run_dir, "06_selection"), require(run_dir, "06_rft")
     names = ("temperature", "k", "choice")
     keys = _keys(settings, **{name: getattr(settings.explore, name) for name in names})
-    stage = Stage(run_dir, "06_exploration", keys, inputs=[selected, tuned])
+    stage = Stage(run_dir, "06_exploration", keys | pipeline.engine_key(settings), inputs=[selected, tuned])
     if stage.done:
         return stage
-    with stage.recording():
-        tokenizer, model = models.load_tokenizer(settings.base), pipeline.load_model(settings, tuned.path("model"))
-        draw = drawing(model, tokenizer, settings)
+    with stage.recording(), pipeline.load_engine(settings, tuned.path("model")) as engine:
+        draw = drawing(engine, settings)
         problems = {problem.id: problem for problem in pipeline.training_problems(settings)}
         outcome, parts = selected.read_rows("pairs"), []
         for start in range(0, len(outcome), SHARD):
             name = f"{pipeline.SHARDS}/{start:07d}.json"
             if not (stage.folder / name).exists():
-                part = _explore_shard(tokenizer, draw, problems, outcome[start : start + SHARD], settings, progress)
+                part = _explore_shard(
+                    engine.tokenizer, draw, problems, outcome[start : start + SHARD], settings, progress
+                )
                 stage.write_json(name, part)
             parts.append(stage.read_json(name))
         stage.write_rows("explored", [row for part in parts for row in part["explored"]])
@@ -148,30 +150,33 @@ def report_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Sta
     """
     selected, tuned = require(run_dir, "06_selection"), require(run_dir, "06_rft")
     keys = _keys(settings, temperature=settings.explore.temperature) | {"ks": KS, "reported": REPORTED}
-    stage = Stage(run_dir, "06_pit_report", keys, inputs=[selected, tuned])
+    stage = Stage(run_dir, "06_pit_report", keys | pipeline.engine_key(settings), inputs=[selected, tuned])
     if stage.done:
         return stage
     with stage.recording(), warnings.catch_warnings():
         warnings.simplefilter("ignore", explore.LuckWarning)  # of more completions than the report's k
-        tokenizer, model = models.load_tokenizer(settings.base), pipeline.load_model(settings, tuned.path("model"))
+        tokenizer, shown, rows = models.load_tokenizer(settings.base), {}, []
         problems = {problem.id: problem for problem in pipeline.training_problems(settings)}
-        everything, rows = wrong_rationales(tokenizer, problems, selected.read_rows("pairs")), []
+        everything = wrong_rationales(tokenizer, problems, selected.read_rows("pairs"))
         for task in (task for task in settings.tasks if task in TASKS):
             mine = [one for one in everything if one.problem.dataset == task and explore.wrong_step(tokenizer, one)]
             mine = [mine[place * len(mine) // REPORTED] for place in range(REPORTED)] if len(mine) > REPORTED else mine
-            if mine:
-                label = f"pit report, {task}" if progress else None
-                found = explore.explore_all(tokenizer, mine, drawing(model, tokenizer, settings), 2 * max(KS), label)
-                rows += [{"dataset": task} | row for row in explore.pit_report(tokenizer, mine, found, KS)]
+            shown |= {task: mine} if mine else {}
+        if shown:
+            with pipeline.load_engine(settings, tuned.path("model")) as engine:
+                for task, mine in shown.items():
+                    label = f"pit report, {task}" if progress else None
+                    found = explore.explore_all(tokenizer, mine, drawing(engine, settings), 2 * max(KS), label)
+                    rows += [{"dataset": task} | row for row in explore.pit_report(tokenizer, mine, found, KS)]
         stage.write_rows("report", rows)
     return stage
 
 
-def drawing(model, tokenizer, settings: Settings) -> explore.Draw:
-    """What `explore.explore` draws with: the sampler with the run's temperature, lengths and seed."""
+def drawing(engine: Engine, settings: Settings) -> explore.Draw:
+    """What `explore.explore` draws with: the engine with the run's temperature, lengths and seed."""
     return partial(
-        sample_ids, model, tokenizer=tokenizer, temperature=settings.explore.temperature,
-        max_new_tokens=settings.sampling.max_new_tokens, max_batch=settings.hardware.rollout_rows, seed=settings.seed,
+        engine.sample_ids, temperature=settings.explore.temperature, max_new_tokens=settings.sampling.max_new_tokens,
+        seed=settings.seed,
     )  # fmt: skip
 
 
@@ -199,15 +204,17 @@ def _train_dpo(run_dir: Path, settings: Settings, name: str, paired: Stage, rate
     stage = Stage(run_dir, name, pipeline.stage_keys(settings, "dpo"), inputs=[tuned, paired])
     if stage.done:
         return stage
-    with stage.recording():
+    with pipeline.recording_together(stage) as writes:
         tokenizer, model = models.load_tokenizer(settings.base), pipeline.load_trainable(settings, tuned.path("model"))
         log = dpo.train_dpo(
             model, tokenizer, paired.read_rows("pairs"), beta=settings.dpo.beta, epochs=settings.dpo.epochs,
             learning_rate=rate, batch=settings.dpo.batch, **pipeline.fitting(settings),
             progress=label or None,
         )  # fmt: skip
-        stage.write_rows("log", log)
-        stage.write_model("model", pipeline.merged(model), tokenizer)
+        model = pipeline.whole(model, settings, tuned.path("model"))
+        if writes:
+            stage.write_rows("log", log)
+            stage.write_model("model", pipeline.merged(model, tuned.path("model")), tokenizer)
     return stage
 
 
@@ -222,22 +229,22 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     sets = pipeline.test_problems(settings) | published
     refuse_training_questions(sets, pipeline.training_problems(settings))
     files = {name: {"rows": len(found), **pinned_files(found[0].dataset)} for name, found in published.items()}
-    keys = pipeline.stage_keys(settings, "evaluation") | {"published_sets": files}
+    keys = pipeline.stage_keys(settings, "evaluation") | {"published_sets": files} | pipeline.engine_key(settings)
     stage = Stage(run_dir, "06_evaluation", keys, inputs=list(trained.values()))
     if stage.done:
         return stage
     with stage.recording():
-        tokenizer, rows = models.load_tokenizer(settings.base), []
+        rows = []
         for method, source in trained.items():
-            model = pipeline.load_model(settings, source.path("model"))
-            for name, problems in sets.items():
-                answered = evaluation.evaluate(
-                    model, tokenizer, problems, k=settings.evaluation.samples if name in settings.tasks else 0,
-                    temperature=settings.evaluation.temperature, max_new_tokens=settings.sampling.max_new_tokens,
-                    max_batch=settings.hardware.rollout_rows, seed=settings.seed,
-                    progress=f"{results.EXPLORE_METHODS[method]}, {name}" if progress else None,
-                )  # fmt: skip
-                rows += [{"method": method, "test_set": name} | row for row in answered]
+            with pipeline.load_engine(settings, source.path("model")) as engine:
+                for name, problems in sets.items():
+                    answered = evaluation.evaluate(
+                        engine, problems, k=settings.evaluation.samples if name in settings.tasks else 0,
+                        temperature=settings.evaluation.temperature, max_new_tokens=settings.sampling.max_new_tokens,
+                        seed=settings.seed,
+                        progress=f"{results.EXPLORE_METHODS[method]}, {name}" if progress else None,
+                    )  # fmt: skip
+                    rows += [{"method": method, "test_set": name} | row for row in answered]
         stage.write_rows("answers", rows)
     return stage
 
@@ -252,13 +259,21 @@ def refuse_training_questions(sets: dict[str, list[Problem]], trained: list[Prob
 
 def run(run_dir: Path, settings: Settings, progress: bool = True) -> None:
     """All stages in order, from 01_sampling on; those that are there are read."""
-    pipeline.sample_rationales(run_dir, settings, progress)
-    pipeline.rank_rationales(run_dir, settings)
-    pipeline.train_sft(run_dir, settings, progress)
-    draw_solutions(run_dir, settings, progress)
-    select(run_dir, settings)
-    for stage in (train_rft, find_pits, report_pits, train_step_dpo, train_outcome_dpo, evaluate):
-        stage(run_dir, settings, progress)
+    for stage in (BEFORE | STAGES).values():
+        stage(run_dir, settings, progress=progress)
+
+
+BEFORE = {name: pipeline.STAGES[name] for name in ("01_sampling", "02_ranking", "02_sft")}
+STAGES = {
+    "06_solutions": draw_solutions,
+    "06_selection": lambda run_dir, settings, progress: select(run_dir, settings),
+    "06_rft": train_rft,
+    "06_exploration": find_pits,
+    "06_pit_report": report_pits,
+    "06_step_dpo": train_step_dpo,
+    "06_outcome_dpo": train_outcome_dpo,
+    "06_evaluation": evaluate,
+}
 
 
 def summary(run_dir: Path, settings: Settings) -> str:

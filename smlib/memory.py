@@ -123,7 +123,7 @@ def choices_of(settings: Settings, prompt: int) -> Choices:
         reward="adapter" if lora else "model",
         rank=max(settings.lora.rank, 1),
         precision=ppo.precision,
-        recompute=ppo.recompute,
+        recompute=settings.hardware.recompute,
         minibatch=ppo.minibatch,
         rollout_rows=min(ppo.episodes, MAX_BATCH),
         samples=ppo.samples_per_question,

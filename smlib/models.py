@@ -6,42 +6,77 @@ and joined, here and nowhere else, so that sampling, training and scoring see th
 
 import hashlib
 import math
+import re
 import warnings
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 
+import httpx2
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from torch import Tensor
+from huggingface_hub import errors
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 logging.disable_progress_bar()  # its bars about files of a few megabytes go to standard error
 
+# What transformers calls it to keep a layer's input alone and compute the rest again in the backward pass. The version
+# that vLLM 0.32 wants has the older name.
+RECOMPUTING = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
+
 TINY_BASE = Path(__file__).parent / "tiny_base"
 
 
-def resolve(name: str) -> str:
-    """A model's folder or hub id; "tiny" is the base that ships with the package."""
-    if name != "tiny":
-        return name
-    if not (TINY_BASE / "model.safetensors").is_file():
-        raise FileNotFoundError("the tiny base is missing from the package; make it with: python -m smlib pretrain")
-    return str(TINY_BASE)
+class ModelError(OSError):
+    """A model that cannot be loaded; the message names the way out."""
+
+
+def locate(name: str | Path) -> tuple[str, str | None]:
+    """A model's folder or hub id, and the revision after its "@", if any; "tiny" is the base in the package.
+
+    A folder whose path holds "@" is a folder.
+    """
+    name = str(name)
+    if name == "tiny":
+        if not (TINY_BASE / "model.safetensors").is_file():
+            raise FileNotFoundError("the tiny base is missing from the package; make it with: python -m smlib pretrain")
+        return str(TINY_BASE), None
+    place, _, revision = name.partition("@")
+    return (name, None) if not revision or Path(name).exists() else (place, revision)
 
 
 @cache
 def weights_sha256(name: str) -> str | None:
     """SHA-256 over a local model's weight files, in the order of their names; None for a hub id."""
-    files = sorted(Path(resolve(name)).glob("*.safetensors"))
+    files = sorted(Path(locate(name)[0]).glob("*.safetensors"))
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -50,53 +85,204 @@ def weights_sha256(name: str) -> str | None:
     return digest.hexdigest() if files else None
 
 
+@contextmanager
+def _explained(place: str, revision: str | None) -> Iterator[None]:
+    """Turn what transformers and the hub raise where there is no model, pages long in a notebook, into a ModelError."""
+    try:
+        yield
+    except Exception as error:
+        if reason := _reason(place, revision, _causes(error)):
+            raise ModelError(f"{reason}; or choose another model (--model)") from None
+        raise
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    """The error and what it was raised from or amid: transformers raises OSErrors of its own from those of the hub."""
+    found = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _reason(place: str, revision: str | None, causes: list[BaseException]) -> str | None:
+    """Why there is no model, and what to do about it; None where the error's own words must do."""
+    folder, page = Path(place), f"https://huggingface.co/{place}"
+    if folder.is_dir():
+        if (folder / "config.json").exists():
+            return None
+        return f"{place} holds no model: it has no config.json. Give a folder that save_pretrained has written"
+    for cause in causes:
+        match cause:
+            case errors.GatedRepoError() if cause.response.status_code == 401:
+                return f"{place} is gated: accept its licence at {page}, then `hf auth login` or set HF_TOKEN"
+            case errors.GatedRepoError():
+                return (
+                    f"{place} is gated, and your token may not read it: accept its licence at {page} with the token's "
+                    "account, wait until access is granted, and let a fine-grained token read gated repositories"
+                )
+            case errors.RepositoryNotFoundError():
+                return (
+                    f"{place} is neither a folder here nor a model at https://huggingface.co: check its spelling; a "
+                    "private one needs `hf auth login` or HF_TOKEN"
+                )
+            case errors.RevisionNotFoundError():
+                return f"{place} has no revision {revision!r}: give a branch, tag or commit of {page}/commits"
+            case errors.HFValidationError():
+                return f"{place} is neither a folder here nor a hub id such as owner/name: check its spelling"
+            case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled() | httpx2.TransportError():
+                return (
+                    f"{place} is neither a folder here nor in the cache, and https://huggingface.co cannot be reached "
+                    "(no network, or HF_HUB_OFFLINE is set): connect"
+                )
+    return None
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The model's configuration. Raises ModelError where there is none to be had."""
+    place, revision = locate(name)
+    with _explained(place, revision):
+        return AutoConfig.from_pretrained(place, revision=revision)
+
+
 def load_tokenizer(name: str = "tiny") -> PreTrainedTokenizerBase:
     """The tokenizer, with a pad token that is not its end token (training would mask the ends away).
 
-    Llama's, Mistral's and DeepSeek's have no such one: there the unknown token pads, and where there is none the one
-    that begins a text. No completion holds either, and the vocabulary stays as the model knows it. Raises ValueError
-    where both are missing, or are the end token too.
+    Llama's, Mistral's, DeepSeek's and Qwen's have no such one: there the unknown token pads, where there is none the
+    one that begins a text, and else the first other special token (<|im_start|>, say). No completion holds any of
+    them, and the vocabulary stays as the model knows it. Raises ValueError where all special tokens end a text.
     """
-    tokenizer = AutoTokenizer.from_pretrained(resolve(name))
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        raise ValueError(
-            f"tokenizer {name!r}: pad token {tokenizer.pad_token!r} must exist and differ from the end token "
-            f"{tokenizer.eos_token!r}; add one with tokenizer.add_special_tokens({{'pad_token': '<pad>'}})"
-        )
-    return tokenizer
+    place, revision = locate(name)
+    with _explained(place, revision):
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
+    special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    for token in (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, *special):
+        if token not in (None, tokenizer.eos_token):
+            tokenizer.pad_token = token
+            return tokenizer
+    raise ValueError(
+        f"tokenizer {name!r}: pad token {tokenizer.pad_token!r} must exist and differ from the end token "
+        f"{tokenizer.eos_token!r}; add one with tokenizer.add_special_tokens({{'pad_token': '<pad>'}})"
+    )
+
+
+def device() -> torch.device:
+    """Where models are loaded to: this process's GPU where torch finds one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def load_policy(name: str | Path = "tiny", weights: str = "float32") -> PreTrainedModel:
     """A causal language model in eval mode, on the GPU where torch finds one; an adapter is merged into its base.
 
-    weights: the precision to hold it in, "float32" or "bfloat16". The base of a LoRA adapter's folder is sought beside
-    it first, as stages name theirs by a relative path.
+    weights: the precision to hold it in, "float32", "bfloat16" or "nf4" (see `_nf4`). An adapter stays beside a base in
+    nf4: so it was trained, and merged weights would be rounded to 4 bits anew. Raises ModelError where there is no
+    such model.
     """
-    folder = Path(resolve(str(name)))
-    if (folder / "adapter_config.json").is_file():
-        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-        base = folder / base if (folder / base).exists() else base
-        return PeftModel.from_pretrained(load_policy(base, weights), folder).merge_and_unload().eval()
-    model = AutoModelForCausalLM.from_pretrained(resolve(str(name)), dtype=getattr(torch, weights)).eval()
-    return model.to("cuda") if torch.cuda.is_available() else model
+    adapter = adapter_config(name)
+    if not adapter:
+        return _load(name, weights, device())
+    adapted = PeftModel.from_pretrained(load_policy(adapter.base_model_name_or_path, weights), name)
+    return (adapted.get_base_model() if weights == "nf4" else adapted.merge_and_unload()).eval()
+
+
+def _load(name: str | Path, weights: str, where: torch.device) -> PreTrainedModel:
+    place, revision = locate(name)
+    options = _nf4() if weights == "nf4" else {"dtype": getattr(torch, weights)}
+    with _explained(place, revision):
+        model = AutoModelForCausalLM.from_pretrained(place, revision=revision, device_map={"": where}, **options)
+    for layer in model.modules():
+        # bitsandbytes repacks weights to sample faster on some CPUs, and then lets no gradient through, silently
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return model.eval()
+
+
+def _nf4() -> dict:
+    """Arguments of from_pretrained for QLoRA's base (2305.14314): all linear layers but the output head in 4-bit
+    NormalFloat with double quantisation, about 0.516 bytes a weight; computations, and all else, in bfloat16."""
+    if find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError(
+            "weights in 'nf4' need bitsandbytes, which is not installed: pip install 'smlib[gpu]', or choose "
+            "hardware.weights = 'bfloat16'"
+        )
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"dtype": torch.bfloat16, "quantization_config": quantized}
+
+
+def adapter_config(name: str | Path) -> PeftConfig | None:
+    """What the folder of a LoRA adapter says of it; None for a whole model.
+
+    Its base is sought beside the folder first, as stages name theirs by a relative path.
+    """
+    folder = Path(locate(name)[0])
+    if not (folder / "adapter_config.json").is_file():
+        return None
+    config = PeftConfig.from_pretrained(folder)
+    if (base := folder / config.base_model_name_or_path).exists():
+        config.base_model_name_or_path = str(base)
+    return config
+
+
+def device_name() -> str:
+    """Where `load_policy` puts a model: the GPU's name, or "CPU"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: str) -> PeftModel:
     """Put a trainable LoRA adapter (2106.09685) of scale alpha / rank, without dropout, on a model that stays as it is.
 
-    targets: a regular expression of module names, or "all-linear" for all but the output head. base: what the saved
-    adapter names as its base.
+    targets: a regular expression of whole module names, or "all-linear" for all but the output head. base: what the
+    saved adapter names as its base. Raises ValueError where targets match no layer, and for a model with an adapter.
     """
+    if any(isinstance(layer, BaseTunerLayer) for layer in model.modules()):  # peft would begin that one anew
+        raise ValueError(
+            "the model has an adapter, beside a base in 4 bits: save it as load_policy(folder, 'bfloat16') merges it, "
+            "and begin from there"
+        )
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about how peft asks it
-        adapted = get_peft_model(model, config)
+        warnings.filterwarnings("ignore", "fan_in_fan_out")  # GPT-2's layers hold their weights the other way round
+        try:
+            adapted = get_peft_model(model, config)
+        except (NoMatchingPeftModuleError, re.error):
+            raise ValueError(_no_match(model, targets)) from None
     config.base_model_name_or_path = base
     # peft would look into the base, where saving is, for a vocabulary that training does not change
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
     return adapted
+
+
+def _no_match(model: PreTrainedModel, targets: str) -> str:
+    head = model.get_output_embeddings()
+    linear = [
+        name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head
+    ]
+    last = sorted({name.rpartition(".")[2] for name in linear})
+    return (
+        f"lora.targets = {targets!r} matches no layer of {type(model).__name__}, whose linear layers are called "
+        f"{', '.join(last)}, in full such as {linear[0]}: give a regular expression of whole names, such as "
+        rf"'.*\.({'|'.join(last[:2])})', or 'all-linear'"
+    )
+
+
+def merged(adapted: PeftModel, base: str | Path) -> PreTrainedModel:
+    """The trained model without its adapter, which is added to its weights.
+
+    base: where the model under the adapter was loaded from. One in nf4 is loaded from there again, in bfloat16 and to
+    the CPU: its 4 bits would not take the adapter in. A stage that loads the result in nf4 rounds it anew.
+    """
+    if getattr(adapted, "is_loaded_in_4bit", False):
+        trained = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        whole, config = _load(base, "bfloat16", torch.device("cpu")), adapted.peft_config["default"]
+        adapted = add_lora(whole, config.r, config.lora_alpha, config.target_modules, base="")
+        set_peft_model_state_dict(adapted, trained)
+    return adapted.merge_and_unload()
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

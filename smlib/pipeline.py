@@ -10,19 +10,23 @@ import copy
 import random
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, PartialState
 from peft import PeftModel
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from smlib import evaluation, models, ppo, ranking, rationales, reward_model, sft, trl_policy
 from smlib.answers import Reward
 from smlib.artifacts import Stage, require
 from smlib.bulk import Bulk
-from smlib.engines import NativeEngine
+from smlib.engines import Engine, chosen, make_engine
 from smlib.problems import PUBLISHED, TASKS, TRAIN_SETS, DatasetError, Problem, generate, load, pinned_files
 from smlib.roles import Adapters, Roles, SeparateModels
 from smlib.settings import Settings
@@ -31,6 +35,7 @@ from smlib.settings import Settings
 # base read seeds from 1,000,003. Test questions are of another split and the same for every run.
 _FIRST, _SECOND, _PPO, _TEST, _FRESH = 10_000, 20_000, 30_000, 60_000, 50_000
 
+ROLLOUT_SHARE = 0.35  # of a card, for vLLM beside the models that train
 SHARDS = "shards"  # folder of the samples of a stage that is not finished
 
 POLICY_METHODS = ("ppo", "rloo", "grpo")
@@ -163,11 +168,10 @@ def sample_rationales(run_dir: Path, settings: Settings, progress: bool = True) 
 
     Writes problems.jsonl and rationales.jsonl.
     """
-    stage = Stage(run_dir, "01_sampling", stage_keys(settings, "sampling"))
+    stage = Stage(run_dir, "01_sampling", stage_keys(settings, "sampling") | engine_key(settings.hardware.engine))
     if stage.done:
         return stage
-    with stage.recording():
-        engine = load_engine(settings, settings.base)
+    with stage.recording(), load_engine(settings, settings.base) as engine:
         problems = training_problems(settings)
         rows = rationales.sample_open(
             to_disk(stage, "open", engine), problems, settings.sampling.samples, author="base",
@@ -220,7 +224,7 @@ def train_sft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
     stage = Stage(run_dir, "02_sft", stage_keys(settings, "sft"), inputs=[ranked])
     if stage.done:
         return stage
-    with stage.recording():
+    with recording_together(stage) as writes:
         tokenizer, model = models.load_tokenizer(settings.base), load_trainable(settings, settings.base)
         rows = [row for row in ranked.read_rows("ranked") if settings.sft.source in ("both", row["source"])]
         log = sft.train_sft(
@@ -228,8 +232,11 @@ def train_sft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
             epochs=settings.sft.epochs, learning_rate=settings.sft.learning_rate, batch=settings.sft.batch,
             **fitting(settings), progress="SFT on r+" if progress else None,
         )  # fmt: skip
-        stage.write_rows("log", log)
-        stage.write_model("model", merged(model), tokenizer)  # the base of the reward model's and of PPO's adapters
+        model = whole(model, settings, settings.base)
+        if writes:
+            stage.write_rows("log", log)
+            # the base of the reward model's and of PPO's adapters
+            stage.write_model("model", merged(model, settings.base), tokenizer)
     return stage
 
 
@@ -240,12 +247,11 @@ def sample_again(run_dir: Path, settings: Settings, progress: bool = True) -> St
     SFT model, which are the ones that PPO will meet.
     """
     tuned = require(run_dir, "02_sft")
-    stage = Stage(run_dir, "03_second_sampling", stage_keys(settings, "sampling", "ranking") | {
-        "questions": settings.reward.questions}, inputs=[tuned])  # fmt: skip
+    keys = stage_keys(settings, "sampling", "ranking") | {"questions": settings.reward.questions}
+    stage = Stage(run_dir, "03_second_sampling", keys | engine_key(settings.hardware.engine), inputs=[tuned])
     if stage.done:
         return stage
-    with stage.recording():
-        engine = load_engine(settings, tuned.path("model"))
+    with stage.recording(), load_engine(settings, tuned.path("model")) as engine:
         problems = second_problems(settings)
         rows = rationales.sample_open(
             to_disk(stage, "open", engine), problems, settings.sampling.samples, author="sft",
@@ -269,7 +275,7 @@ def train_reward_model(run_dir: Path, settings: Settings, progress: bool = True)
     stage = Stage(run_dir, "03_reward_model", stage_keys(settings, "reward"), inputs=[ranked, tuned, second])
     if stage.done:
         return stage
-    with stage.recording():
+    with recording_together(stage) as writes:
         tokenizer, model = models.load_tokenizer(settings.base), load_trainable(settings, tuned.path("model"))
         problems = training_problems(settings) + second_problems(settings)
         everything = ranked.read_rows("pairs") + second.read_rows("pairs")
@@ -285,10 +291,13 @@ def train_reward_model(run_dir: Path, settings: Settings, progress: bool = True)
             beta=settings.reward.beta, nll_coef=settings.reward.nll_coef, **fitting(settings),
             progress="reward model" if progress else None,
         )  # fmt: skip
+        model = whole(model, settings, tuned.path("model"))
         held_out = [pair for pair in everything if pair["held_out"]]
-        stage.write_rows("log", log)
-        stage.write_rows("held_out", reward_model.pair_accuracy(model, tokenizer, problems, held_out))
-        stage.write_model("model", model, tokenizer)
+        held_out = reward_model.pair_accuracy(model, tokenizer, problems, held_out)  # by all: none waits long
+        if writes:
+            stage.write_rows("log", log)
+            stage.write_rows("held_out", held_out)
+            stage.write_model("model", model, tokenizer)
     return stage
 
 
@@ -311,7 +320,10 @@ def train_policy(
         raise ValueError(f"method {method!r} is unknown; choose one of: {', '.join(POLICY_METHODS)}.")
     reward_model.weighted_sum(reward, dict.fromkeys(REWARDS))  # refuses an unknown one before anything is loaded
     tuned, rewarder = require(run_dir, "02_sft"), require(run_dir, "03_reward_model")
-    stage = Stage(run_dir, f"04_{method}", stage_keys(settings, "ppo") | {"reward": reward}, inputs=[tuned, rewarder])
+    keys = stage_keys(settings, "ppo") | {"reward": reward}
+    if method == "ppo":
+        keys |= engine_key(settings.hardware.rollout_engine)
+    stage = Stage(run_dir, f"04_{method}", keys, inputs=[tuned, rewarder])
     if stage.done:
         return stage
     accelerator = make_accelerator(tracker, stage.folder / "training")
@@ -319,22 +331,24 @@ def train_policy(
         raise ValueError(
             f"method {method!r} trains in one process here: start it without accelerate launch or torchrun."
         )
-    accelerator.wait_for_everyone()  # all have seen that the stage is not done
-    with stage.recording() if accelerator.is_main_process else nullcontext():
+    with recording_together(stage) as writes:
         tokenizer = models.load_tokenizer(settings.base)
         arguments = {
             "problems": ppo_problems(settings), "tokenizer": tokenizer, "settings": settings.ppo,
-            "out": stage.folder / "training", "seed": settings.seed, "progress": method.upper() if progress else None,
+            "out": stage.folder / "training", "progress": method.upper() if progress else None,
+            "rollout_rows": settings.hardware.rollout_rows, **fitting(settings),
         }  # fmt: skip
         if method == "ppo":
             trained = make_roles(settings, tuned, rewarder)
-            ppo.train(trained, make_reward(reward, rewarder, tokenizer, trained), **arguments, accelerator=accelerator)
+            learned = make_reward(reward, rewarder, tokenizer, trained)
+            with rollout_engine(settings, tuned) or nullcontext() as engine:
+                ppo.train(trained, learned, **arguments, accelerator=accelerator, engine=engine)
             if accelerator.num_processes > 1:  # each may hold a part only
                 trained = ppo.trained_roles(make_roles(settings, tuned, rewarder), stage.folder / "training")
         else:
             trained = load_trainable(settings, tuned.path("model"))
             trl_policy.train(method, trained, reward=make_reward(reward, rewarder, tokenizer), **arguments)
-        if accelerator.is_main_process:
+        if writes:
             stage.write_model("model", trained, tokenizer)
     return stage
 
@@ -346,6 +360,23 @@ def make_roles(settings: Settings, tuned: Stage, rewarder: Stage) -> Roles:
         return Adapters(policy, rewarder.path("model"), share_trunk=head)
     value = None if head else copy.deepcopy(policy).get_decoder()
     return SeparateModels(policy, load_model(settings, tuned.path("model")), value)
+
+
+def rollout_engine(settings: Settings, tuned: Stage) -> Engine | None:
+    """vLLM for PPO's rollouts, where the settings want it; None: our own sampler.
+
+    Raises ValueError with a base of 4 bits: vLLM would draw from the weights as they were before they were rounded.
+    """
+    hardware = settings.hardware
+    if chosen(hardware.rollout_engine) == "native":
+        return None
+    if hardware.weights == "nf4":
+        raise ValueError(
+            "hardware.rollout_engine = 'vllm' with hardware.weights = 'nf4' would draw from weights that are not those "
+            "that train: give rollout_engine = 'native', or weights = 'bfloat16'"
+        )
+    options = {"lora_rank": settings.lora.rank, "share": ROLLOUT_SHARE}
+    return make_engine("vllm", str(tuned.path("model")), weights=hardware.weights, **options)
 
 
 def make_reward(formula: str, rewarder: Stage, tokenizer, roles: Roles | None = None) -> Reward:
@@ -385,28 +416,30 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     trained = require(run_dir, "04_ppo")
     published, missing = published_problems(settings)
     files = {name: {"rows": len(found), **pinned_files(found[0].dataset)} for name, found in published.items()}
-    keys = stage_keys(settings, "evaluation") | {"published_sets": files}
+    keys = stage_keys(settings, "evaluation") | {"published_sets": files} | engine_key(settings.hardware.engine)
     stage = Stage(run_dir, "05_evaluation", keys, inputs=[tuned, rewarder, trained])
     if stage.done:
         return stage
     with stage.recording():
-        tokenizer, judge = models.load_tokenizer(settings.base), load_model(settings, rewarder.path("model"))
         paths = {"base": settings.base, "sft": tuned.path("model"), "sml": trained.path("model")}
-        rows = []
+        sets, answered = test_problems(settings) | published, {}
         for method, path in paths.items():
-            model = load_model(settings, path)
-            for name, problems in (test_problems(settings) | published).items():
-                answered = evaluation.evaluate(
-                    model, tokenizer, problems,
-                    k=settings.evaluation.samples if name in settings.tasks else 0,
-                    shots=settings.sampling.shots if method == "base" else "none",
-                    temperature=settings.evaluation.temperature,
-                    max_new_tokens=settings.sampling.max_new_tokens, max_batch=settings.hardware.rollout_rows,
-                    seed=settings.seed, progress=f"{METHODS[method]}, {name}" if progress else None,
-                )  # fmt: skip
-                _add_scores(judge, tokenizer, problems, answered)
-                rows += [{"method": method, "test_set": name} | row for row in answered]
-        stage.write_rows("answers", rows)
+            with load_engine(settings, path) as engine:
+                for name, problems in sets.items():
+                    answered[method, name] = evaluation.evaluate(
+                        engine, problems, k=settings.evaluation.samples if name in settings.tasks else 0,
+                        shots=settings.sampling.shots if method == "base" else "none",
+                        temperature=settings.evaluation.temperature, max_new_tokens=settings.sampling.max_new_tokens,
+                        seed=settings.seed, progress=f"{METHODS[method]}, {name}" if progress else None,
+                    )  # fmt: skip
+        # Now, when the engines are closed: the judge is as large as they were.
+        tokenizer, judge = models.load_tokenizer(settings.base), load_model(settings, rewarder.path("model"))
+        for (_, name), rows in answered.items():
+            _add_scores(judge, tokenizer, sets[name], rows)
+        labelled = (
+            {"method": method, "test_set": name} | row for (method, name), rows in answered.items() for row in rows
+        )
+        stage.write_rows("answers", labelled)
         stage.write_json("published.json", missing)
     return stage
 
@@ -422,11 +455,7 @@ def _add_scores(judge, tokenizer, problems: Sequence[Problem], answered: list[di
 
 def run(run_dir: Path, settings: Settings, reward: str = "learned", progress: bool = True) -> dict[str, float]:
     """All stages in order, without notebooks; returns the seconds of each."""
-    stages = _BEFORE_POLICY | {
-        "04_ppo": lambda run_dir, settings, progress: train_policy(run_dir, settings, "ppo", reward, progress),
-        "05_evaluation": evaluate,
-    }
-    seconds = {}
+    stages, seconds = STAGES | {"04_ppo": partial(train_policy, reward=reward)}, {}
     for name, stage in stages.items():
         started = time.perf_counter()
         stage(run_dir, settings, progress=progress)
@@ -436,20 +465,50 @@ def run(run_dir: Path, settings: Settings, reward: str = "learned", progress: bo
 
 def before_policy(run_dir: Path, settings: Settings, progress: bool = True) -> None:
     """Stages 01 to 03: all that `train_policy` needs."""
-    for stage in _BEFORE_POLICY.values():
-        stage(run_dir, settings, progress=progress)
+    for name, stage in STAGES.items():
+        if name < "04":
+            stage(run_dir, settings, progress=progress)
 
 
-_BEFORE_POLICY = {
+STAGES = {
     "01_sampling": sample_rationales,
     "02_ranking": lambda run_dir, settings, progress: rank_rationales(run_dir, settings),
     "02_sft": train_sft,
     "03_second_sampling": sample_again,
     "03_reward_model": train_reward_model,
+    "04_ppo": train_policy,
+    "05_evaluation": evaluate,
 }
+TRAINING = ("02_sft", "03_reward_model", "04_ppo", "06_rft", "06_step_dpo", "06_outcome_dpo")  # processes share these
 
 
 # ---- what the stages here and in smlib.explore_pipeline share ------------------------------------------------
+
+
+def launched() -> PartialState:
+    """The processes that accelerate or torchrun started, on GPUs or on CPUs, as `models.load_policy` chooses."""
+    return PartialState(cpu=not torch.cuda.is_available())  # else it would take those on CPUs for one each
+
+
+def refuse_processes(names: Iterable[str]) -> None:
+    """Raise ValueError in several processes for the first of these stages that they cannot share."""
+    processes = launched().num_processes
+    alone = [name for name in names if name not in TRAINING]
+    if processes > 1 and alone:
+        raise ValueError(
+            f"{alone[0]} is made by one process, and here are {processes}: start it without accelerate launch or "
+            "torchrun, and where it samples, with --set hardware.workers=N for Ray's processes"
+        )
+
+
+@contextmanager
+def recording_together(stage: Stage) -> Iterator[bool]:
+    """`stage.recording()` in the main process, whose part is the writing (True); none goes on before it is done."""
+    processes = launched()
+    processes.wait_for_everyone()  # all have seen that the stage is not done
+    with stage.recording() if processes.is_main_process else nullcontext():
+        yield processes.is_main_process
+    processes.wait_for_everyone()
 
 
 def load_model(settings: Settings, path: str | Path):
@@ -457,10 +516,13 @@ def load_model(settings: Settings, path: str | Path):
     return models.load_policy(path, settings.hardware.weights)
 
 
-def load_engine(settings: Settings, path: str | Path) -> NativeEngine:
-    """The sampler on that model, with the tokenizer of the run's base."""
-    tokenizer = models.load_tokenizer(settings.base)
-    return NativeEngine(load_model(settings, path), tokenizer, settings.hardware.rollout_rows)
+def load_engine(settings: Settings, path: str | Path) -> Engine:
+    """The engine that the settings ask for, on that model. Close it before the next model is loaded: vLLM takes most of
+    a GPU."""
+    hardware = settings.hardware
+    return make_engine(
+        hardware.engine, str(path), weights=hardware.weights, rows=hardware.rollout_rows, workers=hardware.workers
+    )
 
 
 def load_trainable(settings: Settings, path: str | Path):
@@ -471,9 +533,19 @@ def load_trainable(settings: Settings, path: str | Path):
     return models.add_lora(model, lora.rank, lora.alpha, lora.targets, base="../../02_sft/model")
 
 
-def merged(model):
-    """A trained model without its adapter, which is added to its weights."""
-    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+def whole(model, settings: Settings, path: str | Path):
+    """A trained model of `load_trainable` with all its weights in each process, whatever sharded them."""
+    if not any(isinstance(weight, DTensor) for weight in model.parameters()):
+        return model
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, ignore_frozen_params=True))
+    fresh = load_trainable(settings, path)
+    fresh.load_state_dict(weights, strict=False)
+    return fresh
+
+
+def merged(model, base: str | Path):
+    """A trained model without its adapter, which is added to its weights; base: where `load_trainable` took it from."""
+    return models.merged(model, base) if isinstance(model, PeftModel) else model
 
 
 def fitting(settings: Settings) -> dict:
@@ -482,7 +554,7 @@ def fitting(settings: Settings) -> dict:
     return {"seed": settings.seed, "micro_batch": hardware.micro_batch, "recompute": hardware.recompute}
 
 
-def to_disk(stage: Stage, name: str, engine: NativeEngine) -> Bulk:
+def to_disk(stage: Stage, name: str, engine: Engine) -> Bulk:
     """The engine with its samples in shards inside the unfinished stage, so that a killed stage goes on from them.
 
     They are deleted at the stage's end, whose rows say the same; the stage itself checks the settings.
@@ -504,6 +576,12 @@ def stage_keys(settings: Settings, *groups: str) -> dict:
     if settings.hardware.weights != "float32":  # the rest of the group changes no result
         common["weights"] = settings.hardware.weights
     return common | {group: asdict(getattr(settings, group)) for group in groups}
+
+
+def engine_key(name: str) -> dict:
+    """What a stage that samples depends on too: who draws, unless it is the native engine. The number of workers
+    is no key: the samples are the same."""
+    return {} if chosen(name) == "native" else {"engine": chosen(name)}
 
 
 def _drawing(settings: Settings) -> dict:

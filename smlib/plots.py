@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import indent
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.patches import FancyBboxPatch
 from smlib.answers import grade
 from smlib.problems import Problem
 from smlib.prompts import split_answer
-from smlib.steps import check_steps
+from smlib.steps import check_steps, knows
 
 # Okabe and Ito's colours can be told apart by colour-blind readers.
 COLOURS = {
@@ -33,6 +34,13 @@ METHOD_COLOURS = {
     "self_explore": COLOURS["green"],
     "sml": COLOURS["red"],
 }
+OUTCOME_COLOURS = {
+    "right, every step": COLOURS["blue"],
+    "right, a step wrong": COLOURS["sky"],
+    "right": COLOURS["blue"],
+    "wrong": COLOURS["red"],
+    "no answer": COLOURS["grey"],
+}  # of `results.outcome`
 STAGES = (
     ("01", "sample", "the model writes rationales,\ngiven right and wrong answers,\nand given none"),
     ("02", "rank", "right above wrong;\nSFT on the right ones"),
@@ -112,9 +120,14 @@ def source(*functions: Callable) -> None:
 
 
 def print_steps(problem: Problem, text: str) -> None:
-    """Print a completion line by line with the step checker's finding, then its answer with the verdict."""
+    """Print a completion line by line with the step checker's finding, then its answer with the verdict.
+
+    Lines of a published dataset, which the checker does not know, stand there without one.
+    """
     rationale, sentence = split_answer(text)
-    for check in check_steps(problem, rationale):
+    if not knows(problem.dataset):
+        print(indent(rationale.strip("\n"), "         "))
+    for check in check_steps(problem, rationale) if knows(problem.dataset) else ():
         print(f"  {'right' if check.correct else 'WRONG'}  {check.line}")
         if not check.correct:
             print(f"         {check.reason}")
@@ -153,11 +166,12 @@ def grouped_bars(
 
 
 def stacked_bars(axes, labels: Sequence[str], parts: dict[str, Sequence[float]], group: int) -> None:
-    """Lying bars that add up to 100 percent: part name -> its percent per label; a gap after every `group` labels."""
+    """Lying bars that add up to 100 percent: part name (of OUTCOME_COLOURS) -> its percent per label; a gap after
+    every `group` labels."""
     left = np.zeros(len(labels))
     places = [index + 0.35 * (index // group) for index in range(len(labels))]
-    for (name, widths), colour in zip(parts.items(), ("blue", "sky", "red", "grey"), strict=True):
-        axes.barh(places, widths, left=left, label=name, color=COLOURS[colour])
+    for name, widths in parts.items():
+        axes.barh(places, widths, left=left, label=name, color=OUTCOME_COLOURS[name])
         left += np.asarray(widths)
     axes.set_yticks(places, labels)
     axes.invert_yaxis()

@@ -28,8 +28,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain, groupby, pairwise
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -40,14 +42,17 @@ from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 from smlib.answers import Reward, grade_many
+from smlib.artifacts import replacing
 from smlib.models import CONTINUATIONS_PER_ROW, encode_prompt, group_size, pack, pad_right
 from smlib.problems import Problem
 from smlib.progress import progress_bar
 from smlib.prompts import open_prompt
-from smlib.roles import Roles, gathered
-from smlib.sampling import Sample, sample_ids
+from smlib.roles import Adapters, Roles, gathered
+from smlib.sampling import MAX_BATCH, Sample, sample_ids
 
 ALL = slice(None)
+ENGINE_TOLERANCE = 0.05  # nats per token; two programs that round to bfloat16 by themselves are 0.01 to 0.02 apart
+LEAST_SHARE = 0.25  # of the policy's way from the reference that an engine must show
 SECONDS = ("rollout_seconds", "score_seconds", "update_seconds")  # phases in the log
 
 
@@ -80,7 +85,6 @@ class PPOSettings:
     reward_clip: float = 1.0  # bound on the size of a shaped score, so that outliers do not rule; 0 = none
     max_update_kl: float = 0.05  # nats per token between the sampling policy and the new one; then stop early
     precision: str = "float32"  # of forward and backward passes; "bfloat16" where the hardware gains from it
-    recompute: bool = False  # activations in the backward pass: less memory, more time
 
     def __post_init__(self):
         choices = {"kl_kind": ("k1", "k3"), "value": ("head", "model"), "precision": ("float32", "bfloat16")}
@@ -313,29 +317,94 @@ def collate(prompts: list[list[int]], samples: list[Sample], pad_id: int, device
 # have the whole batch, and an update is the same, up to rounding, for any number of them.
 
 
-def rollout(policy, tokenizer, problems: list[Problem], settings: PPOSettings, seed: int):
-    """Draw the completions of one update -> (Batch, list[Sample]); those of one question are neighbours."""
+class PolicyEngine(Protocol):
+    """Another program that draws from the policy, such as `vllm_engine.VLLMEngine` on the adapters' base."""
+
+    name: str
+
+    def load_adapter(self, folder: Path) -> None:
+        """From now on draw from the base with the adapter in `folder` (peft's format)."""
+
+    def sample_ids(
+        self, prompt_ids: list[list[int]], n: int, *, keys: list[str], temperature: float, max_new_tokens: int,
+        seed: int,
+    ) -> list[list[Sample]]: ...  # fmt: skip
+
+
+def rollout(
+    policy, tokenizer, problems: list[Problem], settings: PPOSettings, seed: int, rows: int = MAX_BATCH,
+    engine: PolicyEngine | None = None,
+) -> tuple[Batch, list[Sample]]:  # fmt: skip
+    """Draw the completions of one update; those of one question are neighbours.
+
+    By our own sampler, at most `rows` at once, or by an engine that has been handed the policy.
+    """
     prompts = [encode_prompt(tokenizer, open_prompt(problem)) for problem in problems]
-    drawn = sample_ids(
-        policy,
+    draw = engine.sample_ids if engine else partial(sample_ids, policy, tokenizer=tokenizer, max_batch=rows)
+    drawn = draw(
         _mine(prompts),
         settings.samples_per_question,
         temperature=1.0,
         max_new_tokens=settings.max_new_tokens,
         seed=seed,
         keys=[problem.id for problem in _mine(problems)],
-        tokenizer=tokenizer,
     )
     samples = gather_object([one for group in drawn for one in group])
     repeated = [prompt for prompt in prompts for _ in range(settings.samples_per_question)]
     return collate(repeated, samples, tokenizer.pad_token_id, policy.device), samples
 
 
+def hand_over(roles: Adapters, engine: PolicyEngine, folder: Path) -> None:
+    """Let the engine draw from the policy as it is now, by way of its adapter in `folder`."""
+    with replacing(folder) as tmp:
+        roles.save_policy(tmp)
+    engine.load_adapter(folder)
+
+
+class EngineMismatchError(RuntimeError):
+    """An engine does not draw from the policy that trains."""
+
+
+def engine_gap(drawn: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, update: int) -> float:
+    """Mean |log p by the engine - log p by the policy| of the tokens that the engine drew, in nats; all [B, T].
+
+    Raises EngineMismatchError where it exceeds ENGINE_TOLERANCE, and where the engine seems to draw from the reference:
+    with d = policy - reference and e = engine - reference over the N real tokens, e.d / d.d is the share of the
+    policy's way that the engine shows, about 1, or 0 where the adapter got lost. (Where rounding is more than the way,
+    it is 1/2 in both cases, and nobody knows.) Four standard errors above it must be LEAST_SHARE or more.
+    """
+    drawn, logp, ref_logp = drawn[mask], logp[mask], ref_logp[mask]
+    gap, way = drawn - logp, logp - ref_logp
+    found, length = gap.abs().mean().item(), way.norm().item()
+    advice = (
+        "it must have the weights that train, in the same precision, and take over the adapter that it is handed "
+        "before every rollout; or sample by the native engine."
+    )
+    if not found <= ENGINE_TOLERANCE:
+        raise EngineMismatchError(
+            f"update {update}: the engine's log-probabilities of what it drew are {found:.3g} nats per token from the "
+            f"policy's, more than {ENGINE_TOLERANCE}: {advice}"
+        )
+    if length:
+        share = 1 + (gap @ way).item() / length**2
+        error = gap.square().mean().sqrt().item() / length
+        if share + 4 * error < LEAST_SHARE:
+            raise EngineMismatchError(
+                f"update {update}: the engine's log-probabilities show {share:.2f} +- {error:.2f} of the policy's way "
+                f"from the reference, so it seems to draw from the reference ({found:.3g} nats per token from the "
+                f"policy): {advice}"
+            )
+    return found
+
+
 @torch.no_grad()
-def tabulate(roles: Roles, batch: Batch, size: int, reference: bool) -> tuple[Tensor, Tensor]:
-    """What `Roles.forward` gives, for all completions: log-probabilities and values [B, T], `size` at a time."""
+def tabulate(roles: Roles, batch: Batch, size: int, reference: bool, micro_batch: int = 0) -> tuple[Tensor, Tensor]:
+    """What `Roles.forward` gives, for all completions: log-probabilities and values [B, T].
+
+    In minibatches of `size`, and of those `micro_batch` at a time in every process, 0 = all.
+    """
     logp, values = torch.zeros_like(batch.logp), torch.zeros_like(batch.logp)
-    for rows in batch.minibatches(size, part=_my_part()):
+    for rows in chain.from_iterable(_split(rows, micro_batch) for rows in batch.minibatches(size, part=_my_part())):
         logp[rows], values[rows] = (spread(flat, batch.mask[rows]) for flat in roles(batch.pack(rows), reference))
     return reduce(logp, "sum"), reduce(values, "sum")
 
@@ -344,38 +413,57 @@ class NonFiniteError(RuntimeError):
     """A loss or a gradient is not a finite number."""
 
 
+MEASURED = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "update_kl")
+
+
+def losses(roles: Roles, batch: Batch, rows: Tensor, settings: PPOSettings) -> tuple[Tensor, Tensor]:
+    """What to minimise over these rows of the batch (a scalar), and the numbers MEASURED [5]; sums over the tokens."""
+    mask, old_logp, old_values = batch.mask[rows], batch.logp[rows], batch.values[rows]
+    advantages, returns = batch.advantages[rows], batch.returns[rows]
+    with autocast(settings, mask.device):
+        logp, values = (spread(flat, mask) for flat in roles(batch.pack(rows)))
+    p_loss, p_clipped = policy_loss(logp, old_logp, advantages, mask, settings.clip)
+    v_loss, v_clipped = value_loss(values, old_values, returns, mask, settings.value_clip)
+    update_kl = masked_mean(kl_estimate(old_logp, logp.detach(), "k3"), mask)
+    found = torch.stack([p_loss, v_loss, p_clipped, v_clipped, update_kl]).detach()
+    return (p_loss + settings.value_coef * v_loss) * mask.sum(), found * mask.sum()
+
+
 def optimize(
-    accelerator: Accelerator, roles: Roles, optimizer, batch: Batch, settings: PPOSettings, generator: torch.Generator
-) -> dict:
+    accelerator: Accelerator, roles: Roles, optimizer, batch: Batch, settings: PPOSettings,
+    generator: torch.Generator, micro_batch: int = 0,
+) -> dict:  # fmt: skip
     """Epochs of minibatches over one batch; returns the means of what was measured on the way.
 
     A minibatch weighs by its tokens: as they are sorted by length, tokens of short completions would weigh
     more otherwise. Stops early once the policy is max_update_kl away from the one that drew the batch.
     Raises NonFiniteError before the weights are touched by what is not finite.
+
+    micro_batch: completions of a minibatch in one forward and backward pass of a process, 0 = all; gradients add up,
+    and everything else is decided for the minibatch.
     """
     measured, steps = [], 0
     tokens_per_step = batch.mask.sum() * min(settings.minibatch / len(batch.ids), 1.0)
     passes = (batch.minibatches(settings.minibatch, generator, _my_part()) for _ in range(settings.epochs))
     for rows in chain.from_iterable(passes):
-        mask, old_logp, old_values = batch.mask[rows], batch.logp[rows], batch.values[rows]
-        advantages, returns = batch.advantages[rows], batch.returns[rows]
-
-        with autocast(settings, mask.device):
-            logp, values = (spread(flat, mask) for flat in roles(batch.pack(rows)))
-        p_loss, p_clipped = policy_loss(logp, old_logp, advantages, mask, settings.clip)
-        v_loss, v_clipped = value_loss(values, old_values, returns, mask, settings.value_clip)
-        update_kl = masked_mean(kl_estimate(old_logp, logp.detach(), "k3"), mask)
-        found = torch.stack([p_loss, v_loss, p_clipped, v_clipped, update_kl]).detach() * mask.sum()
-        measured.append(reduce(found, "sum") / reduce(mask.sum(), "sum"))
-        if not measured[-1].isfinite().all():
-            raise NonFiniteError(f"policy loss {p_loss}, value loss {v_loss}, KL {update_kl} at optimizer step {steps}")
-        if measured[-1][-1] > settings.max_update_kl:
-            break
-
-        # the processes' gradients are averaged, so that their sum needs their number
-        loss = (p_loss + settings.value_coef * v_loss) * mask.sum() / tokens_per_step * accelerator.num_processes
+        *parts, last = _split(rows, micro_batch)
+        sums = torch.zeros(len(MEASURED), device=batch.mask.device)
         try:
-            accelerator.backward(loss)
+            for part in parts:
+                loss, found = losses(roles, batch, part, settings)
+                accelerator.backward(loss / tokens_per_step * accelerator.num_processes)
+                sums += found
+            loss, found = losses(roles, batch, last, settings)
+            measured.append(reduce(sums + found, "sum") / reduce(batch.mask[rows].sum(), "sum"))
+            if not measured[-1].isfinite().all():
+                p_loss, v_loss, *_, update_kl = measured[-1].tolist()
+                raise NonFiniteError(
+                    f"policy loss {p_loss}, value loss {v_loss}, KL {update_kl} at optimizer step {steps}"
+                )
+            if measured[-1][-1] > settings.max_update_kl:
+                break
+            # the processes' gradients are averaged, so that their sum needs their number
+            accelerator.backward(loss / tokens_per_step * accelerator.num_processes)
             for group in optimizer.param_groups:
                 norm = accelerator.clip_grad_norm_(group["params"], settings.max_grad_norm)
                 if norm is not None and not math.isfinite(norm):  # None: DeepSpeed has clipped and stepped by itself
@@ -386,16 +474,20 @@ def optimize(
         steps += 1
     if not steps:
         raise RuntimeError(
-            f"before any step the policy is {update_kl:.3g} nats per token from its own rollout, more than "
+            f"before any step the policy is {measured[-1][-1]:.3g} nats per token from its own rollout, more than "
             f"max_update_kl = {settings.max_update_kl}; sample with the weights and the precision that train."
         )
-    names = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "update_kl")
-    return dict(zip(names, torch.stack(measured).mean(dim=0).tolist(), strict=True)) | {"steps": steps}
+    return dict(zip(MEASURED, torch.stack(measured).mean(dim=0).tolist(), strict=True)) | {"steps": steps}
 
 
 def autocast(settings: PPOSettings, device: torch.device) -> torch.autocast:
     """The context of `settings.precision`: with "bfloat16" matrix products are rounded to it, weights are not."""
     return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
+
+
+def _split(rows: Tensor, micro_batch: int) -> tuple[Tensor, ...]:
+    """These rows of a batch, `micro_batch` at a time, 0 = all. Neighbours stay neighbours, so they share prompts."""
+    return rows.split(micro_batch or len(rows))
 
 
 def _mine(rows: list) -> list:
@@ -423,34 +515,37 @@ class Experience:
     kl: Tensor  # [B] nats
     moments: "RunningMoments"
     clock: list[float]  # seconds: the start, after the rollout, at the end
+    gap: dict[str, float]  # {"engine_gap": nats per token} where an engine has drawn
 
 
 def experience(
     accelerator: Accelerator, roles: Roles, reward: Reward, asked: list[Problem], tokenizer, settings: PPOSettings,
-    state: "State", seed: int,
+    state: "State", seed: int, micro_batch: int = 0, rollout_rows: int = MAX_BATCH, engine: PolicyEngine | None = None,
 ) -> Experience:  # fmt: skip
-    """Draw, score, and work out which token deserves what."""
+    """Draw, score, and work out which token deserves what. An engine has been handed the policy; it is checked here."""
     clock = [time.perf_counter()]
     plain = accelerator.unwrap_model(roles)
     plain.eval()
     with gathered(plain), autocast(settings, accelerator.device):
-        batch, samples = rollout(plain.policy, tokenizer, asked, settings, seed)
+        batch, samples = rollout(plain.policy, tokenizer, asked, settings, seed, rollout_rows, engine)
     clock.append(time.perf_counter())
 
     problems = [problem for problem in asked for _ in range(settings.samples_per_question)]
     texts = [drawn.text for drawn in samples]
     scores = torch.tensor(gather_object(scored(reward, _mine(problems), _mine(texts))), device=accelerator.device)
     shaped, moments = shape(scores, samples, state.moments, settings)
+    drawn = batch.logp
     with autocast(settings, accelerator.device):
-        ref_logp, batch.values = tabulate(roles, batch, settings.minibatch, reference=True)
-        if settings.precision == "bfloat16":  # rounds token by token otherwise than in one pass
-            batch.logp, _ = tabulate(roles, batch, settings.minibatch, reference=False)
+        ref_logp, batch.values = tabulate(roles, batch, settings.minibatch, True, micro_batch)
+        if engine or settings.precision == "bfloat16":  # rounds token by token otherwise than in one pass
+            batch.logp, _ = tabulate(roles, batch, settings.minibatch, False, micro_batch)
+    gap = {"engine_gap": engine_gap(drawn, batch.logp, ref_logp, batch.mask, state.update)} if engine else {}
     kl = kl_estimate(batch.logp, ref_logp, settings.kl_kind)
     rewards = token_rewards(shaped, kl, batch.mask, state.kl_coef)
     advantages, batch.returns = gae(rewards, batch.values, batch.mask, settings.gamma, settings.lam)
     batch.advantages = whiten(advantages, batch.mask)
     clock.append(time.perf_counter())
-    return Experience(batch, problems, samples, texts, scores, kl.sum(dim=1), moments, clock)
+    return Experience(batch, problems, samples, texts, scores, kl.sum(dim=1), moments, clock, gap)
 
 
 @dataclass
@@ -474,6 +569,10 @@ def train(
     *,
     accelerator: Accelerator | None = None,
     seed: int = 0,
+    micro_batch: int = 0,
+    recompute: bool = False,
+    rollout_rows: int = MAX_BATCH,
+    engine: PolicyEngine | None = None,
     checkpoint_every: int = 10,
     examples_every: int = 10,
     progress: str | None = None,
@@ -488,22 +587,31 @@ def train(
         settings is resumed; on a CPU the end is bit-equal to that of an uninterrupted run.
     accelerator: it says on what device and in how many processes (`accelerate launch`) to train, and where to log
         besides: `Accelerator(log_with="tensorboard", project_dir=out)`. None: one of its defaults.
+    micro_batch: completions in one pass of a process, forward and backward, 0 = its share of the minibatch; it must
+        divide that. recompute: activations in the backward pass. rollout_rows: completions drawn at once. What the
+        hardware needs: the results are the same up to rounding, and a run may be resumed with others.
+    engine: who draws in place of our own sampler, for `Adapters` in one process. Before every rollout it is handed the
+        policy's adapter in out/hand-over, after it checked by `engine_gap`, which is in the log.
     progress: label of a progress bar on standard output; None prints nothing.
 
-    Ctrl-C saves a checkpoint and raises KeyboardInterrupt. Raises CollapseError where going on is pointless, and
-    NonFiniteError with the batch saved.
+    Ctrl-C saves a checkpoint and raises KeyboardInterrupt. Raises CollapseError where going on is pointless,
+    NonFiniteError with the batch saved, and EngineMismatchError before the update.
     """
     check_padding(tokenizer)
     accelerator = accelerator or Accelerator()
+    check_micro_batch(settings, accelerator.num_processes, micro_batch)
     _check_shares(settings, accelerator.num_processes)
+    _check_engine(engine, roles, accelerator.num_processes)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    if settings.recompute:
+    if recompute:
         roles.recompute_activations()
     groups = [{"params": list(weights.values())} for weights in roles.weights().values()]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     roles, optimizer = accelerator.prepare(roles, optimizer)
-    run = asdict(settings) | {"seed": seed}
+    if micro_batch and _by_deepspeed(roles):
+        raise ValueError("DeepSpeed steps after every backward pass: give micro_batch = 0 and a lower minibatch.")
+    run = asdict(settings) | {"seed": seed} | ({"engine": engine.name} if engine else {})
     state = load_checkpoint(out, roles, optimizer, run) or State(kl_coef=settings.kl_coef)
     if accelerator.is_main_process:
         start_logs(out, state)
@@ -513,7 +621,12 @@ def train(
         while state.update < settings.updates:
             update_seed = seed * 1_000_003 + state.update
             asked = questions(problems, state.update, settings)
-            found = experience(accelerator, roles, reward, asked, tokenizer, settings, state, update_seed)
+            if engine:
+                hand_over(accelerator.unwrap_model(roles), engine, out / "hand-over")
+            found = experience(
+                accelerator, roles, reward, asked, tokenizer, settings, state, update_seed, micro_batch, rollout_rows,
+                engine,
+            )  # fmt: skip
 
             with uninterrupted():
                 scale = learning_rate_scale(state.update, settings)
@@ -521,7 +634,7 @@ def train(
                 optimizer.param_groups[1]["lr"] = settings.value_learning_rate * scale
                 generator = torch.Generator().manual_seed(update_seed)
                 try:
-                    measured = optimize(accelerator, roles, optimizer, found.batch, settings, generator)
+                    measured = optimize(accelerator, roles, optimizer, found.batch, settings, generator, micro_batch)
                 except NonFiniteError as error:
                     raise _with_batch(error, out, found.batch, state) from error
                 clock = [*found.clock, time.perf_counter()]
@@ -529,6 +642,7 @@ def train(
                 batch = found.batch
                 row = {
                     **observed(state.update, batch, found.samples, found.scores, found.kl, verdicts),
+                    **found.gap,
                     "kl_coef": state.kl_coef,
                     "explained_variance": explained_variance(batch.values, batch.returns, batch.mask),
                     **measured,
@@ -652,10 +766,11 @@ def load_checkpoint(out: Path, roles: Roles, optimizer, run: dict) -> State | No
     if folder is None:
         return None
     plain = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-    for name, now in run.items():
-        if plain["run"].get(name) != now:
+    for name in plain["run"] | run:
+        then, now = plain["run"].get(name), run.get(name)
+        if then != now:
             raise ValueError(
-                f"{folder} was trained with {name} = {plain['run'].get(name)!r}, not {now!r}: give another "
+                f"{folder} was trained with {name} = {then!r}, not {now!r}: give another "
                 "folder, or delete this one to start again."
             )
     if (plain["optimizer"] is None) != _by_deepspeed(roles):
@@ -746,6 +861,27 @@ def check_padding(tokenizer) -> None:
         raise ValueError(
             f"pad token {tokenizer.pad_token!r} must exist and differ from the end token "
             f"{tokenizer.eos_token!r}: give padding a token of its own, or ends are taken for padding."
+        )
+
+
+def check_micro_batch(settings: PPOSettings, processes: int, micro_batch: int) -> None:
+    if micro_batch and settings.minibatch % (processes * micro_batch):
+        raise ValueError(
+            f"minibatch = {settings.minibatch} in {processes} processes cannot be made of micro batches of "
+            f"micro_batch = {micro_batch} completions: give a number that divides each process's share."
+        )
+
+
+def _check_engine(engine: PolicyEngine | None, roles: Roles, processes: int) -> None:
+    if engine is not None and processes > 1:
+        raise ValueError(
+            f"engine {engine.name!r} draws for one process, not for {processes}: sample by the native engine, or train "
+            "without accelerate launch or torchrun."
+        )
+    if engine is not None and not isinstance(roles, Adapters):
+        raise ValueError(
+            f"engine {engine.name!r} takes over adapters, not all weights of {type(roles).__name__}: train by LoRA "
+            "(lora.rank from 1), or sample by the native engine."
         )
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smlib import models, prompts
+from smlib.engines import NativeEngine
 from smlib.evaluation import evaluate, summarise
 from smlib.problems import TASKS, Problem, generate
 from smlib.steps import WRITERS, compute, parse, swap, turn
@@ -316,8 +317,7 @@ def accuracy_by_task(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
     accuracy = {}
     for task in TASKS:
         rows = evaluate(
-            model,
-            tokenizer,
+            NativeEngine(model, tokenizer),
             generate(task, 200, seed=2_000_003),
             k=8,
             temperature=0.8,

@@ -14,45 +14,48 @@ from dataclasses import asdict
 
 import pyarrow as pa
 import torch
-from transformers import AutoConfig
 
 from smlib import models
-from smlib.engines import ENGINES, make_engine
+from smlib.engines import ENGINES, Engine, make_engine
 from smlib.progress import progress_bar
-from smlib.sampling import MAX_BATCH, Sample, check_drawing, check_lengths, check_prompts
+from smlib.sampling import MAX_BATCH, Sample, check_drawing, check_lengths
 
 RETRIES = 3  # of one batch; a batch that kills every worker must end in an error
 
 
-class RayEngine:
+class RayEngine(Engine):
     """Engines on `workers` processes of a Ray cluster: the one this process is connected to, else the one at
     RAY_ADDRESS, else one on this machine that `close`, or leaving the `with` block, ends.
 
-    base:  "tiny", a folder (there on every machine) or a hub id.
-    inner: the engine of a worker, "native" or "vllm". A worker takes one processor of the cluster, and for "vllm" a
-           GPU, if there are any.
-    rows:  samples that a worker draws together. A worker that dies loses as many.
+    base:    "tiny", a folder (there on every machine) or a hub id.
+    inner:   the engine of a worker, "native" or "vllm". A worker takes one processor of the cluster, and a GPU, if
+             there are any.
+    weights: the precision of the workers' models, as in `engines.make_engine`.
+    rows:    samples that a worker draws together. A worker that dies loses as many.
 
-    Every call of `sample` starts its workers anew, which takes tens of seconds: give it many prompts.
+    Every call of `sample` or `sample_ids` starts its workers anew, which takes tens of seconds: give it many prompts.
     """
 
-    def __init__(self, base: str, workers: int = 2, inner: str = "native", rows: int = MAX_BATCH):
+    def __init__(
+        self,
+        base: str,
+        workers: int = 2,
+        inner: str = "native",
+        weights: str | None = None,
+        rows: int = MAX_BATCH,
+    ):
         if inner not in ENGINES:
             raise ValueError(f"inner is {inner!r}, but must be one of: {', '.join(ENGINES)}.")
         for name, value in (("workers", workers), ("rows", rows)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, but must be at least 1.")
-        self.base, self.workers, self.inner, self.rows = base, workers, inner, rows
+        self.base, self.workers, self.inner, self.weights, self.rows = base, workers, inner, weights, rows
         self.name = inner  # the samples are those of the inner engine, whatever the number of workers
         self.tokenizer = models.load_tokenizer(base)
-        self.limit = getattr(AutoConfig.from_pretrained(models.resolve(base)), "max_position_embeddings", None)
+        adapter = models.adapter_config(base)
+        config = models.load_config(adapter.base_model_name_or_path if adapter else base)
+        self.limit = getattr(config, "max_position_embeddings", None)
         self._started = False
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.close()
 
     def close(self) -> None:
         """End the Ray that this engine started, if it did."""
@@ -62,9 +65,9 @@ class RayEngine:
             ray.shutdown()
             self._started = False
 
-    def sample(
+    def sample_ids(
         self,
-        prompts,
+        prompt_ids,
         n,
         *,
         keys,
@@ -78,7 +81,7 @@ class RayEngine:
         until=None,
         progress=None,
     ) -> list[list[Sample]]:
-        """As `sampling.sample`. With the inner engine "native" it draws the same samples, up to float rounding.
+        """As `sampling.sample_ids`. With the inner engine "native" it draws the same samples, up to float rounding.
 
         until: is sent to the workers and called there, on a copy of all that it refers to; what it changes in its
             copy stays there.
@@ -86,11 +89,9 @@ class RayEngine:
         Raises ValueError for bad arguments and TypeError for an `until` that cannot be sent, before anything starts;
         RuntimeError for an error in a worker, and for a batch on which RETRIES + 1 worker processes died.
         """
-        check_prompts(prompts)
-        check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, len(prompts))
-        prompt_ids = [models.encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, len(prompt_ids))
         check_lengths(prompt_ids, keys, max_new_tokens, self.limit)
-        if not prompts:
+        if not prompt_ids:
             return []
 
         import ray
@@ -106,10 +107,10 @@ class RayEngine:
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised, and the bar is ours
 
         # Prompts of similar length share a batch, so that little is padded. With `until`, a prompt is one row.
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompt_ids[i]))
-        size = min(self.rows if until else max(1, self.rows // n), -(-len(prompts) // self.workers))
-        rows = [{"number": i, "prompt": prompts[i], "key": keys[i]} for i in order]
-        dataset = ray.data.from_items(rows, override_num_blocks=-(-len(prompts) // size))
+        order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
+        size = min(self.rows if until else max(1, self.rows // n), -(-len(prompt_ids) // self.workers))
+        rows = [{"number": i, "ids": list(prompt_ids[i]), "key": keys[i]} for i in order]
+        dataset = ray.data.from_items(rows, override_num_blocks=-(-len(prompt_ids) // size))
         dataset.context.enable_progress_bars = False
         dataset.context.print_on_execution_start = False
         dataset.context.raise_original_map_exception = True
@@ -117,18 +118,18 @@ class RayEngine:
         with warnings.catch_warnings(action="ignore", category=ray.util.annotations.RayDeprecationWarning):
             dataset = dataset.map_batches(
                 _Worker,
-                fn_constructor_args=(self.base, self.inner, self.workers, drawing, until),
+                fn_constructor_args=(self.base, self.inner, self.weights, self.rows, self.workers, drawing, until),
                 batch_size=None,  # a whole block
                 batch_format="pyarrow",
                 # A batch that waited behind another one could not go to a worker that has nothing left to do.
                 compute=ray.data.ActorPoolStrategy(size=self.workers, max_tasks_in_flight_per_actor=1),
                 num_cpus=1,
-                num_gpus=1 if self.inner == "vllm" and ray.cluster_resources().get("GPU") else None,
+                num_gpus=1 if ray.cluster_resources().get("GPU") else None,
                 max_task_retries=RETRIES,  # without it there is no limit; deprecated before it has a successor
             )
 
-        results: list[list[Sample] | None] = [None] * len(prompts)
-        with progress_bar(progress, len(prompts), "prompt") as bar:
+        results: list[list[Sample] | None] = [None] * len(prompt_ids)
+        with progress_bar(progress, len(prompt_ids), "prompt") as bar:
             try:
                 for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
                     for row in batch.to_pylist():
@@ -143,7 +144,7 @@ class RayEngine:
                 cause = getattr(error, "cause", error)  # what the worker raised; its traceback is in `error`
                 raise RuntimeError(f"a worker failed: {type(cause).__name__}: {cause}") from error
         if None in results:
-            raise RuntimeError(f"the samples of {results.count(None)} of {len(prompts)} prompts did not come")
+            raise RuntimeError(f"the samples of {results.count(None)} of {len(prompt_ids)} prompts did not come")
         return results
 
     def _start(self) -> None:
@@ -166,13 +167,14 @@ class RayEngine:
 class _Worker:
     """An engine in a process of its own; draws for one batch of prompts after the other."""
 
-    def __init__(self, base: str, inner: str, workers: int, drawing: dict, until):
+    def __init__(self, base: str, inner: str, weights: str | None, rows: int, workers: int, drawing: dict, until):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-        self.engine, self.drawing, self.until = make_engine(inner, base), drawing, until
+        self.engine = make_engine(inner, base, weights=weights, rows=rows)
+        self.drawing, self.until = drawing, until
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Columns number, prompt, key -> number, samples (Arrow lists of structs, exact to the last bit)."""
-        numbers, prompts, keys = (batch[name].to_pylist() for name in ("number", "prompt", "key"))
+        """Columns number, ids, key -> number, samples (Arrow lists of structs, exact to the last bit)."""
+        numbers, prompt_ids, keys = (batch[name].to_pylist() for name in ("number", "ids", "key"))
         until = self.until and (lambda i, newest: self.until(numbers[i], newest))
-        found = self.engine.sample(prompts, keys=keys, until=until, **self.drawing)
+        found = self.engine.sample_ids(prompt_ids, keys=keys, until=until, **self.drawing)
         return pa.table({"number": numbers, "samples": [list(map(asdict, samples)) for samples in found]})

@@ -16,10 +16,10 @@ from smlib import evaluation
 from smlib.answers import grade
 from smlib.artifacts import MANIFEST, replacing, require
 from smlib.pipeline import METHODS, test_problems
-from smlib.problems import TASKS, Problem
+from smlib.problems import Problem
 from smlib.prompts import split_answer
 from smlib.settings import Settings, preset
-from smlib.steps import is_sound
+from smlib.steps import is_sound, knows
 
 CONTRASTS = (("sft", "base"), ("sml", "sft"))  # who is compared with whom
 EXPLORE_METHODS = {
@@ -30,27 +30,34 @@ EXPLORE_METHODS = {
 EXPLORE_CONTRASTS = (("self_explore", "rft"), ("self_explore", "outcome_dpo"), ("outcome_dpo", "rft"), ("rft", "sft"))
 MEAN = "mean of tasks"  # the generated test sets, which have equally many questions, taken together
 OUTCOMES = ("right, every step", "right, a step wrong", "wrong", "no answer")
+UNCHECKED = ("right", "wrong", "no answer")  # the outcomes where the step checker does not know the dataset
 COLUMNS = ("preset", "seed", "method", "test_set", "metric", "n", "value", "low", "high")
 POOLED_COLUMNS = ("preset", "seeds", *COLUMNS[2:], "seeds_low", "seeds_high")
 _SHARES = ("greedy", "greedy_invalid", "pass_at", "majority_at")  # one yes or no per question: Wilson's interval
 
 
 def outcome(problem: Problem, text: str) -> str:
-    """Which of OUTCOMES a completion is: the answer is judged by `grade`, the steps by the step checker."""
+    """Which of OUTCOMES a completion is: the answer is judged by `grade`, the steps by the step checker.
+
+    Which of UNCHECKED for a dataset that the checker does not know.
+    """
     verdict = grade(text, problem)
     if verdict.extracted is None:
         return "no answer"
     if not verdict.correct:
         return "wrong"
+    if not knows(problem.dataset):
+        return "right"
     return "right, every step" if is_sound(problem, split_answer(text)[0]) else "right, a step wrong"
 
 
 def outcome_shares(problems: Sequence[Problem], rows: Sequence[dict]) -> dict[str, float]:
-    """Outcome -> its percent of the sampled completions; rows[i] answers problems[i]."""
+    """Outcome -> its percent of the sampled completions; rows[i] answers problems[i], all of one dataset."""
     found = Counter(
         outcome(problem, text) for problem, row in zip(problems, rows, strict=True) for text in row["sampled_texts"]
     )
-    return {name: 100 * found[name] / found.total() for name in OUTCOMES}
+    names = OUTCOMES if knows(problems[0].dataset) else UNCHECKED
+    return {name: 100 * found[name] / found.total() for name in names}
 
 
 def question_values(row: dict, problem: Problem | None = None) -> dict[str, float]:
@@ -79,7 +86,7 @@ def question_values(row: dict, problem: Problem | None = None) -> dict[str, floa
 
 def table_of(answers: list[dict], settings: Settings) -> dict[tuple[str, str, str], dict[str, float]]:
     """(method, test set, metric) -> {question id: value}; the generated sets together are test set MEAN."""
-    checked = all(task in TASKS for task in settings.tasks)  # a published dataset's steps are not
+    checked = knows(*settings.tasks)
     problems = {problem.id: problem for group in test_problems(settings).values() for problem in group if checked}
     table = defaultdict(dict)
     for row in answers:

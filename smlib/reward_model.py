@@ -17,20 +17,22 @@ PPO leads the policy, is neither. Therefore nll_coef times -log p of the chosen 
 the two differ, is added (iterative RPO, 2404.19733, eq. 1, adds the same term over the whole chosen text).
 """
 
+import math
 import re
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-from datasets import Dataset
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
+from trl.models.utils import _ForwardRedirection
 
 from smlib import models, prompts
 from smlib.answers import Reward, grade
 from smlib.problems import Problem
-from smlib.sft import fit, trainer_options
+from smlib.sft import SharedBatches, dataset, fit, trainer_options
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, problem: Problem, text: str) -> list[int]:
@@ -44,13 +46,14 @@ def pair_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     return -logsigmoid(chosen - rejected).mean()
 
 
-class _LikelihoodTrainer(RewardTrainer):
+class _LikelihoodTrainer(SharedBatches, RewardTrainer):
     """TRL's trainer with beta times the log-likelihood as the reward.
 
     Both sides of a pair continue what they share, the question and often most of the steps: it is read once. Its
     tokens have the same probabilities in both, cancel in the difference, and are therefore not even summed.
 
-    Of a step's micro batches each counts by its pairs, and in the second loss by its tokens, as in one whole batch.
+    Of a step's micro batches, in all processes, each counts by its pairs, and in the second loss by its tokens, as in
+    one whole batch. An idle pair, whose sides are equal, has a loss of log 2 and no gradient; it is taken off.
     """
 
     beta: float
@@ -59,24 +62,33 @@ class _LikelihoodTrainer(RewardTrainer):
 
     def get_batch_samples(self, *arguments):
         batches, _ = super().get_batch_samples(*arguments)
-        return batches, [sum(counts) for counts in zip(*map(_pairs_and_tokens, batches), strict=True)]
+        counts = [sum(counts) for counts in zip(*map(self._pairs_and_tokens, batches), strict=True)]
+        return batches, self.sum_over_processes(counts)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logprobs = models.packed_logprobs(model, inputs)
+        whole = self.accelerator.unwrap_model(model)  # which is called through what wraps it, so that that sees it
+        logprobs = _ForwardRedirection()(model, whole, partial(models.packed_logprobs, whole), inputs)
         chosen, rejected = self.beta * models.sum_rows(logprobs, inputs["rows"]).view(-1, 2).T
-        pairwise, nll = pair_loss(chosen, rejected), -logprobs[inputs["rows"] % 2 == 0].mean()
+        pairs, tokens = self._pairs_and_tokens(inputs)
+        pairwise, nll = pair_loss(chosen, rejected), -logprobs[self._learned(inputs)].sum() / max(tokens, 1)
         parts = {"accuracy": (chosen > rejected).float().mean(), "pair_loss": pairwise, "chosen_nll": nll}
         for name, part in parts.items():
-            self._metrics["train"][name].append(part.item())
-        counts = _pairs_and_tokens(inputs)
-        of_pairs, of_tokens = (n / whole for n, whole in zip(counts, num_items_in_batch or counts, strict=True))
-        loss = of_pairs * pairwise + self.nll_coef * of_tokens * nll
+            self._metrics["train"][name].append(self.accelerator.gather(part.detach()).mean().item())
+        all_pairs, all_tokens = num_items_in_batch or (pairs, tokens)
+        rows = len(inputs["input_ids"])
+        loss = rows / all_pairs * pairwise + self.nll_coef * (tokens / all_tokens) * nll
+        loss = loss - math.log(2) * (rows - pairs) / all_pairs
+        loss = loss * self.accelerator.num_processes  # which average their gradients
         return (loss, {"rewards": (chosen, rejected)}) if return_outputs else loss
 
+    def _pairs_and_tokens(self, batch: dict[str, torch.Tensor]) -> tuple[int, int]:
+        """How many pairs are in a batch of `models.pack`, and how many tokens of their chosen sides; no idle ones."""
+        chosen, learned = batch["rows"] % 2 == 0, self._learned(batch)
+        return len(batch["input_ids"]) - int((chosen & ~learned).sum()), int(learned.sum())
 
-def _pairs_and_tokens(batch: dict[str, torch.Tensor]) -> tuple[int, int]:
-    """How many pairs are in a batch of `models.pack`, and how many tokens of their chosen sides."""
-    return len(batch["input_ids"]), int((batch["rows"] % 2 == 0).sum())
+    def _learned(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Which of the N tokens are those of a chosen side: not the one that an idle pair has there."""
+        return (batch["rows"] % 2 == 0) & (batch["targets"] != self.processing_class.pad_token_id)
 
 
 def shared_prefix(chosen: list[int], rejected: list[int]) -> tuple[list[int], list[list[int]]]:
@@ -121,6 +133,7 @@ def train_reward_model(
     model.config.num_labels = 1  # what TRL knows a reward model by
     with tempfile.TemporaryDirectory() as out:
         options = trainer_options(model, epochs, learning_rate, batch, seed, out, micro_batch, recompute)
+        pads = [tokenizer.pad_token_id] * 2
         trainer = _LikelihoodTrainer(
             model=model,
             args=RewardConfig(
@@ -128,7 +141,7 @@ def train_reward_model(
                 max_length=None,
                 remove_unused_columns=False,  # batches are grouped by "length", which TRL would take away first
             ),
-            train_dataset=Dataset.from_list(examples),
+            train_dataset=dataset(examples, {"chosen_ids": pads, "rejected_ids": pads, "length": 3}),
             data_collator=lambda batch: models.pack(
                 [shared_prefix(pair["chosen_ids"], pair["rejected_ids"]) for pair in batch], tokenizer.pad_token_id
             ),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from smlib.models import pack, packed_logprobs, packed_states
+from smlib.models import RECOMPUTING, pack, packed_logprobs, packed_states
 
 
 class Roles(nn.Module):
@@ -53,7 +53,7 @@ class Roles(nn.Module):
         for model in self._decoders():
             if dropout := getattr(model.config, "attention_dropout", 0):
                 raise ValueError(f"attention_dropout = {dropout} of {type(model).__name__} must be 0 to train by PPO.")
-            model.activation_checkpointing_enable(self._checkpointing())
+            getattr(model, f"{RECOMPUTING}_enable")(self._checkpointing())
         self.recompute = True
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
@@ -178,6 +178,10 @@ class Adapters(Roles):
         self.model.save_pretrained(folder, selected_adapters=self.trained)
         (Path(folder) / "value").mkdir(exist_ok=True)
         save_file(_trained(self.head), Path(folder) / "value" / "head.safetensors")
+
+    def save_policy(self, folder: str | Path) -> None:
+        """The policy's adapter alone, as above."""
+        self.model.save_pretrained(folder, selected_adapters=["default"])
 
     def _decoders(self):
         return [self.policy]

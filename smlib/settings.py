@@ -141,16 +141,18 @@ class HardwareSettings:
     rounding."""
 
     weights: str = "float32"  # precision that models are loaded in; "bfloat16", in which merging an adapter rounds; or
-    # "nf4": 4 bits a weight (QLoRA, 2305.14314), by the extra bitsandbytes
-    micro_batch: int = 0  # rows (pairs) per forward and backward pass; 0 = the batch at once
+    # "nf4": 4 bits a weight (QLoRA, 2305.14314), by the extra gpu; stages write bfloat16, rounded anew when loaded
+    micro_batch: int = 0  # rows (pairs, completions) per forward and backward pass; 0 = the batch at once
     recompute: bool = False  # activations in the backward pass: less memory, more time
     rollout_rows: int = MAX_BATCH  # completions that the native sampler draws at once
     engine: str = "native"  # who samples; "vllm", or "auto": vllm where it is installed
+    rollout_engine: str = "native"  # who draws PPO's rollouts, the same; vllm is for adapters in one process
     workers: int = 1  # processes of Ray's that sample, on one machine or many; 1 = without Ray
 
     def __post_init__(self):
         _check("hardware.weights", self.weights, ("float32", "bfloat16", "nf4"))
-        _check("hardware.engine", self.engine, ("native", "vllm", "auto"))
+        for name in ("engine", "rollout_engine"):
+            _check(f"hardware.{name}", getattr(self, name), ("native", "vllm", "auto"))
         for name, least in (("micro_batch", 0), ("rollout_rows", 1), ("workers", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"hardware.{name} is {getattr(self, name)}, but must be at least {least}")
@@ -226,6 +228,7 @@ PRESETS["tiny-lora"] = PRESETS["tiny"] | _LORA_RATES | {"lora": LoraSettings(ran
 # 29 % is kept of an adapter's changes of 1e-5, and 99 % of those of 1e-4.
 _DPO = DPOSettings(epochs=3.0, learning_rate=1e-5, step_learning_rate=1e-5, batch=32, beta=0.1)
 _CARD = HardwareSettings(weights="bfloat16", micro_batch=4, recompute=True, rollout_rows=128, engine="auto")
+_FULL_CARD = replace(_CARD, rollout_engine="auto")  # 80 GB hold the base twice
 
 
 def _self_explore(base: str, rollout_rows: int) -> dict:
@@ -268,7 +271,7 @@ _LLAMA = {
     "explore": ExploreSettings(samples=32, temperature=0.7),
     "dpo": _DPO,
     "lora": LoraSettings(rank=16),
-    "hardware": _CARD,
+    "hardware": _FULL_CARD,
 }  # fmt: skip
 
 # Mistral keeps a quarter of the others' keys and values. DeepSeek's revision is not pinned: what the Hub serves runs.

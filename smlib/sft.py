@@ -1,11 +1,17 @@
-"""Supervised fine-tuning on r+ by TRL's SFTTrainer: the warm-up of the method, and the RFT/STaR baseline."""
+"""Supervised fine-tuning on r+ by TRL's SFTTrainer: the warm-up of the method, and the RFT/STaR baseline.
+
+What all trainings by TRL share is here, too: their options, their bar, and their batches in several processes.
+"""
 
 import tempfile
 from collections.abc import Sequence
 
+import torch
+from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from trl import SFTConfig, SFTTrainer
 
 from smlib import models, prompts
@@ -48,25 +54,30 @@ def trainer_options(
     """What SFT, DPO and the reward model have in common, where the model is: on a GPU or a CPU.
 
     No mixed precision: a model computes in the precision that it was loaded in, and adapters of it in float32.
-    micro_batch: rows per forward pass, 0 = the batch at once; it must divide the batch (ValueError), whose rows and
-    gradient do not depend on it.
+    batch: rows per step of all processes together. micro_batch: rows per forward pass of one, 0 = all at once. The
+    batch's rows and its gradient depend on neither; it must come out even (ValueError).
     """
-    rows = micro_batch or batch
-    if rows < 1 or batch % rows:
-        raise ValueError(f"a batch of {batch} cannot be made of micro batches of {rows}: give a number that divides it")
+    processes = PartialState(cpu=model.device.type == "cpu").num_processes
+    rows = micro_batch or batch // processes
+    if rows < 1 or batch % (rows * processes):
+        many = f" in each of {processes} processes" * (processes > 1)
+        raise ValueError(
+            f"a batch of {batch} cannot be made of micro batches of {rows}{many}: give a number that divides it, as "
+            "hardware.micro_batch or as the batch itself"
+        )
     return {
         "output_dir": out,
         "num_train_epochs": epochs,
         "learning_rate": learning_rate,
         "per_device_train_batch_size": rows,
-        "gradient_accumulation_steps": batch // rows,
+        "gradient_accumulation_steps": batch // (rows * processes),
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
         "optim": "adamw_torch_fused",
         "seed": seed,
         "use_cpu": model.device.type == "cpu",
         "bf16": False,
-        "activation_checkpointing": recompute,
+        models.RECOMPUTING: recompute,
         "logging_steps": 10,
         "logging_first_step": True,  # a short run has a log, too
         "report_to": "none",
@@ -74,14 +85,70 @@ def trainer_options(
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "train_sampling_strategy": "group_by_length",
+        "ddp_find_unused_parameters": False,  # there are none, and looking for them takes time
     }
+
+
+def keep_adapters_exact(model: PreTrainedModel) -> None:
+    """Back to float32 with the adapters of a 4-bit base, which TRL rounds to bfloat16, where small steps are lost."""
+    if getattr(model, "is_loaded_in_4bit", False):
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.float()
+
+
+def dataset(examples: list[dict], idle: dict) -> Dataset:
+    """The examples for a trainer with `SharedBatches`.
+
+    idle: one that teaches nothing and has pads for tokens. It comes last in several processes, which all take as many
+    rows: those of the last batch that have none take this one.
+    """
+    return Dataset.from_list(examples + [idle] * (PartialState().num_processes > 1))
+
+
+class _SharedSampler(LengthGroupedSampler):
+    """The order of one process, and then the idle example until the last micro batch of every process is full."""
+
+    def __init__(self, lengths: list[int], batch: int, together: int):
+        super().__init__(batch, lengths=lengths[:-1])
+        self.together = together  # rows of all processes in one forward pass
+
+    def __len__(self):
+        return -(-len(self.lengths) // self.together) * self.together
+
+    def __iter__(self):
+        examples = len(self.lengths)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size) + [examples] * (len(self) - examples))
+
+
+class SharedBatches:
+    """Of a Trainer in several processes: the batches, one after the other, are those of one process.
+
+    transformers would group by length what is one process's share. Its micro batches, dealt out in turns, it fills up
+    with rows from the beginning, which then count twice.
+    """
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        processes = self.accelerator.num_processes
+        if processes == 1:
+            return sampler
+        return _SharedSampler(sampler.lengths, sampler.batch_size * processes, self._train_batch_size * processes)
+
+    def sum_over_processes(self, counts: list[int]) -> list[int]:
+        return self.accelerator.reduce(torch.tensor(counts, device=self.args.device), "sum").tolist()
+
+
+class _Trainer(SharedBatches, SFTTrainer):
+    """Its loss is the mean over the tokens of all micro batches and processes: by TRL, which averages the gradients."""
 
 
 def fit(trainer, label: str | None) -> list[dict]:
     """Train with our bar in place of the Trainer's printing; returns its log rows that hold a loss."""
+    keep_adapters_exact(trainer.model)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Progress(label))
+    trainer.add_callback(Progress(label if trainer.is_world_process_zero() else None))
     trainer.train()
     return [row for row in trainer.state.log_history if "loss" in row]
 
@@ -117,10 +184,11 @@ def train_sft(
         raise ValueError("SFT needs at least one r+ rationale, got none: sample more, or from a stronger base")
     with tempfile.TemporaryDirectory() as out:
         options = trainer_options(model, epochs, learning_rate, batch, seed, out, micro_batch, recompute)
-        trainer = SFTTrainer(
+        pads = [tokenizer.pad_token_id] * 2
+        trainer = _Trainer(
             model=model,
             args=SFTConfig(**options, max_length=None, completion_only_loss=True, loss_type="nll"),
-            train_dataset=Dataset.from_list(examples),
+            train_dataset=dataset(examples, {"input_ids": pads, "completion_mask": [0, 0], "length": 2}),
             processing_class=tokenizer,
         )
         log = fit(trainer, progress)

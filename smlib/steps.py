@@ -100,6 +100,14 @@ WRITERS: dict[str, Callable[..., tuple[list[str], str]]] = {
 }
 
 
+ONLY_GENERATED = "(No word on steps: the step checker knows generated tasks alone.)"
+
+
+def knows(*datasets: str) -> bool:
+    """Whether the checker can judge steps of all these datasets: it knows the generated tasks."""
+    return all(dataset in WRITERS for dataset in datasets)
+
+
 def worked_solution(problem: Problem) -> tuple[list[str], str]:
     """The right lines of a generated problem and its answer, as a careful author writes them."""
     facts = parse(problem)

@@ -38,11 +38,13 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from smlib import ppo
 from smlib.answers import Reward, grade_many
 from smlib.artifacts import refuse_difference, replacing
-from smlib.models import packed_logprobs
+from smlib.models import RECOMPUTING, packed_logprobs
 from smlib.ppo import PPOSettings
 from smlib.problems import Problem
 from smlib.progress import progress_bar
 from smlib.prompts import open_prompt
+from smlib.sampling import MAX_BATCH
+from smlib.sft import keep_adapters_exact
 
 GRPO = {"scale_rewards": "group", "loss_type": "grpo"}  # 2402.03300; "none" and "dr_grpo" are 2503.20783
 CPU_ROWS = 4  # completions in one pass on a CPU: less padding, and they fit its cache
@@ -52,8 +54,8 @@ BOOK = "smlib.json"  # the last file of a checkpoint: settings and `ppo.State`
 class _Ours:
     """What both trainers do our way. An update begins in `_generate_and_score_completions` and ends in `log`."""
 
-    def begin(self, policy, reward, problems, settings, run, so_far, examples_every, bar):
-        self.policy, self.reward, self.problems = policy, reward, problems
+    def begin(self, policy, reward, problems, settings, run, so_far, rollout_rows, examples_every, bar):
+        self.policy, self.reward, self.problems, self.rollout_rows = policy, reward, problems, rollout_rows
         self.settings, self.run, self.so_far = settings, run, so_far
         self.examples_every, self.bar, self.deferred = examples_every, bar, ExitStack()
         self.ref_model = "reference"  # TRL just hands it to `_get_per_token_logps_and_entropies`
@@ -67,7 +69,9 @@ class _Ours:
         torch.manual_seed(update_seed)  # TRL's shuffle of the completions, too, depends on seed and update alone
         asked = ppo.questions(self.problems, update, plan)
         with ppo.autocast(plan, self.policy.device):
-            self.drawn, self.samples = ppo.rollout(self.policy, self.processing_class, asked, plan, update_seed)
+            self.drawn, self.samples = ppo.rollout(
+                self.policy, self.processing_class, asked, plan, update_seed, self.rollout_rows
+            )
         self.clock.append(time.perf_counter())
 
         self.asked = [problem for problem in asked for _ in range(plan.samples_per_question)]
@@ -96,7 +100,7 @@ class _Ours:
     def _logprobs(self, rows: Tensor) -> Tensor:
         """The policy's log-probabilities of these rows of `self.drawn`, 0 but for real tokens: [R] -> [R, T]."""
         logp = torch.zeros_like(self.drawn.logp)
-        few = CPU_ROWS if logp.device.type == "cpu" else self.settings.minibatch
+        few = CPU_ROWS if logp.device.type == "cpu" else self.args.per_device_train_batch_size
         for some in rows.sort().values.split(few):  # neighbours are of one question, or at least of one task
             with ppo.autocast(self.settings, logp.device):
                 flat = packed_logprobs(self.policy, self.drawn.pack(some))
@@ -194,6 +198,9 @@ def train(
     out: str | Path,
     *,
     seed: int = 0,
+    micro_batch: int = 0,
+    recompute: bool = False,
+    rollout_rows: int = MAX_BATCH,
     checkpoint_every: int = 10,
     examples_every: int = 10,
     progress: str | None = None,
@@ -202,7 +209,8 @@ def train(
 
     policy: a causal language model, or a peft model with a "default" adapter. As it is when this is called, it is also
         the reference, so pass the same weights again to resume.
-    reward, problems, out, seed, progress: as in `ppo.train`, and so are resuming and Ctrl-C. One process only.
+    reward, problems, out, seed, micro_batch, recompute, rollout_rows, progress: as in `ppo.train`, and so are resuming
+        and Ctrl-C. One process only, and no engine but our own sampler.
     settings: kl_coef is TRL's beta, clip its epsilon, epochs its num_iterations; scores are centred, normalised,
         clipped and fined for a missing end as PPO's are, before the advantages above are taken of them (of centred
         scores RLOO's are n / (n - 1) times the scores, a factor that Adam does not see). There being no
@@ -211,7 +219,7 @@ def train(
 
     In the log policy_loss is TRL's loss (GRPO's with the KL in it) and clip_fraction that of completions for RLOO.
     """
-    _check(method, policy, tokenizer, settings)
+    _check(method, policy, tokenizer, settings, micro_batch)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     run = {"method": method} | asdict(settings) | {"seed": seed}
@@ -222,9 +230,10 @@ def train(
         refuse_difference(checkpoint, run, book["run"], "folder")
         so_far = ppo.State(**book["state"] | {"moments": ppo.RunningMoments(**book["state"]["moments"])})
     ppo.start_logs(out, so_far)
-    trainer = _make_trainer(method, policy, tokenizer, settings, out, seed, checkpoint_every)
+    fitting = {"micro_batch": micro_batch, "recompute": recompute}
+    trainer = _make_trainer(method, policy, tokenizer, settings, out, seed, checkpoint_every, **fitting)
     bar = progress_bar(progress, settings.updates, "update", so_far.update)
-    trainer.begin(policy, reward, problems, settings, run, so_far, examples_every, bar)
+    trainer.begin(policy, reward, problems, settings, run, so_far, rollout_rows, examples_every, bar)
     try:
         with _quiet():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -240,8 +249,12 @@ def train(
     return so_far.rows
 
 
-def _make_trainer(method: str, policy, tokenizer, settings: PPOSettings, out: Path, seed: int, checkpoint_every: int):
+def _make_trainer(
+    method: str, policy, tokenizer, settings: PPOSettings, out: Path, seed: int, checkpoint_every: int,
+    micro_batch: int, recompute: bool,
+):  # fmt: skip
     trainer_class, config_class, options = METHODS[method]
+    rows = micro_batch or settings.minibatch
     steps = settings.epochs * settings.episodes // settings.minibatch  # of the optimizer, in one update
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0, fused=True)
@@ -249,7 +262,8 @@ def _make_trainer(method: str, policy, tokenizer, settings: PPOSettings, out: Pa
     config = config_class(
         output_dir=str(out),
         max_steps=settings.updates * steps,
-        per_device_train_batch_size=settings.minibatch,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=settings.minibatch // rows,
         generation_batch_size=settings.episodes,
         num_generations=settings.samples_per_question,
         num_iterations=settings.epochs,
@@ -258,7 +272,7 @@ def _make_trainer(method: str, policy, tokenizer, settings: PPOSettings, out: Pa
         epsilon=settings.clip,
         max_grad_norm=settings.max_grad_norm,
         disable_dropout=True,
-        activation_checkpointing=settings.recompute,
+        activation_checkpointing=recompute,
         bf16=False,  # `_logprobs` has the precision
         use_cpu=policy.device.type == "cpu",
         seed=seed,
@@ -269,6 +283,7 @@ def _make_trainer(method: str, policy, tokenizer, settings: PPOSettings, out: Pa
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        **{RECOMPUTING: settings.recompute},
         **options,
     )
     trainer = trainer_class(
@@ -279,6 +294,7 @@ def _make_trainer(method: str, policy, tokenizer, settings: PPOSettings, out: Pa
         processing_class=tokenizer,
         optimizers=(optimizer, schedule),
     )
+    keep_adapters_exact(policy)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
@@ -301,8 +317,8 @@ def _clean(policy) -> None:
     """Take back what TRL has changed of the policy besides its weights."""
     base = policy.get_base_model() if is_peft_model(policy) else policy
     del base.forward  # TRL's own, which can do without logits
-    if base.is_activation_checkpointing:
-        base.activation_checkpointing_disable()
+    if getattr(base, f"is_{RECOMPUTING}"):
+        getattr(base, f"{RECOMPUTING}_disable")()
     if base is not policy and "ref" in policy.peft_config:  # RLOO's copy of the adapter
         policy.delete_adapter("ref")
     policy.eval()
@@ -314,10 +330,11 @@ def _newest_checkpoint(out: Path) -> Path | None:
     return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
 
 
-def _check(method: str, policy, tokenizer, settings: PPOSettings) -> None:
+def _check(method: str, policy, tokenizer, settings: PPOSettings, micro_batch: int) -> None:
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown; choose one of: {', '.join(METHODS)}.")
     ppo.check_padding(tokenizer)
+    ppo.check_micro_batch(settings, 1, micro_batch)
     if settings.episodes % settings.minibatch:
         raise ValueError(
             f"episodes = {settings.episodes} is no multiple of minibatch = {settings.minibatch}; make it one, as "

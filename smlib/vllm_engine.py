@@ -9,58 +9,87 @@ depends on (seed, key, number) only, up to float rounding, which depends on what
 in bfloat16.
 
 vLLM runs its engine in a process of its own unless VLLM_ENABLE_V1_MULTIPROCESSING=0, which is simpler on a CPU; but
-then it also seeds this process's global random numbers and fixes its number of threads.
+then it also seeds this process's global random numbers, fixes its number of threads, and cannot be made again after it
+was closed.
 """
 
+import gc
 import hashlib
-import json
+import os
 from pathlib import Path
 
-from transformers import AutoConfig
+import torch
 
 from smlib import models
+from smlib.engines import Engine
 from smlib.progress import progress_bar
-from smlib.sampling import Ending, Sample, check_drawing, check_lengths, check_prompts, draw_until
+from smlib.sampling import Ending, Sample, check_drawing, check_lengths, draw_until
 
 LEAST_TEMPERATURE = 0.01  # vLLM raises lower ones to this
 
 
-class VLLMEngine:
+class VLLMEngine(Engine):
     """vLLM on one model.
 
-    base: "tiny", a folder or a hub id. adapter: folder of a peft LoRA adapter for it. options: arguments of
-    `vllm.LLM`, such as dtype (by default the checkpoint's own), max_model_len or tensor_parallel_size.
+    base: "tiny", a folder, or a hub id, best with "@" and a revision. lora_rank: the greatest rank of an adapter that
+    `load_adapter` may be given, 0 for none. options: arguments of `vllm.LLM`, such as dtype (by default the
+    checkpoint's own), max_model_len, tensor_parallel_size or gpu_memory_utilization (the share of a GPU to take; by
+    default nine tenths of what is free).
     """
 
     name = "vllm"
 
-    def __init__(self, base: str, adapter: str | None = None, **options):
+    def __init__(self, base: str, lora_rank: int = 0, **options):
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report its use to its makers
         # Here, so that the module can be imported without vLLM, and since it takes seconds.
         from vllm import LLM
         from vllm.platforms import current_platform
 
         self.tokenizer = models.load_tokenizer(base)
-        self.lora = None
-        if adapter is not None:
-            from vllm.lora.request import LoRARequest
-
-            self.lora = LoRARequest("adapter", 1, str(adapter))
-            rank = json.loads((Path(adapter) / "adapter_config.json").read_text())["r"]
-            options = {"enable_lora": True, "max_lora_rank": _lora_rank(rank)} | options
+        self.lora, self.loaded = None, 0
+        if lora_rank:
+            options = {"enable_lora": True, "max_lora_rank": _lora_rank(lora_rank)} | options
+        if torch.cuda.is_available():
+            options = {"gpu_memory_utilization": 0.9 * _free_share()} | options
         # The samples of a prompt share its keys and values only by the prefix cache. "raw" log-probabilities are those
         # before temperature and truncation.
         options = {"enable_prefix_caching": True} | options
         # vLLM's own default draws from a float32 checkpoint in bfloat16.
-        options = {"dtype": AutoConfig.from_pretrained(models.resolve(base)).dtype or "auto"} | options
+        options = {"dtype": models.load_config(base).dtype or "auto"} | options
         if current_platform.is_cpu():
             # Where a batch is full, vLLM reads a prompt in parts, draws after each and rewinds the generator, which
             # fails on a CPU: "CPU Generator does not use offset".
             options = {"enable_chunked_prefill": False} | options
-        self.llm = LLM(models.resolve(base), logprobs_mode="raw_logprobs", **options)
+        place, revision = models.locate(base)
+        options = {"revision": revision, "tokenizer_revision": revision} | options
+        self.llm = LLM(place, logprobs_mode="raw_logprobs", **options)
 
-    def sample(
+    def load_adapter(self, folder: str | Path) -> None:
+        """Sample from the base with this peft LoRA adapter from now on; the folder is read at once.
+
+        Raises ValueError where the engine was made without `lora_rank`; vLLM raises one for a greater rank.
+        """
+        from vllm.lora.request import LoRARequest
+
+        if not self.llm.llm_engine.vllm_config.lora_config:
+            raise ValueError("this engine takes no adapter: make it with lora_rank=, the rank of the adapters to come.")
+        if self.lora:
+            self.llm.llm_engine.remove_lora(self.lora.lora_int_id)
+        self.loaded += 1  # vLLM keeps adapters, and the keys and values drawn with them, by number and by name
+        self.lora = LoRARequest(f"adapter-{self.loaded}", self.loaded, str(folder))
+        self.llm.llm_engine.add_lora(self.lora)
+
+    def close(self) -> None:
+        """End vLLM's process and wait until it is gone, and with it what it holds of the GPU."""
+        if self.llm is not None:
+            # Its processes get a minute to end by themselves; vLLM would kill them after five seconds.
+            self.llm.llm_engine.engine_core.shutdown(timeout=60.0)
+            self.llm = None
+
+    def sample_ids(
         self,
-        prompts,
+        prompt_ids,
         n,
         *,
         keys,
@@ -74,17 +103,15 @@ class VLLMEngine:
         until=None,
         progress=None,
     ) -> list[list[Sample]]:
-        """As `sampling.sample`, and ValueError too for a temperature above 0 and below `LEAST_TEMPERATURE`.
+        """As `sampling.sample_ids`, and ValueError too for a temperature above 0 and below `LEAST_TEMPERATURE`.
 
         The longest a prompt may become is vLLM's max_model_len, by default the model's number of positions.
         """
-        check_prompts(prompts)
-        check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, len(prompts))
+        check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, len(prompt_ids))
         if 0 < temperature < LEAST_TEMPERATURE:
             raise ValueError(
                 f"temperature is {temperature}, but vLLM takes none between 0 (greedy) and {LEAST_TEMPERATURE}."
             )
-        prompt_ids = [models.encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         check_lengths(prompt_ids, keys, max_new_tokens, self.llm.model_config.max_model_len)
 
         drawing = {"temperature": temperature, "max_tokens": max_new_tokens, "top_p": top_p, "top_k": top_k}
@@ -96,7 +123,7 @@ class VLLMEngine:
             seeds = [_base_seed(seed, keys[i]) + number for i in numbers]
             return [one for [one] in self._draw([prompt_ids[i] for i in numbers], seeds, 1, stop, None, drawing)]
 
-        return draw_until(draw, len(prompts), range(first, first + n), until, progress)
+        return draw_until(draw, len(prompt_ids), range(first, first + n), until, progress)
 
     def _draw(self, prompt_ids, seeds, n, stop, progress, drawing) -> list[list[Sample]]:
         """n samples per prompt, with the vLLM seeds seed, seed + 1, ... of the prompt."""
@@ -134,6 +161,14 @@ def _base_seed(seed: int, key: str) -> int:
     some random numbers with a probability of about n P^2 / 2^32 (0.002 % for 100 prompts with 8).
     """
     return int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:8], "little") >> 2
+
+
+def _free_share() -> float:
+    """How much of the GPU is free, once this process has given back what it no longer uses of it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return free / total
 
 
 def _lora_rank(rank: int) -> int:

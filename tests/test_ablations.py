@@ -2,7 +2,7 @@
 
 import pytest
 
-from smlib import ablations, models, pipeline
+from smlib import ablations, pipeline
 from smlib.artifacts import Stage, StageError, require
 from smlib.settings import preset
 
@@ -44,8 +44,7 @@ def test_fresh_questions_are_in_no_stage_of_the_run_and_grow_by_the_end():
 def test_variants_are_measured_and_the_run_stays_as_it_was(tmp_path):
     pipeline.run(tmp_path, SMALL, progress=False)
     before = {path.name: require(tmp_path, path.name).fingerprint for path in tmp_path.iterdir()}
-    tuned = models.load_policy(require(tmp_path, "02_sft").path("model"))
-    answered = ablations.answers(SMALL, tuned, 6, k=4)
+    answered = ablations.answers(SMALL, require(tmp_path, "02_sft").path("model"), 6, k=4)
     rows = ablations.reward_rows(tmp_path, SMALL, "base", "open", answered, progress=False)
     stage = ablations.policy(tmp_path, SMALL, "grpo", "grpo", "checker", progress=False)
     rows += ablations.policy_rows(stage, SMALL, "GRPO", answered)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -239,3 +240,15 @@ def test_files_left_by_a_kill_are_cleared_away(tmp_path):
         stage.write_rows("samples", [])
     assert sorted(os.listdir(stage.folder)) == ["manifest.json", "samples.jsonl"]
     assert json.loads((stage.folder / "manifest.json").read_text())["counts"] == {"samples": 0}
+
+
+def test_where_the_memory_of_a_gpu_runs_out_the_stage_and_the_settings_are_named(tmp_path):
+    stage = Stage(tmp_path, "02_sft", SETTINGS)
+    with pytest.raises(StageError) as raised, stage.recording():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert str(raised.value).startswith(f"{stage.folder}: the GPU's memory ran out. Lower hardware.rollout_rows")
+    for setting in ("rollout_rows", "micro_batch", "recompute", "weights"):
+        assert f"hardware.{setting}" in str(raised.value)
+    assert isinstance(raised.value.__cause__, torch.OutOfMemoryError) and not stage.done
+    with pytest.raises(RuntimeError, match="another fault"), stage.recording():
+        raise RuntimeError("another fault")

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smlib import evaluation
 from smlib.evaluation import (
     accuracy_interval,
     best_of_n,
@@ -179,24 +178,27 @@ WRITTEN = {
 }
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Replaces the sampler by one that writes WRITTEN; returns the keyword arguments of its calls."""
-    calls = []
+class Writer:
+    """An engine that writes WRITTEN; `calls` are the keyword arguments of its calls."""
 
-    def fake(model, tokenizer, prompts, n, *, temperature, keys, **rest):
-        calls.append({"prompts": prompts, "n": n, "temperature": temperature, "keys": keys, **rest})
+    def __init__(self):
+        self.calls = []
+
+    def sample(self, prompts, n, *, temperature, keys, **rest):
+        self.calls.append({"prompts": prompts, "n": n, "temperature": temperature, "keys": keys, **rest})
         written = [[WRITTEN[key][0]] if temperature == 0 else WRITTEN[key][1] for key in keys]
         return [[Sample(text, (), (), "stop") for text in texts] for texts in written]
 
-    monkeypatch.setattr(evaluation, "sample", fake)
-    return calls
+
+@pytest.fixture
+def engine():
+    return Writer()
 
 
-def test_evaluate_asks_the_question_alone_greedily_and_k_times(calls):
-    rows = evaluate(None, None, PROBLEMS, k=3, temperature=0.7, max_new_tokens=9, seed=5)
-    assert [(c["n"], c["temperature"]) for c in calls] == [(1, 0), (3, 0.7)]
-    for call in calls:
+def test_evaluate_asks_the_question_alone_greedily_and_k_times(engine):
+    rows = evaluate(engine, PROBLEMS, k=3, temperature=0.7, max_new_tokens=9, seed=5)
+    assert [(c["n"], c["temperature"]) for c in engine.calls] == [(1, 0), (3, 0.7)]
+    for call in engine.calls:
         assert call["prompts"] == ["Q: 1 + 1?\nA:", "Q: 2 + 3?\nA:"]
         assert (call["keys"], call["seed"], call["max_new_tokens"]) == (["p/0", "p/1"], 5, 9)
     assert rows[1] == {
@@ -214,21 +216,21 @@ def test_evaluate_asks_the_question_alone_greedily_and_k_times(calls):
     }
 
 
-def test_exemplars_come_first_where_asked_for(calls):
+def test_exemplars_come_first_where_asked_for(engine):
     coin = Problem("p/0", "coin_flip", "Heads up?", "yes", "yes_no")
-    evaluate(None, None, [coin], k=0, temperature=0.7, max_new_tokens=9, seed=5, shots="smlib")
-    (call,) = calls
+    evaluate(engine, [coin], k=0, temperature=0.7, max_new_tokens=9, seed=5, shots="smlib")
+    (call,) = engine.calls
     assert call["prompts"] == [few_shot("coin_flip") + "Q: Heads up?\nA:"] and call["stop"] == ("\nQ:",)
 
 
-def test_text_after_the_answer_does_not_count(calls, monkeypatch):
+def test_text_after_the_answer_does_not_count(engine, monkeypatch):
     monkeypatch.setitem(WRITTEN, "p/0", ("The answer is 2.\n\nQ: 3 + 3?\nA: The answer is 6.", []))
-    (row,) = evaluate(None, None, PROBLEMS[:1], k=0, temperature=0.7, max_new_tokens=9, seed=5)
+    (row,) = evaluate(engine, PROBLEMS[:1], k=0, temperature=0.7, max_new_tokens=9, seed=5)
     assert row["greedy_correct"] and row["greedy_text"] == "The answer is 2."
 
 
-def test_summary_by_hand(calls):
-    summary = summarise(evaluate(None, None, PROBLEMS, k=3, temperature=0.7, max_new_tokens=9, seed=5))
+def test_summary_by_hand(engine):
+    summary = summarise(evaluate(engine, PROBLEMS, k=3, temperature=0.7, max_new_tokens=9, seed=5))
     assert summary["k"] == 3
     assert summary["greedy"]["value"] == 0.5
     assert (summary["greedy"]["low"], summary["greedy"]["high"]) == accuracy_interval(1, 2)
@@ -241,20 +243,20 @@ def test_summary_by_hand(calls):
     assert {summary[name]["n"] for name in ("greedy", "avg_at_k", "pass_at_k", "majority_at_k")} == {2}
 
 
-def test_greedy_only(calls):
-    rows = evaluate(None, None, PROBLEMS, k=0, temperature=0.7, max_new_tokens=9, seed=5)
-    assert len(calls) == 1
+def test_greedy_only(engine):
+    rows = evaluate(engine, PROBLEMS, k=0, temperature=0.7, max_new_tokens=9, seed=5)
+    assert len(engine.calls) == 1
     assert set(summarise(rows)) == {"k", "greedy", "greedy_invalid"}
 
 
-def test_summarise_refuses_rows_of_different_runs(calls):
+def test_summarise_refuses_rows_of_different_runs(engine):
     run = {"temperature": 0.7, "max_new_tokens": 9, "seed": 5}
-    rows = evaluate(None, None, PROBLEMS, k=3, **run) + evaluate(None, None, PROBLEMS, k=0, **run)
+    rows = evaluate(engine, PROBLEMS, k=3, **run) + evaluate(engine, PROBLEMS, k=0, **run)
     with pytest.raises(ValueError, match=r"\[0, 3\] samples"):
         summarise(rows)
 
 
-def test_a_question_with_only_invalid_answers_is_lost_by_the_vote(monkeypatch, calls):
+def test_a_question_with_only_invalid_answers_is_lost_by_the_vote(monkeypatch, engine):
     monkeypatch.setitem(WRITTEN, "p/0", ("?", ["?", "?", "?"]))
-    summary = summarise(evaluate(None, None, PROBLEMS, k=3, temperature=0.7, max_new_tokens=9, seed=5))
+    summary = summarise(evaluate(engine, PROBLEMS, k=3, temperature=0.7, max_new_tokens=9, seed=5))
     assert (summary["majority_at_k"]["value"], summary["greedy_invalid"]) == (0, 0.5)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny_model import policy, tokenizer
 
 from smlib import evaluation, explore, models, prompts, sampling
+from smlib.engines import NativeEngine
 from smlib.problems import Problem, generate
 from smlib.sampling import Sample, sample_ids
 from smlib.steps import worked_solution
@@ -180,7 +181,7 @@ def test_evaluation_reads_these_very_tokens(monkeypatch):
         return [[sample("The answer is 5.")] * n for _ in prompt_ids]
 
     monkeypatch.setattr(sampling, "sample_ids", draw)
-    evaluation.evaluate(None, tokenizer(), [FIVE], k=0, temperature=1.0, max_new_tokens=8, seed=0)
+    evaluation.evaluate(NativeEngine(None, tokenizer()), [FIVE], k=0, temperature=1.0, max_new_tokens=8, seed=0)
     assert asked == [list(rationale(FIVE, " 2 + 3 = 6.\nThe answer is 6.").prompt_ids)]
     assert models.decode(tokenizer(), asked[0]) == "Q: What is 2 + 3?\nSay it in digits.\nA:"
 

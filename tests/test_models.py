@@ -1,13 +1,17 @@
 import hashlib
 import json
 
+import httpx2
 import pytest
 import torch
+from huggingface_hub import errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import policy, tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.utils import hub
 
-from smlib import models, prompts
+from smlib import models, prompts, sft
 from smlib.problems import TASKS, generate
 from smlib.steps import worked_solution
 
@@ -113,14 +117,34 @@ def test_packed_rows_have_the_log_probabilities_and_gradients_of_each_alone(atte
     torch.testing.assert_close(gradient, model.model.embed_tokens.weight.grad, atol=1e-4, rtol=1e-4)
 
 
+END = "<|endoftext|>"
+QWEN = {"eos_token": END, "pad_token": END, "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+SMOLLM = {"bos_token": END, "eos_token": END, "unk_token": END, "additional_special_tokens": ["<|im_start|>"]}
+GPT2 = {"bos_token": END, "eos_token": END, "unk_token": END}
+
+
+def byte_tokenizer(special: dict) -> PreTrainedTokenizerFast:
+    """The tiny base's tokens without their special ones, and these."""
+    made = json.loads(tokenizer().backend_tokenizer.to_str())
+    made |= {"added_tokens": [], "post_processor": None}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=type(tokenizer().backend_tokenizer).from_str(json.dumps(made)), **special
+    )
+
+
+@pytest.mark.parametrize("special", [QWEN, SMOLLM], ids=["Qwen2.5", "SmolLM2"])
+def test_where_unknown_and_beginning_are_the_end_too_the_first_other_special_token_pads(tmp_path, special):
+    spelled = byte_tokenizer(special)
+    spelled.save_pretrained(tmp_path)
+    loaded = models.load_tokenizer(str(tmp_path))
+    assert (loaded.pad_token, loaded.eos_token) == ("<|im_start|>", END) and len(loaded) == len(spelled)
+
+
 def test_a_tokenizer_whose_pad_is_its_end_is_refused(tmp_path):
     tokenizer().save_pretrained(tmp_path / "good")
     assert models.load_tokenizer(str(tmp_path / "good")).get_vocab() == tokenizer().get_vocab()
-    bad = models.load_tokenizer(str(tmp_path / "good"))
-    bad.pad_token = bad.eos_token
-    bad.bos_token = bad.unk_token = None
-    bad.save_pretrained(tmp_path / "bad")
-    with pytest.raises(ValueError, match="must exist and differ from the end token '<eos>'; add one with"):
+    byte_tokenizer(GPT2).save_pretrained(tmp_path / "bad")
+    with pytest.raises(ValueError, match=r"must exist and differ from the end token '<\|endoftext\|>'; add one with"):
         models.load_tokenizer(str(tmp_path / "bad"))
 
 
@@ -176,3 +200,140 @@ def test_weights_have_a_hash_where_they_are_local(tmp_path):
     assert models.weights_sha256("somebody/model-of-the-hub") is None
     (tmp_path / "a.safetensors").write_bytes(b"one")
     assert models.weights_sha256(str(tmp_path)) == hashlib.sha256(b"one").hexdigest()
+
+
+def test_a_revision_is_what_comes_after_the_at_sign(tmp_path):
+    assert models.locate("owner/name") == ("owner/name", None)
+    assert models.locate("owner/name@01c7f73d") == ("owner/name", "01c7f73d")
+    folder = tmp_path / "run@home"
+    folder.mkdir()
+    assert models.locate(folder) == (str(folder), None)
+    assert models.weights_sha256("owner/name@01c7f73d") is None
+
+
+def test_a_folder_with_an_at_sign_loads(tmp_path):
+    folder = tmp_path / "run@home"
+    for part in (policy(), tokenizer()):
+        part.save_pretrained(folder)
+    assert models.load_policy(folder).config.hidden_size == models.load_config(str(folder)).hidden_size == 32
+    assert len(models.load_tokenizer(str(folder))) == len(tokenizer())
+
+
+LOADERS = [models.load_config, models.load_tokenizer, models.load_policy]
+
+
+def answer(kind, status: int, text: str = "Cannot access url") -> Exception:
+    asked = httpx2.Request("GET", "https://huggingface.co/some/model/resolve/abc/config.json")
+    return kind(text, response=httpx2.Response(status, request=asked))
+
+
+UNREACHED = (
+    "some/model is neither a folder here nor in the cache, and https://huggingface.co cannot be reached (no network, "
+    "or HF_HUB_OFFLINE is set): connect; or choose another model (--model)"
+)
+HUB = {
+    "gated, no token": (
+        answer(errors.GatedRepoError, 401),
+        "some/model is gated: accept its licence at https://huggingface.co/some/model, then `hf auth login` or set "
+        "HF_TOKEN; or choose another model (--model)",
+    ),
+    "gated, a token": (
+        answer(errors.GatedRepoError, 403),
+        "some/model is gated, and your token may not read it: accept its licence at https://huggingface.co/some/model "
+        "with the token's account, wait until access is granted, and let a fine-grained token read gated repositories; "
+        "or choose another model (--model)",
+    ),
+    "no model": (
+        answer(errors.RepositoryNotFoundError, 401),
+        "some/model is neither a folder here nor a model at https://huggingface.co: check its spelling; a private one "
+        "needs `hf auth login` or HF_TOKEN; or choose another model (--model)",
+    ),
+    "no revision": (
+        answer(errors.RevisionNotFoundError, 404),
+        "some/model has no revision 'abc': give a branch, tag or commit of https://huggingface.co/some/model/commits; "
+        "or choose another model (--model)",
+    ),
+    "not in the cache": (errors.LocalEntryNotFoundError("not on this disk"), UNREACHED),
+    "offline": (errors.OfflineModeIsEnabled("offline"), UNREACHED),
+    "no connection": (httpx2.ConnectError("refused"), UNREACHED),
+}
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("case", HUB)
+def test_what_the_hub_refuses_is_said_with_the_way_out(monkeypatch, case, load):
+    error, message = HUB[case]
+    asked = []
+
+    def refuse(place, *_, revision, **__):
+        asked.append((place, revision))
+        raise type(error)(*error.args, **({"response": error.response} if hasattr(error, "response") else {}))
+
+    monkeypatch.setattr(hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with pytest.raises(models.ModelError) as raised:
+        load("some/model@abc")
+    assert str(raised.value) == message
+    assert set(asked) == {("some/model", "abc")}  # tokenizer, config and model are all of that revision
+    assert raised.value.__suppress_context__
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_what_is_no_model_is_said(tmp_path, load):
+    with pytest.raises(models.ModelError, match=r"holds no model: it has no config\.json\. Give a folder that save"):
+        load(str(tmp_path))
+    with pytest.raises(models.ModelError, match="missing is neither a folder here nor a hub id such as owner/name: "):
+        load(str(tmp_path / "missing"))
+
+
+def test_an_error_of_another_kind_keeps_its_words(monkeypatch):
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        models.load_config("some/model")
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    ends = {"bos_token_id": tokenizer().bos_token_id, "eos_token_id": tokenizer().eos_token_id}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer()), n_embd=32, n_layer=1, n_head=2, **ends)).eval()
+
+
+@pytest.mark.parametrize("targets", ["q_proj|v_proj", "*_proj"])
+def test_targets_that_match_nothing_are_named_beside_what_there_is(targets):
+    with pytest.raises(ValueError) as raised:
+        models.add_lora(gpt2(), 2, 4, targets, base="")
+    assert str(raised.value) == (
+        f"lora.targets = {targets!r} matches no layer of GPT2LMHeadModel, whose linear layers are called c_attn, c_fc, "
+        "c_proj, in full such as transformer.h.0.attn.c_attn: give a regular expression of whole names, such as "
+        r"'.*\.(c_attn|c_fc)', or 'all-linear'"
+    )
+    assert models.add_lora(gpt2(), 2, 4, r".*\.(c_attn|c_fc)", base="").peft_config["default"].r == 2
+
+
+def test_gpt2_whose_layers_are_no_linear_ones_trains_an_adapter(recwarn):
+    adapted, before = models.add_lora(gpt2(), 2, 4, "all-linear", base=""), gpt2().state_dict()
+    problems = generate("coin_flip", 4, seed=0)
+    rows = [{"id": one.id, "side": "+", "text": f" Yes.\nThe answer is {one.answer}."} for one in problems]
+    training = {"epochs": 1.0, "learning_rate": 1e-2, "batch": 2, "seed": 0, "progress": None}
+    sft.train_sft(adapted, tokenizer(), problems, rows, **training)
+    ids = torch.tensor([models.encode_prompt(tokenizer(), "Q: How many nuts?\nA: three")])
+    with torch.no_grad():
+        logits = adapted(input_ids=ids).logits
+        merged = models.merged(adapted, "nowhere")  # the base of an ordinary model is at hand
+        torch.testing.assert_close(merged(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-4)
+    after = merged.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert changed == {f"transformer.h.0.{layer}.weight" for layer in layers}
+    assert not [one for one in recwarn if "fan_in_fan_out" in str(one.message)]
+
+
+def test_without_bitsandbytes_four_bits_are_refused_with_the_way_to_get_it(monkeypatch):
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError) as raised:
+        models.load_policy("tiny", "nf4")
+    assert str(raised.value) == (
+        "weights in 'nf4' need bitsandbytes, which is not installed: pip install 'smlib[gpu]', or choose "
+        "hardware.weights = 'bfloat16'"
+    )

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from smlib import models, pipeline
 from smlib.artifacts import StageError, StageMismatch, require
+from smlib.engines import NativeEngine
 from smlib.problems import TASKS
 from smlib.settings import preset
 
@@ -218,7 +219,7 @@ def test_a_stopped_sampling_stage_goes_on_from_its_shards(tmp_path, monkeypatch)
     """Ctrl-C in the second of three drawings: the first is not drawn again, and the rows are those of a calm run."""
     small = preset("smoke", "coin_flip")
     calm = pipeline.sample_rationales(tmp_path / "calm", small, progress=False).read_rows("rationales")
-    real, asked = pipeline.NativeEngine.sample, []
+    real, asked = NativeEngine.sample, []
 
     def sample(self, prompts, n, **drawing):
         asked.append((len(prompts), n))
@@ -226,7 +227,7 @@ def test_a_stopped_sampling_stage_goes_on_from_its_shards(tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return real(self, prompts, n, **drawing)
 
-    monkeypatch.setattr(pipeline.NativeEngine, "sample", sample)
+    monkeypatch.setattr(NativeEngine, "sample", sample)
     with pytest.raises(KeyboardInterrupt):
         pipeline.sample_rationales(tmp_path / "stopped", small, progress=False)
     assert list((tmp_path / "stopped" / "01_sampling" / "shards" / "open").glob("shard-*"))

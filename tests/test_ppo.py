@@ -1,5 +1,6 @@
 """PPO: arithmetic against numbers worked out by hand, padding that never counts, learning, exact resume."""
 
+import copy
 import csv
 import json
 import math
@@ -27,7 +28,7 @@ from smlib import models, ppo
 from smlib.ppo import PPOSettings
 from smlib.problems import Problem
 from smlib.roles import Adapters, SeparateModels
-from smlib.sampling import Sample
+from smlib.sampling import Sample, sample_ids
 
 WORDS = [
     "<bos>",
@@ -386,7 +387,7 @@ def measured_batch(roles):
     return batch
 
 
-def gradients(roles, plan, batch=None):
+def gradients(roles, plan, batch=None, micro_batch=0):
     """Gradients of one pass over the batch, averaged over its optimizer steps."""
 
     class Recorder(torch.optim.SGD):
@@ -399,7 +400,7 @@ def gradients(roles, plan, batch=None):
     groups = [{"params": list(weights.values())} for weights in roles.weights().values()]
     recorder = Recorder(groups, lr=0.1)
     batch = batch or measured_batch(roles)
-    steps = ppo.optimize(Accelerator(), roles, recorder, batch, plan, torch.Generator())["steps"]
+    steps = ppo.optimize(Accelerator(), roles, recorder, batch, plan, torch.Generator(), micro_batch)["steps"]
     return [total / steps for total in recorder.totals]
 
 
@@ -407,6 +408,29 @@ def test_every_token_weighs_the_same_however_the_minibatches_fall():
     plans = [PPOSettings(epochs=1, minibatch=minibatch, max_grad_norm=1e9) for minibatch in (1, 2)]
     one, other = (gradients(make_roles(), plan) for plan in plans)
     torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_gradients_of_micro_batches_add_up_to_those_of_the_minibatch(kind, micro_batch):
+    """Of two minibatches with 8 completions of 1 to 6 tokens, 4 of one question."""
+    roles = shuffled(make_roles(kind))
+    batch = numbered_batch([3, 1, 6, 2, 5, 4, 1, 6, 2, 2, 5, 3, 4, 6, 1, 2], samples=4)
+    batch.logp, batch.values = ppo.tabulate(roles, batch, 8, False)
+    for few, whole in zip(ppo.tabulate(roles, batch, 8, False, micro_batch), (batch.logp, batch.values), strict=True):
+        torch.testing.assert_close(few, whole)
+    batch.advantages, batch.returns = torch.randn(2, *batch.mask.shape, generator=torch.Generator().manual_seed(0))
+    plan = PPOSettings(epochs=1, minibatch=8, max_grad_norm=1e9)
+    torch.testing.assert_close(gradients(roles, plan, batch, micro_batch), gradients(roles, plan, batch))
+
+
+def test_micro_batches_share_prompts():
+    batch = numbered_batch([3, 1, 6, 2, 5, 4, 1, 6], samples=4)
+    for micro_batch, rows, together in ((0, 2, 4), (4, 1, 4), (2, 1, 2), (1, 1, 1)):
+        for minibatch in batch.minibatches(8):
+            for part in ppo._split(minibatch, micro_batch):
+                packed = batch.pack(part)
+                assert len(packed["input_ids"]) == rows and packed["rows"][-1] + 1 == rows * together
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -520,6 +544,42 @@ def test_update_stops_early_beyond_its_kl(tmp_path):
     assert 1 <= rows[0]["steps"] < plan.epochs * plan.episodes // plan.minibatch
 
 
+def close(one, other):
+    """Two trainings, each (rows, roles), that differ by rounding alone. A token at the bound of clipping may flip."""
+    for row, same in zip(without_times(one[0]), without_times(other[0]), strict=True):
+        fractions = ("clip_fraction", "value_clip_fraction", "engine_gap")
+        numbers = ({name: row[name] for name in row if name not in fractions} for row in (row, same))
+        assert next(numbers) == pytest.approx(next(numbers), rel=1e-3, abs=1e-5)
+    pairs = zip(one[1].parameters(), other[1].parameters(), strict=True)
+    assert max((a - b).abs().max().item() for a, b in pairs) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "hardware"),
+    [
+        ("head", {"micro_batch": 2}),
+        ("model", {"micro_batch": 4, "recompute": True}),
+        ("adapters", {"micro_batch": 2, "recompute": True, "rollout_rows": 3}),
+        ("adapters, one trunk", {"micro_batch": 1}),
+    ],
+)
+def test_what_the_hardware_needs_changes_nothing_but_rounding(tmp_path, kind, hardware):
+    """Not even which updates stop early, and where."""
+    plan = replace(QUICK, epochs=3, max_update_kl=0.01, updates=3)
+    whole = run(tmp_path / "whole", plan, kind)
+    assert len({row["steps"] for row in whole[0]}) > 1
+    close(whole, run(tmp_path / "parts", plan, kind, **hardware))
+
+
+def test_no_more_rows_are_drawn_at_once_than_allowed(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        ppo, "sample_ids", lambda *given, **options: seen.append(options["max_batch"]) or sample_ids(*given, **options)
+    )
+    run(tmp_path, replace(QUICK, updates=2), rollout_rows=5)
+    assert seen == [5, 5]
+
+
 def test_rollout_of_another_policy_is_refused(tmp_path, monkeypatch):
     honest = ppo.rollout
 
@@ -607,6 +667,12 @@ def test_interrupt_inside_an_update_waits_for_its_end(tmp_path, monkeypatch):
     resumed, again = run(tmp_path / "stopped")
     assert without_times(resumed) == without_times(rows)
     assert same_weights(roles, again)
+
+
+def test_a_killed_run_goes_on_with_other_micro_batches(tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", reward=dies_at(2, Killed), checkpoint_every=2, micro_batch=4)
+    close(run(tmp_path / "killed", micro_batch=2, recompute=True, rollout_rows=7), run(tmp_path / "whole"))
 
 
 def test_finished_run_is_loaded_and_not_repeated(tmp_path):
@@ -783,22 +849,24 @@ def test_rationale_cut_at_its_limit_has_its_score_on_the_last_token(tmp_path, mo
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_nan_stops_with_the_batch_saved_and_the_weights_whole(tmp_path, monkeypatch, where):
+@pytest.mark.parametrize("micro_batch", [0, 4])
+def test_nan_stops_with_the_batch_saved_and_the_weights_whole(tmp_path, monkeypatch, where, micro_batch):
     run(tmp_path, replace(QUICK, updates=2), checkpoint_every=1)  # so far so good
     roles = make_roles()
     shutil.rmtree(tmp_path)
-    honest = ppo.policy_loss
+    honest, bad = ppo.policy_loss, 10 if micro_batch else 5  # there it is the first part of the minibatch
     calls = iter(range(1000))
 
     def broken(logp, *others):
         loss, clipped = honest(logp, *others)
-        if next(calls) == 5:  # the second optimizer step of the second update: an update has four
+        if next(calls) == bad:  # the second optimizer step of the second update: an update has four
             loss = loss * math.nan if where == "loss" else loss + 0 * logp.sum().sqrt()
         return loss, clipped
 
     monkeypatch.setattr(ppo, "policy_loss", broken)
     with pytest.raises(ppo.NonFiniteError, match=r"update 1: .*nonfinite\.safetensors"):
-        run(tmp_path, QUICK, roles=roles, checkpoint_every=1)
+        run(tmp_path, QUICK, roles=roles, checkpoint_every=1, micro_batch=micro_batch)
+    assert all(weight.grad is None for weight in roles.parameters())
     saved = ppo.load_file(tmp_path / "nonfinite.safetensors")
     assert {"ids", "mask", "logp", "values", "advantages", "returns"} <= saved.keys()
     assert all(weight.isfinite().all() for weight in roles.parameters())
@@ -812,3 +880,133 @@ def test_shares_that_do_not_come_out_even_are_refused():
     with pytest.raises(ValueError, match="2 groups of completions in a minibatch of 8 cannot be shared by 3 processes"):
         ppo._check_shares(replace(QUICK, episodes=48, minibatch=8), 3)
     ppo._check_shares(replace(QUICK, episodes=20, minibatch=8), 1)
+
+
+def test_micro_batches_that_do_not_come_out_even_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"minibatch = 8 in 1 processes .* micro_batch = 3 "):
+        run(tmp_path, micro_batch=3)
+    with pytest.raises(ValueError, match=r"minibatch = 8 in 2 processes .* micro_batch = 8 "):
+        ppo.check_micro_batch(QUICK, 2, 8)
+    ppo.check_micro_batch(QUICK, 2, 4)
+
+
+# ---- another engine ----------------------------------------------------------------------------------------
+
+MANY = replace(QUICK, episodes=64, minibatch=32)  # a share of the policy's way wants some tokens to be measured by
+
+
+class Copy:
+    """The native sampler on another copy of the base, which takes over an adapter by peft."""
+
+    name = "copy"
+
+    def __init__(self, seed=0, noise=0.0):
+        self.seed, self.noise, self.loaded = seed, noise, 0
+
+    def load_adapter(self, folder):
+        self.model, self.loaded = PeftModel.from_pretrained(make_policy(self.seed), folder).eval(), self.loaded + 1
+
+    def sample_ids(self, prompt_ids, n, **drawing):
+        found = sample_ids(self.model.get_base_model(), prompt_ids, n, tokenizer=make_tokenizer(), **drawing)
+        generator = torch.Generator().manual_seed(drawing["seed"])
+
+        def rounded(one):
+            noise = self.noise * torch.randn(len(one.logprobs), generator=generator)
+            return replace(one, logprobs=tuple((torch.tensor(one.logprobs) + noise).tolist()))
+
+        return [[rounded(one) for one in group] for group in found]
+
+
+class Deaf(Copy):
+    """It keeps the first adapter, which changes nothing, whatever it is handed later."""
+
+    def load_adapter(self, folder):
+        if not self.loaded:
+            super().load_adapter(folder)
+
+
+def drawn_ids(monkeypatch):
+    """Completions of the updates to come, as lists of ids."""
+    seen, collate = [], ppo.collate
+    monkeypatch.setattr(ppo, "collate", lambda *given: seen.append(collate(*given)) or seen[-1])
+    return seen
+
+
+def test_an_engine_draws_what_the_policy_would(tmp_path, monkeypatch):
+    seen, engine = drawn_ids(monkeypatch), Copy()
+    native = run(tmp_path / "native", kind="adapters")
+    drawn = run(tmp_path / "engine", kind="adapters", engine=engine)
+    close(native, drawn)
+    assert [one.completions for one in seen[:4]] == [one.completions for one in seen[4:]]
+    assert all(0 <= row["engine_gap"] < 1e-5 for row in drawn[0]) and "engine_gap" not in native[0][0]
+    assert engine.loaded == QUICK.updates
+    assert {file.name for file in (tmp_path / "engine" / "hand-over").iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="was trained with engine = 'copy', not None"):
+        run(tmp_path / "engine", kind="adapters")
+
+
+@pytest.mark.parametrize(("rate", "why"), [(1e-3, "seems to draw from the reference"), (3e-1, "more than 0.05")])
+def test_an_engine_that_lost_the_adapter_is_caught_in_the_second_update(tmp_path, rate, why):
+    roles = make_roles("adapters")
+    with pytest.raises(ppo.EngineMismatchError, match=f"update 1: .*{why}"):
+        run(tmp_path, replace(MANY, learning_rate=rate, max_update_kl=9.0), roles=roles, engine=Deaf())
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 2  # nothing was learned from what it drew
+
+
+def test_an_engine_with_other_weights_is_caught_at_once(tmp_path):
+    roles = make_roles("adapters")
+    before = copy.deepcopy(roles)
+    with pytest.raises(ppo.EngineMismatchError, match=r"update 0: .* more than 0\.05: it must have the weights"):
+        run(tmp_path, roles=roles, engine=Copy(seed=3))
+    assert same_weights(roles, before)
+
+
+def test_an_engine_that_rounds_is_no_other_one(tmp_path):
+    rows, _ = run(tmp_path, replace(MANY, learning_rate=1e-4), kind="adapters", engine=Copy(noise=0.03))
+    assert all(0.02 < row["engine_gap"] < 0.03 for row in rows)  # mean |x| of a normal is 0.8 deviations
+
+
+@given(st.integers(0, 2**31), st.sampled_from([0.0, 1e-4, 1e-3, 1e-2, 0.1]))
+@settings(max_examples=100, deadline=None)
+def test_rounding_alone_never_looks_like_a_lost_adapter(seed, moved):
+    """Policy, reference and engine each off by 0.02 nats of their own, after a way of any length; where it is long,
+    the adapter's loss is seen in it."""
+    generator = torch.Generator().manual_seed(seed)
+    reference = -torch.rand(32, 64, generator=generator)
+    policy = reference + moved * torch.randn(32, 64, generator=generator)
+    logp, ref_logp, good, lost = (
+        x + 0.02 * torch.randn(32, 64, generator=generator) for x in (policy, reference, policy, reference)
+    )
+    mask = torch.ones(32, 64, dtype=torch.bool)
+    assert ppo.engine_gap(good, logp, ref_logp, mask, 0) < 0.05
+    if moved == 0.1:
+        with pytest.raises(ppo.EngineMismatchError):
+            ppo.engine_gap(lost, logp, ref_logp, mask, 0)
+
+
+def test_engine_gap_by_hand():
+    mask = torch.ones(1, 1024, dtype=torch.bool)
+    reference, policy = torch.full((1, 1024), -2.0), torch.full((1, 1024), -1.98)
+    assert ppo.engine_gap(policy + 0.01, policy, reference, mask, 0) == pytest.approx(0.01, abs=1e-6)
+    assert ppo.engine_gap(reference, reference, reference, mask, 0) == 0  # as in the first update
+    with pytest.raises(ppo.EngineMismatchError, match=r"update 3: .* show -?0\.00 \+- 0\.03 of the policy's way"):
+        ppo.engine_gap(reference.clone(), policy, reference, mask, 3)
+    with pytest.raises(ppo.EngineMismatchError, match=r"update 3: .* 0\.06 nats per token"):
+        ppo.engine_gap(policy + 0.06, policy, reference, mask, 3)
+    with pytest.raises(ppo.EngineMismatchError):
+        ppo.engine_gap(policy * math.nan, policy, reference, mask, 3)
+
+
+@pytest.mark.parametrize("kind", ["head", "model"])
+def test_an_engine_for_whole_models_is_refused(tmp_path, kind):
+    with pytest.raises(
+        ValueError, match="'copy' takes over adapters, not all weights of SeparateModels: train by LoRA"
+    ):
+        run(tmp_path, kind=kind, engine=Copy())
+
+
+def test_an_engine_for_several_processes_is_refused():
+    with pytest.raises(ValueError, match="'copy' draws for one process, not for 2: sample by the native engine"):
+        ppo._check_engine(Copy(), make_roles("adapters"), 2)

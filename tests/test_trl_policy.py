@@ -184,10 +184,18 @@ def test_policy_learns_the_rewarded_word(method, tmp_path):
 @pytest.mark.parametrize(("method", "make"), [("rloo", make_policy), ("grpo", lora_policy)])
 def test_recomputing_activations_changes_nothing(method, make, tmp_path):
     plain, _ = run(method, tmp_path / "plain", policy=make())
-    again, policy = run(method, tmp_path / "again", replace(QUICK, recompute=True), policy=make())
+    again, policy = run(method, tmp_path / "again", policy=make(), recompute=True)
     numbers = [[[row[name] for name in ("reward", "kl", "policy_loss")] for row in rows] for rows in (plain, again)]
     torch.testing.assert_close(*map(torch.tensor, numbers), rtol=1e-4, atol=1e-5)
     assert not policy.is_activation_checkpointing
+
+
+@both
+def test_micro_batches_change_nothing(method, tmp_path):
+    whole, _ = run(method, tmp_path / "whole")
+    parts, _ = run(method, tmp_path / "parts", micro_batch=2, rollout_rows=3)
+    numbers = [[[row[name] for name in ("reward", "kl", "policy_loss")] for row in rows] for rows in (whole, parts)]
+    torch.testing.assert_close(*map(torch.tensor, numbers), rtol=1e-4, atol=1e-5)
 
 
 @both

@@ -1,0 +1,459 @@
+"""What a run will take, before anything is loaded: samples, tokens, memory, hours and disk, stage by stage.
+
+    settings = preset("llama2-7b", "gsm8k")
+    print(describe(settings))                  # python -m smlib run --preset llama2-7b --task gsm8k --dry-run
+    check(settings)                            # raises DoesNotFit, with the knob to turn
+    hours(work(settings), measure(settings, run_dir))   # at speeds measured on this machine
+
+Tokens come from the questions themselves; how many rationales will be right, how long they get and how fast a card is
+has to be assumed: the assumptions are the constants below, and `describe` prints them. Once a model is there, `measure`
+takes the speeds' place. notebooks/08_on_a_gpu.ipynb holds both to what was measured on a CPU.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, replace
+from statistics import mean
+
+import psutil
+import torch
+from scipy.stats import betabinom
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
+
+from smlib import memory, models, pipeline, prompts, reward_model
+from smlib.engines import NativeEngine
+from smlib.settings import Settings
+
+# ---- what is assumed -----------------------------------------------------------------------------------------
+
+SPREAD = 1.0  # a + b of the beta distribution of a question's share of right samples: at 1 most are near 0 or 1
+STEPS = 3.5  # prefixes explored of a wrong rationale; at k = 4 half of the completions are drawn, of half a rationale
+DRAW_SHARE, READ_SHARE, TRAIN_SHARE = 0.6, 0.5, 0.4  # reached of bandwidth (drawing) and of operations (the others)
+LAUNCH = 0.7e-3  # seconds per layer and step that transformers takes at least; 32 layers: 22 ms
+BUSY = 0.9  # rows of the sampler that still draw, on average (measured on a CPU: 227 of 256)
+VLLM_ROWS = 256  # that vLLM draws at once; it starts its kernels as a graph, and LAUNCH does not hold
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What the model will write. By default Llama-2-7B on GSM8K, of which 14.6 % are published for eight exemplars,
+    greedy, and 41.6 % for SFT on gold solutions; gold solutions have 98 tokens (of Mistral's 32,000),
+    text-davinci-002's rationales of eleven datasets 90 to 153."""
+
+    base: float = 0.15  # share of right samples
+    tuned: float = 0.4  # the same, of the tuned model
+    distinct: float = 0.95  # share of a question's samples that repeats no other
+    solution: float = 120.0  # tokens of a rationale
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU's data sheet: bytes, bytes a second, dense bfloat16 operations a second."""
+
+    memory: float
+    bandwidth: float
+    operations: float
+
+
+CARDS = {
+    "RTX 4090": Card(24e9, 1.008e12, 165e12),
+    "A100 40 GB": Card(40e9, 1.555e12, 312e12),
+    "A100 80 GB": Card(80e9, 2.039e12, 312e12),
+    "H100 80 GB": Card(80e9, 3.35e12, 989e12),
+}
+
+
+def _shape(kind=LlamaConfig, **shape):
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    numbers = dict(zip((*names, "vocab_size"), shape.pop("numbers"), strict=True))
+    return kind(**numbers, **shape)
+
+
+CONFIGS = {  # of the presets' models, whose config.json may be behind a licence or a missing network
+    "meta-llama/Llama-2-7b-hf": memory.LLAMA_2_7B,
+    "mistralai/Mistral-7B-v0.1": _shape(MistralConfig, numbers=(4096, 14336, 32, 32, 8, 32000)),
+    "EleutherAI/llemma_7b": _shape(numbers=(4096, 11008, 32, 32, 32, 32016)),
+    "deepseek-ai/deepseek-math-7b-base": _shape(numbers=(4096, 11008, 30, 32, 32, 102400)),
+    "Qwen/Qwen2.5-0.5B": _shape(Qwen2Config, numbers=(896, 4864, 24, 14, 2, 151936), tie_word_embeddings=True),
+}
+
+
+def config_of(base: str):
+    """The shape of a model: of the presets' known here, of others read from a folder or the hub."""
+    known = CONFIGS.get(base.partition("@")[0])
+    return known or models.load_config(base)
+
+
+# ---- lengths -------------------------------------------------------------------------------------------------
+
+
+def estimated_tokens(text: str) -> float:
+    """Tokens of a text in a vocabulary of 32,000 that spells numbers by digits, as Llama's and Mistral's do.
+
+    Pieces of at most seven letters, digits, signs and line ends, and a tenth more: within 10 % of Mistral's tokenizer
+    on the questions, exemplars and published rationales of twelve datasets.
+    """
+    return 1.1 * len(re.findall(r"[A-Za-z]{1,7}|\d|[^\sA-Za-z\d]|\n", text))
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens; of questions the mean over the training set, and the longest."""
+
+    question: float
+    longest: float
+    shown: float  # of the exemplars before an open question
+    conditioned: float  # before one with a given answer
+    solution: float
+
+
+def lengths(settings: Settings, solution: float = Assumed.solution) -> Lengths:
+    """Lengths of the run's training questions: exact for a base whose tokenizer is in a folder, else estimated."""
+    count: Callable[[str], float] = estimated_tokens
+    if models.weights_sha256(settings.base):
+        tokenizer = models.load_tokenizer(settings.base)
+        count = lambda text: len(models.encode_prompt(tokenizer, text))  # noqa: E731
+    asked = [count(prompts.open_prompt(problem)) for problem in pipeline.training_problems(settings)]
+    shots, tasks = settings.sampling.shots, settings.tasks
+    return Lengths(
+        mean(asked),
+        max(asked),
+        mean(count(prompts.shots(task, shots)) for task in tasks) if shots != "none" else 0.0,
+        mean(count(prompts.shots(task, shots, conditioned=True)) for task in tasks) if shots != "none" else 0.0,
+        min(solution, settings.sampling.max_new_tokens),
+    )
+
+
+# ---- work ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage has a model do: completions, and tokens by what is done with them."""
+
+    stage: str
+    samples: float = 0.0
+    read: float = 0.0  # of prompts, before anything is drawn
+    drawn: float = 0.0
+    scored: float = 0.0  # without gradients
+    trained: float = 0.0  # forward and backward
+
+
+def expected(samples: int, right: float, distinct: float, value: Callable[[int, int], float]) -> float:
+    """The mean, over questions, of value(right ones, wrong ones) among the distinct samples of a question, whose share
+    of right ones is beta distributed with mean `right` (SPREAD)."""
+    different = max(round(samples * distinct), 1)
+    found = betabinom(different, right * SPREAD, (1 - right) * SPREAD)
+    return float(sum(found.pmf(n) * value(n, different - n) for n in range(different + 1)))
+
+
+def work(settings: Settings, assumed: Assumed = Assumed()) -> list[Work]:
+    """Every stage that runs a model, in order; without stages 03 to 05 where no question is left for them."""
+    found = lengths(settings, assumed.solution)
+    try:
+        fresh = len(pipeline.second_problems(settings))
+    except ValueError:
+        fresh = 0
+    motivated = _motivated(settings, found, assumed, fresh)
+    return [*(motivated if fresh else motivated[:2]), *_explored(settings, found, assumed)]
+
+
+def _motivated(settings: Settings, found: Lengths, assumed: Assumed, fresh: int) -> list[Work]:
+    """Stages 01 to 05; fresh: questions of stage 03."""
+    drawing, ranked, ppo = settings.sampling, settings.ranking, settings.ppo
+    questions, text = len(pipeline.training_problems(settings)), found.question + found.solution
+    hinted = len(settings.tasks) * min(drawing.conditioned_questions, questions) * 2 * drawing.conditioned_samples
+    opened = questions * drawing.samples
+    prompt, again = found.shown + found.question, 16  # tokens of an answer that is read off a rationale
+    held_out = 1 / 8  # of the pairs (ranking.held_out)
+    most = ranked.max_per_side
+
+    def paired(right: int, wrong: int) -> int:
+        return min(wrong, most, ranked.max_pairs_per_question) if right else 0
+
+    learned = questions * expected(drawing.samples, assumed.base, assumed.distinct, lambda right, _: min(right, most))
+    pairs = questions * expected(drawing.samples, assumed.base, assumed.distinct, paired)
+    if settings.reward.pairs == "both":
+        pairs += fresh * expected(drawing.samples, assumed.tuned, assumed.distinct, paired)
+    learned, pairs = learned + hinted / 2, pairs + hinted / 2  # at most: given a right answer, given a wrong one
+    episodes = ppo.updates * ppo.episodes
+    trunks = 2 if ppo.value == "model" else 1  # a pass of the policy, and one of the value
+    shared = found.question / 4 + found.solution  # four completions of a question share its tokens in a row
+    passes = trunks + 1 + (ppo.precision == "bfloat16") * trunks  # reference and value, old log-probabilities, reward
+    return [
+        Work(
+            "01_sampling", opened + 2 * hinted,
+            questions * prompt + hinted * (found.conditioned + found.question) + hinted * (prompt + found.solution),
+            (opened + hinted) * found.solution + hinted * again,
+        ),
+        Work("02_sft", trained=learned * text * settings.sft.epochs),
+        Work(
+            "03_second_sampling", fresh * drawing.samples, fresh * found.question,
+            fresh * drawing.samples * found.solution,
+        ),
+        Work(
+            "03_reward_model", scored=held_out * pairs * 2 * text,
+            trained=(1 - held_out) * pairs * (found.question + 2 * found.solution) * settings.reward.epochs,
+        ),
+        Work(
+            "04_ppo", episodes, episodes / ppo.samples_per_question * found.question, episodes * found.solution,
+            episodes * shared * passes, episodes * shared * trunks * ppo.epochs,
+        ),
+        replace(_evaluation(settings, found, 3), stage="05_evaluation"),
+    ]  # fmt: skip
+
+
+def _explored(settings: Settings, found: Lengths, assumed: Assumed) -> list[Work]:
+    """Stages 06, of Self-Explore."""
+    explored, dpo = settings.explore, settings.dpo
+    questions, text = len(pipeline.training_problems(settings)), found.question + found.solution
+    drawn = questions * explored.samples
+    most = explored.max_per_question
+    share = (explored.samples, assumed.tuned, assumed.distinct)
+    solved = questions * expected(*share, lambda right, _: min(right, most))
+    pairs = questions * expected(*share, lambda right, wrong: min(wrong, most) if right else 0)
+    tries = pairs * STEPS * explored.k / 2
+    step = found.solution / STEPS
+    return [
+        Work("06_solutions", drawn, questions * found.question, drawn * found.solution),
+        Work("06_rft", trained=solved * text * settings.sft.epochs),
+        Work(
+            "06_exploration", tries, pairs * STEPS * (found.question + found.solution / 2), tries * found.solution / 2
+        ),
+        Work(
+            "06_step_dpo", scored=pairs * (2 * text - found.solution + step) * dpo.epochs,
+            trained=pairs * (2 * text - found.solution + step) * dpo.epochs,
+        ),
+        Work("06_outcome_dpo", scored=pairs * 2 * text * dpo.epochs, trained=pairs * 2 * text * dpo.epochs),
+        replace(_evaluation(settings, found, 3), stage="06_evaluation"),
+    ]  # fmt: skip
+
+
+def _evaluation(settings: Settings, found: Lengths, methods: int) -> Work:
+    tests, (published, _) = pipeline.test_problems(settings), pipeline.published_problems(settings)
+    sampled = sum(map(len, tests.values()))
+    asked = sampled + sum(map(len, published.values()))
+    samples = methods * (asked + sampled * settings.evaluation.samples)
+    read = methods * asked * found.question + asked * found.shown
+    scored = methods * sampled * settings.evaluation.samples * (found.question / 4 + found.solution)
+    return Work("", samples, read, samples * found.solution, scored)
+
+
+# ---- speed and time ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Tokens a second, by what is done with them as in `Work`."""
+
+    read: float
+    drawn: float
+    scored: float
+    trained: float
+
+
+def speeds(config, settings: Settings, card: Card, found: Lengths) -> Speeds:
+    """Computed from a card's data sheet: nothing of it was measured.
+
+    With P weights a token takes 2 P operations forward; backward 2 P with frozen weights (LoRA) and 4 P without, and
+    2 P more where activations are computed again. A step of drawing reads all weights and the rows' keys and values; of
+    a 4-bit base it also writes and reads them in bfloat16.
+    """
+    counts = memory.parameters(config)
+    weights = counts["linear"] + (counts["head"] or counts["embedding"])
+    forward, hardware = 2 * weights, settings.hardware
+    backward = forward * (1 if settings.lora.rank else 2) + (forward if hardware.recompute else 0)
+    through_vllm = settings.hardware.engine == "vllm"
+    rows, launch = (VLLM_ROWS, 0.0) if through_vllm else (hardware.rollout_rows, LAUNCH * config.num_hidden_layers)
+    moved = memory.model_bytes(config, hardware.weights) + (4 * counts["linear"] if hardware.weights == "nf4" else 0)
+    cache = 2 * config.num_hidden_layers * memory.widths(config)[3] * (4 if hardware.weights == "float32" else 2)
+    moved += rows * cache * (found.question / settings.sampling.samples + found.solution / 2)
+    step = max(moved / card.bandwidth, forward * rows / card.operations) / DRAW_SHARE + launch
+    read = READ_SHARE * card.operations / forward
+    return Speeds(read, BUSY * rows / step, read, TRAIN_SHARE * card.operations / (forward + backward))
+
+
+def hours(done: Work, at: Speeds) -> float:
+    return (
+        sum(
+            amount / speed
+            for amount, speed in zip((done.read, done.drawn, done.scored, done.trained), astuple(at), strict=True)
+        )
+        / 3600
+    )
+
+
+def measure(settings: Settings, path: str, questions: int = 32) -> Speeds:
+    """Speeds of the native sampler, of scoring and of training on this machine, of the model in a folder or of the hub.
+
+    A minute on a GPU, seconds with the tiny base: each of the four runs once to warm up, and once with the clock.
+    """
+    tokenizer, model = models.load_tokenizer(settings.base), pipeline.load_trainable(settings, path)
+    problems = pipeline.training_problems(settings)[:questions]
+    engine = NativeEngine(model, tokenizer, settings.hardware.rollout_rows)
+    drawing = {"keys": [one.id for one in problems], "temperature": 1.0, "seed": 0}
+    asked = [prompts.open_prompt(problem) for problem in problems]
+
+    def draw(samples: int, tokens: int) -> list:
+        return engine.sample(asked, samples, max_new_tokens=tokens, **drawing)
+
+    reading = _seconds(lambda: draw(1, 1))
+    samples, tokens = settings.sampling.samples, settings.sampling.max_new_tokens
+    drawing_all = _seconds(lambda: draw(samples, tokens)) - reading
+    drawn = draw(samples, tokens)
+    texts = [(problem, one.text) for problem, found in zip(problems, drawn, strict=True) for one in found]
+    scoring = _seconds(lambda: reward_model.score(model, tokenizer, *zip(*texts, strict=True)))
+    pairs = [(models.encode_prompt(tokenizer, prompts.open_prompt(problem)), text) for problem, text in texts]
+    rows = [(head, [models.encode_completion(tokenizer, text)]) for head, text in pairs]
+    at_once = settings.hardware.micro_batch or settings.sft.batch
+    training = _seconds(lambda: _train(model, tokenizer, rows, at_once, settings.hardware.recompute))
+    text = sum(len(head) / samples + len(tail) for head, [tail] in rows)
+    return Speeds(
+        read=sum(len(models.encode_prompt(tokenizer, prompt)) for prompt in asked) / reading,
+        drawn=sum(len(one.token_ids) for found in drawn for one in found) / drawing_all,
+        scored=text / scoring,
+        trained=sum(len(head) + len(tail) for head, [tail] in rows) / training,
+    )
+
+
+def _train(model, tokenizer, rows: list, at_once: int, recompute: bool) -> None:
+    """Forward and backward over all rows, sorted by length, `at_once` at a time; no optimizer step."""
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    rows = sorted(rows, key=lambda row: len(row[0]) + len(row[1][0]))
+    for start in range(0, len(rows), at_once):
+        packed = models.pack(rows[start : start + at_once], tokenizer.pad_token_id, model.device)
+        models.packed_logprobs(model, packed).mean().backward()
+        model.zero_grad(set_to_none=True)
+    model.eval()
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    action()
+    started = time.perf_counter()
+    action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+# ---- memory and disk -----------------------------------------------------------------------------------------
+
+
+class DoesNotFit(ValueError):
+    """A run that would not fit into memory; the message names the stage that needs most, and what to turn."""
+
+
+def peaks(settings: Settings, config, found: Lengths) -> dict[str, float]:
+    """Stage -> bytes at its fullest moment, every rationale taken to reach its limit."""
+    shown = found.longest + max(found.shown, found.conditioned)
+    parts = memory.stages(config, settings, prompt=round(found.longest), shown=round(shown))
+    return {stage: memory.total(sizes) for stage, sizes in parts.items()}
+
+
+def check(settings: Settings) -> None:
+    """Raise DoesNotFit where a stage needs more than this machine's GPU, or without one its memory, has free.
+
+    Of a model that is no Llama, Mistral or Qwen2 nothing can be computed, and nothing is refused.
+    """
+    config = config_of(settings.base)
+    if config.model_type not in memory.COUNTED:
+        return
+    free, where = _free_memory()
+    found = lengths(settings)
+    stage, most = max(peaks(settings, config, found).items(), key=lambda item: item[1])
+    if most <= free:
+        return
+    need = f"preset {settings.preset!r} on {settings.base} needs {most / 1e9:.1f} GB in stage {stage} (computed), and "
+    if torch.cuda.is_available():
+        raise DoesNotFit(f"{need}{where} has {free / 1e9:.1f} GB free: {way_out(settings, config, found, free)}")
+    raise DoesNotFit(
+        f"{need}there is no GPU here and {free / 1e9:.1f} GB of memory free: go to a machine with a GPU, or take a "
+        "smaller model (--preset small, --model NAME). --dry-run shows what the run takes on which card."
+    )
+
+
+def _free_memory() -> tuple[float, str]:
+    """Bytes, less what CUDA itself and its workspaces take; and whose they are."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] - 1e9, torch.cuda.get_device_name()
+    return psutil.virtual_memory().available, "this machine"
+
+
+def disk(settings: Settings, config, done: list[Work]) -> dict[str, float]:
+    """Bytes on disk at the end of a run, by what they are."""
+    weights = sum(memory.parameters(config).values())
+    held = 4 if settings.hardware.weights == "float32" else 2  # a 4-bit base is merged in bfloat16
+    trained = memory.lora_parameters(config, settings.lora.rank) * 4 if settings.lora.rank else weights * held
+    values = 2 if settings.ppo.value == "model" else 1
+    samples = {work.stage: work.samples for work in done}
+    return {
+        "the base, downloaded": 0.0 if models.weights_sha256(settings.base) else 2 * weights,
+        "four models: 02_sft, 06_rft, 06_outcome_dpo, 06_step_dpo": 4 * held * weights,
+        "reward model, policy, value, and PPO's checkpoint with its moments": trained * (1 + 4 * values),
+        "rationales and answers": sum(samples.values()) * 1e3 + 6 * sum(work.drawn for work in done),
+    }
+
+
+# ---- the plan as a text --------------------------------------------------------------------------------------
+
+
+def describe(settings: Settings, assumed: Assumed = Assumed()) -> str:
+    """The plan of a run on every card of CARDS: stages, samples, tokens, memory, hours, disk, and what was assumed."""
+    config, found, done = config_of(settings.base), lengths(settings, assumed.solution), work(settings, assumed)
+    needed = peaks(settings, config, found)
+    at = {name: speeds(config, settings, card, found) for name, card in CARDS.items()}
+    lines = [_headline(settings, config), "", _header()]
+    for group, title in (("0[1-5]", "Self-motivated Learning"), ("06", "Self-Explore, after 01 and 02")):
+        mine = [one for one in done if re.match(group, one.stage)]
+        lines += [_line(one, needed[one.stage], at) for one in mine]
+        fitting = {name: max(needed[one.stage] for one in mine) <= CARDS[name].memory for name in CARDS}
+        sums = {name: sum(hours(one, at[name]) for one in mine) for name in CARDS}
+        cells = "".join(f"{f'{sums[name]:.1f}' if fitting[name] else '-':>13}" for name in CARDS)
+        lines += [f"{title:66}{max(needed[one.stage] for one in mine) / 1e9:8.1f}{cells}", ""]
+    lines += ["Hours are computed from data sheets, not measured; - : does not fit the card.", ""]
+    for name, card in CARDS.items():
+        lines.append(f"{name}: {way_out(settings, config, found, card.memory)}")
+    sizes = disk(settings, config, done)
+    lines += ["", f"Disk: {sum(sizes.values()) / 1e9:.0f} GB"]
+    lines += [f"  {size / 1e9:6.1f} GB  {what}" for what, size in sizes.items()]
+    return "\n".join([*lines, "", *_assumptions(settings, found, assumed)])
+
+
+def way_out(settings: Settings, config, found: Lengths, capacity: float) -> str:
+    """Whether every stage fits into so many bytes, and if not, which settings to turn."""
+    raise NotImplementedError
+
+
+def _headline(settings: Settings, config) -> str:
+    weights = sum(memory.parameters(config).values())
+    size = f"{weights / 1e9:.2f} billion" if weights > 1e9 else f"{weights / 1e6:.1f} million"
+    lora = f"LoRA of rank {settings.lora.rank}" if settings.lora.rank else "all weights trained"
+    model = f"{settings.base}, {size} weights in {settings.hardware.weights}, {lora}"
+    return f"{settings.preset} on {', '.join(settings.tasks)}: {model}"
+
+
+def _header() -> str:
+    return f"{'stage':22}{'samples':>9}{'read':>8}{'drawn':>8}{'scored':>9}{'trained':>9}{'GB':>9}" + "".join(
+        f"{name:>13}" for name in CARDS
+    )
+
+
+def _line(one: Work, needed: float, at: dict[str, Speeds]) -> str:
+    tokens = "".join(f"{amount / 1e6:{width}.2f}" for amount, width in zip(astuple(one)[2:], (8, 8, 9, 9), strict=True))
+    cells = "".join(f"{hours(one, at[name]):13.2f}" if needed <= CARDS[name].memory else f"{'-':>13}" for name in CARDS)
+    return f"{one.stage:22}{one.samples:9,.0f}{tokens}{needed / 1e9:9.1f}{cells}"
+
+
+def _assumptions(settings: Settings, found: Lengths, assumed: Assumed) -> list[str]:
+    counted = "counted" if models.weights_sha256(settings.base) else "estimated"
+    return [
+        f"Tokens, {counted}: {found.question:.0f} of a question, {found.longest:.0f} of the longest, "
+        f"{found.shown:.0f} of the exemplars, {found.conditioned:.0f} of those with given answers.",
+        f"Assumed: {100 * assumed.base:.0f} % of the base's samples right, {100 * assumed.tuned:.0f} % of the tuned "
+        f"model's; {assumed.solution:.0f} tokens a rationale. Drawing at {100 * DRAW_SHARE:.0f} % of a card's "
+        f"bandwidth and {1000 * LAUNCH:.1f} ms a layer and step besides, reading at {100 * READ_SHARE:.0f} %, training "
+        f"at {100 * TRAIN_SHARE:.0f} % of its operations.",
+    ]

@@ -1,0 +1,112 @@
+"""Who draws for the stages: what the settings ask for, one at a time, and named in the manifest."""
+
+import weakref
+
+import pytest
+
+from smlib import engines, explore_pipeline, models, pipeline
+from smlib.artifacts import StageMismatch, require
+from smlib.engines import NativeEngine, make_engine
+from smlib.problems import generate
+from smlib.prompts import open_prompt
+from smlib.settings import preset
+
+SMALL = {
+    "sampling": {"questions": 12, "samples": 4, "conditioned_questions": 1, "conditioned_samples": 1},
+    "evaluation": {"questions": 4, "published": 0, "samples": 2},
+    "explore": {"samples": 8},
+}
+SAMPLING = (
+    "01_sampling", "03_second_sampling", "05_evaluation", "06_solutions", "06_exploration", "06_pit_report",
+    "06_evaluation",
+)  # fmt: skip
+
+
+def small(**hardware):
+    return preset("smoke", "chain_arithmetic", **SMALL, hardware=hardware)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """The extras that seem to be installed: all, until some are taken out of the set."""
+    found = {"vllm", "ray"}
+    monkeypatch.setattr(engines, "find_spec", lambda name: name in found or None)
+    return found
+
+
+def test_auto_is_vllm_where_it_is_installed(installed):
+    assert [engines.chosen(name) for name in ("auto", "native", "vllm")] == ["vllm", "native", "vllm"]
+    assert pipeline.engine_key(small(engine="auto", workers=3)) == {"engine": "vllm"}
+    installed.remove("vllm")
+    assert [engines.chosen(name) for name in ("auto", "native", "vllm")] == ["native", "native", "vllm"]
+    assert pipeline.engine_key(small(engine="auto", workers=3)) == {}
+    assert isinstance(make_engine("auto", "tiny"), NativeEngine)
+
+
+def test_what_is_not_installed_is_named(installed, tmp_path):
+    installed.clear()
+    with pytest.raises(ModuleNotFoundError, match="this engine needs vllm, which is not installed: in an environment"):
+        pipeline.sample_rationales(tmp_path, small(engine="vllm"), progress=False)
+    with pytest.raises(ModuleNotFoundError, match="this engine needs ray, which is not installed"):
+        pipeline.load_engine(small(workers=2), "tiny")
+
+
+def test_the_engine_is_made_as_the_settings_say(monkeypatch):
+    asked = []
+    monkeypatch.setattr(pipeline, "make_engine", lambda *names, **options: asked.append((names, options)))
+    pipeline.load_engine(small(engine="auto", rollout_rows=7, workers=2), "some/model")
+    assert asked == [(("auto", "some/model"), {"weights": "float32", "rows": 7, "workers": 2})]
+    with make_engine("native", "tiny", weights="bfloat16", rows=7) as engine:
+        assert (str(engine.model.dtype), engine.max_batch) == ("torch.bfloat16", 7)
+
+
+def test_texts_and_their_tokens_give_the_same_samples():
+    texts = [open_prompt(problem) for problem in generate("coin_flip", 3, seed=0)]
+    drawing = {"keys": ["a", "b", "c"], "temperature": 1.0, "max_new_tokens": 12, "seed": 0, "first": 2}
+    with make_engine("native", "tiny") as engine:
+        ids = [models.encode_prompt(engine.tokenizer, text) for text in texts]
+        assert engine.sample(texts, 2, **drawing) == engine.sample_ids(ids, 2, **drawing)
+
+
+def test_a_closed_engine_holds_no_model():
+    with make_engine("native", "tiny") as engine:
+        engine.sample(["Q: 2 + 2?\nA:"], 1, keys=["a"], temperature=0.0, max_new_tokens=4, seed=0)
+        model = weakref.ref(engine.model)
+    assert model() is None
+    engine.close()
+
+
+def test_stages_close_their_engine_before_the_next_model_is_loaded_and_record_who_drew(
+    monkeypatch, tmp_path, installed
+):
+    """On a GPU vLLM takes most of the card. Here the native engine stands for it."""
+    opened, load = [], models.load_policy
+
+    def make(name, base, **options):
+        engine = make_engine("native", base)
+        engine.name = name
+        opened.append(engine)
+        return engine
+
+    def checked_load(*args, **options):
+        assert all(engine.model is None for engine in opened)
+        return load(*args, **options)
+
+    monkeypatch.setattr(pipeline, "make_engine", make)
+    monkeypatch.setattr(models, "load_policy", checked_load)
+    pipeline.run(tmp_path, small(engine="vllm"), progress=False)
+    explore_pipeline.run(tmp_path, small(engine="vllm"), progress=False)
+    assert len(opened) == 1 + 1 + 3 + 1 + 1 + 1 + 3  # evaluations have one for every model
+    assert all(engine.model is None for engine in opened)
+    for folder in tmp_path.iterdir():
+        recorded = require(tmp_path, folder.name).settings.get("engine")
+        assert recorded == ("vllm" if folder.name in SAMPLING else None), folder.name
+    with pytest.raises(StageMismatch, match=r"engine = 'vllm', and now engine = '\(not set\)' is asked for"):
+        pipeline.sample_rationales(tmp_path, small(), progress=False)
+
+    base = models.load_tokenizer("tiny")
+    text = open_prompt(generate("coin_flip", 1, seed=0)[0])
+    for name in ("02_sft", "04_ppo", "06_rft", "06_step_dpo"):  # engines take the tokenizer from the model's folder
+        saved = models.load_tokenizer(str(tmp_path / name / "model"))
+        assert saved(text) == base(text)
+        assert (saved.eos_token_id, saved.pad_token_id) == (base.eos_token_id, base.pad_token_id)

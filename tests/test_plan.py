@@ -1,0 +1,220 @@
+"""The plan against arithmetic by hand, against what runs really did, and against the machine."""
+
+import json
+from dataclasses import astuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smlib import memory, models, pipeline, plan, prompts
+from smlib.__main__ import main
+from smlib.plan import Assumed, Card, Lengths, Speeds, Work
+from smlib.problems import DatasetError, load
+from smlib.settings import preset
+
+LENGTHS = Lengths(question=70, longest=200, shown=700, conditioned=900, solution=100)
+ALWAYS = Assumed(base=0.5, tuned=0.5, distinct=1.0, solution=50)
+
+
+def gsm8k(name: str = "llama2-7b", **overrides):
+    try:
+        load("gsm8k", "train", limit=1)
+    except DatasetError as error:
+        pytest.skip(f"no published datasets here: {error}")
+    return preset(name, "gsm8k", **overrides)
+
+
+def stage(found: list[Work], name: str) -> Work:
+    return next(one for one in found if one.stage == name)
+
+
+# ---- counts --------------------------------------------------------------------------------------------------
+
+
+def test_hours_are_tokens_over_speeds():
+    done = Work("01_sampling", 1, read=3_600, drawn=7_200, scored=0, trained=36)
+    assert plan.hours(done, Speeds(read=1, drawn=2, scored=5, trained=0.01)) == pytest.approx(1 + 1 + 0 + 1)
+
+
+def test_expected_counts_of_two_samples_by_hand():
+    """With a + b = 1 and mean 1/2 the beta distribution is the arcsine: both right 3/8, one of each 1/4."""
+    assert plan.expected(2, 0.5, 1.0, lambda right, _: right == 2) == pytest.approx(3 / 8)
+    assert plan.expected(2, 0.5, 1.0, lambda right, wrong: right == wrong == 1) == pytest.approx(1 / 4)
+
+
+@given(st.integers(1, 40), st.floats(0.01, 0.99), st.floats(0.1, 1.0))
+def test_expected_right_and_wrong_samples_make_all_that_are_distinct(samples, right, distinct):
+    total = plan.expected(samples, right, distinct, lambda good, bad: good + bad)
+    assert total == pytest.approx(max(round(samples * distinct), 1))
+    assert plan.expected(samples, right, distinct, lambda good, _: good) == pytest.approx(total * right, abs=1e-6)
+
+
+def test_the_counts_of_a_small_run_by_hand():
+    settings = preset("smoke", "coin_flip")
+    found = plan.work(settings, ALWAYS)
+    asked = len(plan.pipeline.training_problems(settings))
+    drawn = stage(found, "01_sampling")
+    assert asked == 16 and drawn.samples == 16 * 4 + 2 * (8 * 2 * 1)  # open; given right and wrong, and read again
+    assert drawn.drawn == (64 + 16) * 50 + 16 * 16
+    updates = stage(found, "04_ppo")
+    assert updates.samples == 2 * 16 and updates.drawn == 32 * 50
+    assert stage(found, "03_second_sampling").samples == 8 * 4
+    published = sum(map(len, pipeline.published_problems(settings)[0].values()))  # 8, or 0 where there are none
+    assert stage(found, "05_evaluation").samples == 3 * (8 + published + 8 * 2)
+    assert [one.stage for one in found] == sorted((one.stage for one in found), key=lambda name: name[:2])
+
+
+def test_counts_are_those_of_a_run(tmp_path):
+    """Completions exactly; tokens of a real stage 01 within a tenth, once its own lengths are given."""
+    settings = preset("smoke", "coin_flip")
+    made = pipeline.sample_rationales(tmp_path, settings, progress=False)
+    rows = [row for row in made.read_rows("rationales") if row["source"] == "open"]
+    tokenizer = models.load_tokenizer("tiny")
+    drawn = [len(models.encode_completion(tokenizer, row["text"])) for row in rows]
+    found = stage(plan.work(settings, Assumed(solution=sum(drawn) / len(drawn))), "01_sampling")
+    assert found.samples == 64 + 16 + 16 and len(rows) == 64
+    assert found.drawn == pytest.approx(sum(drawn) * 80 / 64 + 256, rel=0.1)
+
+
+def test_more_of_everything_takes_longer():
+    settings, at = preset("smoke", "coin_flip"), Speeds(1e3, 1e3, 1e3, 1e3)
+    plain = {one.stage: plan.hours(one, at) for one in plan.work(settings)}
+    more = preset(
+        "smoke", "coin_flip", sampling={"samples": 8}, ppo={"updates": 4}, sft={"epochs": 2.0}, explore={"samples": 8},
+        dpo={"epochs": 2.0}, evaluation={"samples": 4}, reward={"epochs": 2.0},
+    )  # fmt: skip
+    for one in plan.work(more):
+        assert plan.hours(one, at) > 1.2 * plain[one.stage], one.stage
+
+
+def test_a_run_without_questions_left_for_a_reward_model_has_the_stages_of_self_explore():
+    names = [one.stage for one in plan.work(gsm8k("mistral-7b"))]
+    assert names[:3] == ["01_sampling", "02_sft", "06_solutions"] and "04_ppo" not in names
+
+
+# ---- lengths -------------------------------------------------------------------------------------------------
+
+
+def test_lengths_of_a_base_with_a_tokenizer_are_counted():
+    settings = preset("smoke", "coin_flip")
+    tokenizer = models.load_tokenizer("tiny")
+    ids = [
+        len(models.encode_prompt(tokenizer, prompts.open_prompt(one))) for one in pipeline.training_problems(settings)
+    ]
+    found = plan.lengths(settings, 500)
+    assert (found.question, found.longest, found.shown) == (sum(ids) / len(ids), max(ids), 0)
+    assert found.solution == settings.sampling.max_new_tokens
+
+
+def test_estimated_tokens_by_hand():
+    assert plan.estimated_tokens("Ann has 12 nuts.") == pytest.approx(1.1 * 6)  # Ann has 1 2 nuts .
+    assert plan.estimated_tokens("mathematics") == pytest.approx(1.1 * 2)
+
+
+def test_estimated_tokens_of_gsm8k_are_near_those_of_mistral_s_tokenizer():
+    """Measured with it: 69.9 tokens in the mean test question."""
+    texts = [prompts.open_prompt(one) for one in load("gsm8k", "test")] if gsm8k() else []
+    assert sum(map(plan.estimated_tokens, texts)) / len(texts) == pytest.approx(69.9, rel=0.05)
+
+
+# ---- speeds --------------------------------------------------------------------------------------------------
+
+
+def test_speeds_of_llama_2_7b_by_hand():
+    """A slow card without overhead: a step reads the weights and the rows' keys and values once."""
+    settings = preset("llama2-7b", "coin_flip", hardware={"rollout_rows": 1, "recompute": False, "engine": "native"})
+    weights = 6_476_005_376 + 32_000 * 4_096
+    found = plan.speeds(memory.LLAMA_2_7B, settings, Card(80e9, 1e9, 1e18), LENGTHS)
+    moved = 6_738_415_616 * 2 + (70 / 8 + 50) * 2 * 32 * 4_096 * 2
+    assert found.drawn == pytest.approx(plan.BUSY / (moved / 1e9 / plan.DRAW_SHARE + 32 * plan.LAUNCH))
+    found = plan.speeds(memory.LLAMA_2_7B, settings, Card(80e9, 1e15, 1e12), LENGTHS)
+    assert found.read == pytest.approx(plan.READ_SHARE * 1e12 / (2 * weights))
+    assert found.trained == pytest.approx(plan.TRAIN_SHARE * 1e12 / (4 * weights))  # frozen weights have no gradient
+
+
+def test_what_makes_training_slower_and_drawing_faster():
+    card, config = plan.CARDS["A100 80 GB"], memory.LLAMA_2_7B
+    plain = plan.speeds(config, preset("llama2-7b", "coin_flip"), card, LENGTHS)
+    kept = plan.speeds(config, preset("llama2-7b", "coin_flip", hardware={"recompute": False}), card, LENGTHS)
+    assert kept.trained == pytest.approx(1.5 * plain.trained)
+    few = plan.speeds(config, preset("llama2-7b", "coin_flip", hardware={"rollout_rows": 8}), card, LENGTHS)
+    assert few.drawn < plain.drawn / 8
+    through = plan.speeds(config, preset("llama2-7b", "coin_flip", hardware={"engine": "vllm"}), card, LENGTHS)
+    assert through.drawn > plain.drawn
+
+
+def test_measured_speeds_are_those_of_this_machine():
+    settings = preset("smoke", "coin_flip", sampling={"max_new_tokens": 32})
+    found = plan.measure(settings, "tiny", questions=8)
+    assert all(50 < speed < 1e7 for speed in astuple(found))
+
+
+# ---- memory, disk and the text -------------------------------------------------------------------------------
+
+
+def test_disk_of_llama_2_7b():
+    settings = preset("llama2-7b", "coin_flip")
+    sizes = plan.disk(settings, memory.LLAMA_2_7B, plan.work(settings))
+    assert sizes["the base, downloaded"] == 2 * 6_738_415_616
+    assert sum(sizes.values()) == pytest.approx(70e9, rel=0.1)
+    assert plan.disk(preset("smoke"), memory.LLAMA_2_7B, [])["the base, downloaded"] == 0
+
+
+@pytest.mark.parametrize("name", ["llama2-7b", "llama2-7b-24gb", "small", "mistral-7b"])
+def test_a_dry_run_prints_the_plan_and_writes_nothing(name, tmp_path, capsys):
+    gsm8k()
+    out = tmp_path / "run"
+    assert main(["run", "--preset", name, "--task", "gsm8k", "--dry-run", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    for wanted in ("01_sampling", "06_exploration", "RTX 4090", "H100 80 GB", "Disk: ", "Assumed: ", "not measured"):
+        assert wanted in shown
+    assert not out.exists()
+
+
+def test_the_recipes_fit_their_cards():
+    """24 GB suffice for the 4-bit recipe, 40 for bfloat16, by the computed table."""
+    for name, capacity in (("llama2-7b-24gb", 24e9), ("llama2-7b-40gb", 40e9), ("llama2-7b", 80e9)):
+        settings = gsm8k(name)
+        needed = plan.peaks(settings, memory.LLAMA_2_7B, plan.lengths(settings))
+        assert max(needed.values()) < capacity, (name, needed)
+
+
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    gsm8k()
+    monkeypatch.setattr(plan, "_free_memory", lambda: (8e9, "this machine"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in ("run", "explore"):
+        out = tmp_path / command
+        assert main([command, "--preset", "llama2-7b", "--task", "gsm8k", "--out", str(out)]) == 1
+        error = capsys.readouterr().err
+        assert "there is no GPU here and 8.0 GB of memory free" in error and "--preset small" in error
+        assert not out.exists()
+
+
+def test_too_small_a_card_is_told_which_knobs_to_turn(monkeypatch):
+    settings = gsm8k()
+    monkeypatch.setattr(plan, "_free_memory", lambda: (39e9, "a card"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(
+        plan.DoesNotFit, match=r"needs \d+\.\d GB in stage \d\d_\w+ .*a card has 39.0 GB free: .*hardware\."
+    ):
+        plan.check(settings)
+    monkeypatch.setattr(plan, "_free_memory", lambda: (79e9, "a card"))
+    plan.check(settings)
+
+
+def test_the_tiny_base_fits_anywhere():
+    plan.check(preset("tiny"))
+
+
+def test_models_that_are_not_counted_are_not_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1}))
+    plan.check(preset("tiny", base=str(tmp_path)))
+
+
+def test_every_stage_that_is_planned_has_a_memory():
+    settings = preset("llama2-7b", "coin_flip")
+    needed = memory.stages(memory.LLAMA_2_7B, settings, prompt=100, shown=200)
+    assert {one.stage for one in plan.work(settings)} <= set(needed)

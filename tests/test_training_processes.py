@@ -1,0 +1,127 @@
+"""SFT, the reward model and DPO in two processes are those of one; and `python -m smlib stage`, in one and in two."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from safetensors.torch import load_file
+from tiny_model import policy
+from trainings_in_processes import KINDS, TRAININGS, run
+
+from smlib import sft
+from smlib.__main__ import main
+
+SCRIPT = Path(__file__).parent / "trainings_in_processes.py"
+SMOKE = ["--preset", "smoke", "--task", "coin_flip", "--out"]
+NEEDED = ("06_exploration", "06_selection", "06_solutions", "03_second_sampling", "02_ranking", "01_sampling")
+SHARED = ("02_sft", "03_reward_model", "06_rft", "06_outcome_dpo", "06_step_dpo")
+
+
+def in_two_processes(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def difference(one, other):
+    """The greatest between the weights of two files."""
+    ours, theirs = load_file(one), load_file(other)
+    assert ours.keys() == theirs.keys()
+    return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TRAININGS)
+def test_two_processes_train_as_one(tmp_path, name, kind):
+    """24 steps, the last of an epoch with fewer rows, which leave a process without any."""
+    run(name, kind, tmp_path / "one")
+    done = in_two_processes(SCRIPT, name, kind, tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert difference(*(tmp_path / out / "weights.safetensors" for out in ("one", "two"))) < 1e-5
+    losses = [json.loads((tmp_path / out / "loss.json").read_text()) for out in ("one", "two")]
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], abs=1e-5)  # steps 1, 10 and 20
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_the_steps_are_large_enough_to_tell(tmp_path, name):
+    """A batch of another size moves the weights by far more than the processes may differ."""
+    for out, batch in (("one", 4), ("other", 6)):
+        run(name, "whole", tmp_path / out, batch=batch, epochs=2)
+    assert difference(*(tmp_path / out / "weights.safetensors" for out in ("one", "other"))) > 1e-3
+
+
+@pytest.mark.parametrize(("batch", "micro_batch", "rows"), [(4, 0, 1), (8, 2, 2), (16, 1, 1), (16, 4, 4)])
+def test_a_batch_is_shared_by_processes_and_micro_batches(monkeypatch, batch, micro_batch, rows):
+    monkeypatch.setattr(sft, "PartialState", lambda cpu: SimpleNamespace(num_processes=4))
+    options = sft.trainer_options(policy(), 1, 1e-3, batch, 0, "", micro_batch)
+    assert options["per_device_train_batch_size"] == rows
+    assert options["gradient_accumulation_steps"] * rows * 4 == batch
+
+
+@pytest.mark.parametrize(("batch", "micro_batch", "rows"), [(8, 4, 4), (6, 0, 1), (2, 0, 0), (8, 3, 3)])
+def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch, batch, micro_batch, rows):
+    monkeypatch.setattr(sft, "PartialState", lambda cpu: SimpleNamespace(num_processes=4))
+    message = f"a batch of {batch} cannot be made of micro batches of {rows} in each of 4 processes: give a number"
+    with pytest.raises(ValueError, match=message):
+        sft.trainer_options(policy(), 1, 1e-3, batch, 0, "", micro_batch)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with the stages that processes share and what they need, made by the command."""
+    out = tmp_path_factory.mktemp("runs") / "one"
+    assert main(["stage", *NEEDED, *SHARED, *SMOKE, str(out), "--set", "explore.temperature=1.0"]) == 0
+    return out
+
+
+def test_the_command_makes_the_stages_named_in_their_order(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    assert {path.name for path in finished.iterdir()} == {*NEEDED, *SHARED}
+    for name in ("01_sampling", "02_ranking"):
+        shutil.copytree(finished / name, tmp_path / name)
+    assert main(["stage", "02_sft", "02_ranking", *SMOKE, str(tmp_path)]) == 0
+    ranking, trained = capsys.readouterr().out.splitlines()
+    assert ranking.startswith(f"{tmp_path / '02_ranking'}: ") and ranking.endswith(" s (done before)")
+    assert trained.startswith(f"{tmp_path / '02_sft'}: 1 log, ") and trained.endswith(" s")
+    assert difference(*(out / "02_sft/model/model.safetensors" for out in (finished, tmp_path))) == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["02_sft", "07_more"], "stage '07_more' is unknown; choose from: 01_sampling, 02_ranking, 02_sft, "),
+        (["02_ranking"], "01_sampling does not exist: first run notebook 01"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_before_anything_is_written(tmp_path, capsys, names, message):
+    assert main(["stage", *names, *SMOKE, str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_command_shares_the_stages_that_train(finished, tmp_path):
+    """Under torchrun, by a copy of the run in which they are missing."""
+    shutil.copytree(finished, tmp_path / "two", ignore=shutil.ignore_patterns(*SHARED))
+    options = [*SMOKE, tmp_path / "two", "--set", "explore.temperature=1.0"]
+    done = in_two_processes("-m", "smlib", "stage", *SHARED, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in SHARED:
+        assert done.stdout.count(f"{tmp_path / 'two' / name}: ") == 1  # the main process alone prints
+        assert difference(*(out / name / "model/model.safetensors" for out in (finished, tmp_path / "two"))) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["stage", "02_sft", "06_solutions"], ["explore"]])
+def test_what_one_process_makes_is_refused_in_two(tmp_path, command):
+    done = in_two_processes("-m", "smlib", *command, *SMOKE, tmp_path / "run")
+    name = "06_solutions" if "06_solutions" in command else "01_sampling"
+    assert done.returncode == 1 and f"error: {name} is made by one process, and here are 2: start it" in done.stderr
+    assert not (tmp_path / "run").exists()
