@@ -1,15 +1,19 @@
-"""Memory of PPO: computed beside measured on small models, and computed for a 7B.
+"""Memory of all stages: computed beside measured on small models, and computed for a 7B.
 
-    python benchmarks/memory.py    # two minutes on one core; writes results/memory.csv and results/memory_7b.csv
+    python benchmarks/memory.py    # five minutes on one core
 
-What is measured is every byte that PyTorch's CPU allocator hands out (torch.profiler), in the phases of an update as
-smlib.ppo runs them.
+writes PPO's phases into results/memory.csv (measured) and memory_7b.csv, and the stages into memory_stages.csv
+(measured) and memory_stages_7b.csv. What is measured is every byte that PyTorch's CPU allocator hands out
+(torch.profiler), in the phases of an update as smlib.ppo runs them, and in whole calls of smlib.sft.train_sft,
+smlib.reward_model.train_reward_model, smlib.dpo.train_dpo and smlib.sampling.sample_ids.
 """
 
 import copy
 import csv
+import gc
 import math
 import tempfile
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -18,11 +22,13 @@ from accelerate import Accelerator
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smlib import memory, models
-from smlib.memory import Choices
+from smlib import dpo, memory, models, prompts, reward_model, sft
+from smlib.memory import Choices, Sampling, Training
 from smlib.ppo import Batch, PPOSettings, collate, optimize, tabulate
+from smlib.problems import Problem
 from smlib.roles import Adapters, Roles, SeparateModels
 from smlib.sampling import Sample, sample_ids
+from smlib.settings import preset
 
 RESULTS = Path(__file__).parents[1] / "results"
 HELD = (  # layout, value, recompute
@@ -32,6 +38,7 @@ HELD = (  # layout, value, recompute
     ("adapters", "head", False),
 )
 MINIBATCHES, COMPLETIONS = (1, 4, 16), (128, 384, 896)  # with prompts of 128 tokens
+LENGTHS = {"prompt": 256, "shown": 1_400}  # of the stages at 7B
 
 
 def llama(hidden=256, layers=3, heads=4, kv=4, intermediate=704, vocab=2000, tied=False) -> LlamaConfig:
@@ -186,6 +193,104 @@ def measure(config: LlamaConfig, choices: Choices) -> dict[str, int]:
     return found
 
 
+# ---- stages --------------------------------------------------------------------------------------------------
+
+QUESTION = Problem("0", "gsm8k", "How many?", "7", "number")
+TRAINED = {  # what takes most of the memory, besides the tile of logits: (model, rows, completion)
+    "activations": (llama(hidden=128, layers=12, kv=2, intermediate=344, vocab=500), 4, 200),
+    "weights": (llama(hidden=768, layers=4, heads=8, kv=8, intermediate=2048), 1, 40),
+    "logits": (llama(hidden=128, layers=2, kv=1, intermediate=344, vocab=8000), 2, 120),
+    "tied": (llama(layers=2, vocab=8000, tied=True), 2, 60),
+}
+DRAWN = {  # rows, samples, prompt, completion
+    "activations": (16, 1, 200, 8),
+    "weights": (2, 1, 20, 16),
+    "logits": (64, 8, 20, 16),
+    "tied": (32, 32, 60, 60),
+}
+
+
+def stage_cases():
+    """(name of the shape, its config, what is measured on it)"""
+    for name, (config, rows, completion) in TRAINED.items():
+        for kind, rank, recompute in product(memory.TRAINED, (0, 8), (False, True)):
+            for frozen in ("float32", "bfloat16") if rank else ("float32",):
+                plan = Training(kind, frozen, rank, recompute, rows, recompute, completion=completion)
+                yield name, config, replace(plan, prompt=len(head()))
+    for name, sizes in DRAWN.items():
+        for frozen in ("float32", "bfloat16"):
+            yield name, TRAINED[name][0], Sampling(frozen, *sizes)
+
+
+def head() -> list[int]:
+    """The question's tokens; the vocabularies here are larger than the tiny base's."""
+    return models.encode_prompt(models.load_tokenizer(), prompts.open_prompt(QUESTION))
+
+
+def text(word: str, tokens: int) -> str:
+    """Of so many tokens, with the end."""
+    found = word + " 7" * (tokens - 2)
+    assert len(models.encode_completion(models.load_tokenizer(), found)) == tokens
+    return found
+
+
+def train(model, plan: Training) -> None:
+    """Two optimizer steps, the second of which finds moments; one text of each is shorter, so that there is a mask."""
+    tokenizer, steps = models.load_tokenizer(), 2 * (1 + plan.accumulated) * plan.rows
+    lengths = [plan.completion - (number % plan.rows == 1) for number in range(steps)]
+    options = {"epochs": 1, "learning_rate": 1e-5, "batch": steps // 2, "micro_batch": plan.rows, "seed": 0}
+    options |= {"recompute": plan.recompute, "progress": None}
+    if plan.kind == "sft":
+        rows = [{"id": "0", "side": "+", "text": text(" 1", length)} for length in lengths]
+        sft.train_sft(model, tokenizer, [QUESTION], rows, **options)
+    elif plan.kind == "reward":
+        pairs = [{"id": "0", "held_out": False, "chosen": text(" 1", plan.completion)} for _ in lengths]
+        pairs = [pair | {"rejected": text(" 2", plan.completion)} for pair in pairs]
+        reward_model.train_reward_model(model, tokenizer, [QUESTION], pairs, beta=1.0, nll_coef=1.0, **options)
+    else:
+        ends = [tokenizer.eos_token_id]
+        pairs = [{"id": "0", "prompt_ids": head(), "chosen_ids": [7] * (length - 1) + ends} for length in lengths]
+        pairs = [pair | {"rejected_ids": [8] * plan.completion} for pair in pairs]
+        dpo.train_dpo(model, tokenizer, pairs, beta=0.1, **options)
+
+
+def measure_stage(config: LlamaConfig, plan: Training | Sampling) -> int:
+    """Peak bytes of a whole call."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = None  # so that completions reach their limit
+    model.to(getattr(torch, plan.frozen))
+    if isinstance(plan, Training) and plan.lora:
+        model = models.add_lora(model, plan.rank, 16, "all-linear", "")
+    before = held(model)
+    gc.collect()  # a trainer refers to itself; freed while the next one is measured, it would count as less
+    with Peak() as peak:
+        if isinstance(plan, Training):
+            train(model, plan)
+        else:
+            asked = torch.randint(config.vocab_size, (plan.rollout_rows // plan.samples, plan.prompt)).tolist()
+            asked[-1] = asked[-1][: -1 if len(asked) > 1 else None]
+            sample_ids(model, asked, plan.samples, temperature=1.0, max_new_tokens=plan.completion, seed=0)
+    return before + peak.bytes
+
+
+def computed_stage(config: LlamaConfig, plan: Training | Sampling) -> dict[str, float]:
+    return (memory.training if isinstance(plan, Training) else memory.sampling)(config, plan)
+
+
+def compare_stages() -> list[dict]:
+    rows = []
+    for name, config, plan in stage_cases():
+        training = isinstance(plan, Training)
+        row = {"shape": name, "stage": plan.kind if training else "sampling", "frozen": plan.frozen}
+        row |= {"rank": plan.rank, "recompute": plan.recompute} if training else {"rank": 0, "recompute": ""}
+        parts, measured = computed_stage(config, plan), measure_stage(config, plan)
+        row |= {"measured MiB": round(measured / 2**20, 2), "computed MiB": round(memory.total(parts) / 2**20, 2)}
+        rows.append(row | {"error (%)": round(100 * (memory.total(parts) / measured - 1), 1)})
+        print("  ".join(str(value) for value in rows[-1].values()), flush=True)
+    return rows
+
+
 def compare() -> list[dict]:
     rows = []
     for name, config, choices in cases():
@@ -235,6 +340,13 @@ def main() -> None:
     for row in large:
         print("  ".join(str(value) for value in row.values()))
     write(large, RESULTS / "memory_7b.csv")
+    measured = compare_stages()
+    for stage in ("sampling", *memory.TRAINED):
+        errors = [row["error (%)"] for row in measured if row["stage"] == stage]
+        print(f"{stage:22} from {min(errors):+.1f} to {max(errors):+.1f} over {len(errors)} cases")
+    write(measured, RESULTS / "memory_stages.csv")
+    runs = [preset(name, "gsm8k") for name in ("llama2-7b", "llama2-7b-40gb", "llama2-7b-24gb")]
+    write(memory.stage_table(memory.LLAMA_2_7B, runs, **LENGTHS), RESULTS / "memory_stages_7b.csv")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,22 @@
-"""A short PPO training, to be started in several processes by tests/test_ppo_processes.py: KIND WRAPPER OUT."""
+"""A short PPO training, to be started in several processes by tests/test_ppo_processes.py: KIND WRAPPER OUT.
+
+KIND is one of test_ppo's, or as the presets of large models train: adapters of a bfloat16 base, its attention with a
+key for every head ("large") or for two ("large, grouped").
+"""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from test_ppo import QUICK, make_roles, make_tokenizer, questions, says_yes
+from test_ppo import QUICK, make_roles, make_tokenizer, questions, says_yes, tiny_config
 from torch.distributed.fsdp import fully_shard
+from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from smlib import ppo
+from smlib import models, ppo
+from smlib.roles import Adapters
 
 
 class Sharding(Accelerator):
@@ -30,11 +37,30 @@ def _name(roles, weight):
     return next(name for name, other in roles.named_parameters() if other is weight)
 
 
+def large_roles(grouped: bool) -> Adapters:
+    config = tiny_config()
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2 if grouped else 4, 8
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config).bfloat16().eval()
+    return Adapters(models.add_lora(base, 4, 8, "all-linear", base="base"))
+
+
+def train(kind: str, out: Path, accelerator: Accelerator | None = None):
+    """The training that all processes share, or that one does alone."""
+    plan, hardware, large = QUICK, {}, kind.startswith("large")
+    if large:
+        plan = replace(QUICK, precision="bfloat16")
+        hardware = {"micro_batch": 2, "recompute": True, "rollout_rows": 6}
+    roles = large_roles(kind == "large, grouped") if large else make_roles(kind)
+    problems, tokenizer = questions(4), make_tokenizer()
+    ppo.train(roles, says_yes, problems, tokenizer, plan, out, accelerator=accelerator, checkpoint_every=2, **hardware)
+    return roles
+
+
 def main(kind: str, wrapper: str, out: Path) -> None:
     torch.set_num_threads(1)
-    roles = make_roles(kind)
     accelerator = (Sharding if wrapper == "fsdp" else Accelerator)(cpu=True)
-    ppo.train(roles, says_yes, questions(4), make_tokenizer(), QUICK, out, accelerator=accelerator, checkpoint_every=2)
+    roles = train(kind, out, accelerator)
     if wrapper == "fsdp":
         assert all(hasattr(weight, "full_tensor") for weight in roles.parameters())  # sharded to the end
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
 
 from smlib import memory, models, reward_model, sampling
-from smlib.memory import LLAMA_2_7B, Choices
+from smlib.memory import LLAMA_2_7B, Choices, Sampling, Training
 from smlib.settings import preset
 
 SPEC = importlib.util.spec_from_file_location("bench", Path(__file__).parents[1] / "benchmarks" / "memory.py")
@@ -52,6 +52,31 @@ def test_every_phase_is_within_15_percent_of_what_is_allocated(case):
     computed = {phase: memory.total(parts) for phase, parts in memory.phases(config, choices).items()}
     assert computed == pytest.approx(measured, rel=0.15)
     assert max(computed.values()) == pytest.approx(max(measured.values()), rel=0.08)
+
+
+# A tile of logits is 32,768 wide whatever the vocabulary, so it takes most of a small model's SFT and DPO.
+TALL = bench.llama(hidden=128, layers=12, kv=2, intermediate=344, vocab=500)
+STAGES = {
+    "sampling": (DEEP, Sampling("float32", 8, 1, 60, 20)),
+    "sampling, many samples of a bfloat16 model": (SPEAKING, Sampling("bfloat16", 32, 8, 30, 20)),
+    "SFT": (TALL, Training("sft", rows=2, completion=60)),
+    "SFT, micro batches of an adapter": (WIDE, Training("sft", "bfloat16", 4, True, 2, True, completion=20)),
+    "reward": (WIDE, Training("reward", rows=1, accumulated=True, completion=20)),
+    "reward, adapter": (DEEP, Training("reward", "bfloat16", 4, rows=4, completion=40)),
+    "reward, recompute": (SPEAKING, Training("reward", "float32", 4, True, 4, completion=40)),
+    "DPO": (WIDE, Training("dpo", rows=1, completion=20)),
+    "DPO, adapter of a bfloat16 base": (TALL, Training("dpo", "bfloat16", 4, rows=1, completion=60)),
+}
+
+
+@pytest.mark.parametrize("case", STAGES)
+def test_every_stage_is_within_15_percent_of_what_is_allocated(case):
+    config, plan = STAGES[case]
+    if isinstance(plan, Training):
+        plan = replace(plan, prompt=len(bench.head()))
+    assert memory.total(bench.computed_stage(config, plan)) == pytest.approx(
+        bench.measure_stage(config, plan), rel=0.15
+    )
 
 
 @pytest.mark.parametrize("choices", [BASE, replace(BASE, value="model"), replace(BASE, **ADAPTED)])
@@ -98,6 +123,20 @@ def test_weights_are_those_of_a_model(config):
     assert memory.model_bytes(config, "float32") == bench.held(model)
     assert memory.model_bytes(config, "bfloat16") == bench.held(model.bfloat16())
     assert memory.model_bytes(config, "float32", head=False) == 2 * bench.held(model.get_decoder())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_qwen2_has_biases(tied):
+    config = Qwen2Config(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=160,
+        vocab_size=300, tie_word_embeddings=tied,
+    )  # fmt: skip
+    assert memory.parameters(config)["biases"] == 2 * (64 + 2 * 32)
+    model = Qwen2ForCausalLM(config)
+    assert sum(memory.parameters(config).values()) == models.model_size(model)
+    adapted = models.add_lora(model, 4, 8, "all-linear", "")
+    found = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    assert memory.lora_parameters(config, 4) == found
 
 
 def test_weights_and_moments_are_those_of_the_roles_and_no_gradient_outlives_its_step():
@@ -212,7 +251,7 @@ def test_the_way_to_fit_leads_there(choices, capacity):
 
 def test_a_misfit_names_the_knobs():
     text = str(memory.fit(LLAMA_2_7B, replace(LORA_7B, completion=384, minibatch=8), 40e9))
-    assert "in the update" in text and "To make it fit: turn recompute = True" in text
+    assert "in update" in text and "To make it fit: turn recompute = True" in text
     assert str(memory.fit(LLAMA_2_7B, Choices(), 1e9)).endswith("take a smaller model or a larger card.")
     assert str(memory.fit(SMALL, Choices(), 40e9)).endswith("fits")
 
@@ -248,6 +287,6 @@ def test_bad_choices_are_refused(change, message):
 
 
 def test_other_architectures_are_refused():
-    for config in (Qwen2Config(), LlamaConfig(attention_bias=True)):
+    for config in (Qwen3Config(), LlamaConfig(attention_bias=True), LlamaConfig(mlp_bias=True)):
         with pytest.raises(ValueError, match="is not counted here"):
             memory.peak(config, Choices())

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from smlib import models, pipeline
+from smlib import models, pipeline, ppo, vllm_engine
 from smlib.artifacts import StageError, StageMismatch, require
 from smlib.engines import NativeEngine
 from smlib.problems import TASKS
@@ -193,6 +193,39 @@ def test_with_lora_the_other_methods_train_an_adapter(with_adapters):
     run, settings = with_adapters
     folder = pipeline.train_policy(run, settings, method="grpo", progress=False).path("model")
     assert (folder / "adapter_config.json").is_file() and not (folder / "model.safetensors").exists()
+
+
+class Recorded:
+    def __init__(self, base, **options):
+        self.base, self.options = base, options
+
+
+def test_vllm_draws_ppos_rollouts_for_adapters_of_a_base_that_is_not_rounded(with_adapters, monkeypatch):
+    run, settings = with_adapters
+    tuned = require(run, "02_sft")
+    monkeypatch.setattr(vllm_engine, "VLLMEngine", Recorded)
+
+    def engine(rank=4, **hardware):
+        plan = replace(settings, lora=replace(settings.lora, rank=rank))
+        return pipeline.rollout_engine(replace(plan, hardware=replace(plan.hardware, **hardware)), tuned)
+
+    found = engine(engine="vllm", weights="bfloat16")
+    assert found.base == str(run / "02_sft" / "model")
+    assert found.options == {"lora_rank": 4, "dtype": "bfloat16", "gpu_memory_utilization": 0.35}
+    others = ({"engine": "native"}, {"engine": "auto"}, {"engine": "vllm", "weights": "nf4"})  # vllm is not installed
+    assert [engine(**hardware) for hardware in others] == [None] * 3
+    assert engine(rank=0, engine="vllm") is None
+
+
+def test_what_ppo_takes_of_the_hardware(with_adapters, monkeypatch, tmp_path):
+    run, settings = with_adapters
+    for name in ("02_sft", "03_reward_model"):
+        shutil.copytree(run / name, tmp_path / name)
+    seen, train = {}, ppo.train
+    monkeypatch.setattr(ppo, "train", lambda *given, **options: seen.update(options) or train(*given, **options))
+    hardware = replace(settings.hardware, micro_batch=2, recompute=True, rollout_rows=5)
+    pipeline.train_policy(tmp_path, replace(settings, hardware=hardware), progress=False)
+    assert (seen["micro_batch"], seen["recompute"], seen["rollout_rows"], seen["engine"]) == (2, True, 5, None)
 
 
 def test_tensorboard_gets_what_the_log_gets(finished, tmp_path):

@@ -545,13 +545,16 @@ def test_update_stops_early_beyond_its_kl(tmp_path):
 
 
 def close(one, other):
-    """Two trainings, each (rows, roles), that differ by rounding alone. A token at the bound of clipping may flip."""
+    """Two trainings, each (rows, roles), that differ by rounding alone, at steps of up to 1e-2.
+
+    A token at the bound of clipping may flip, and where a gradient is all but zero Adam makes much of its rounding.
+    """
     for row, same in zip(without_times(one[0]), without_times(other[0]), strict=True):
         fractions = ("clip_fraction", "value_clip_fraction", "engine_gap")
         numbers = ({name: row[name] for name in row if name not in fractions} for row in (row, same))
         assert next(numbers) == pytest.approx(next(numbers), rel=1e-3, abs=1e-5)
     pairs = zip(one[1].parameters(), other[1].parameters(), strict=True)
-    assert max((a - b).abs().max().item() for a, b in pairs) < 1e-5
+    assert max((a - b).abs().max().item() for a, b in pairs) < 5e-5
 
 
 @pytest.mark.parametrize(
@@ -565,7 +568,8 @@ def close(one, other):
 )
 def test_what_the_hardware_needs_changes_nothing_but_rounding(tmp_path, kind, hardware):
     """Not even which updates stop early, and where."""
-    plan = replace(QUICK, epochs=3, max_update_kl=0.01, updates=3)
+    rate = 1e-2 if "adapters" in kind else QUICK.learning_rate
+    plan = replace(QUICK, epochs=3, max_update_kl=0.004, updates=3, learning_rate=rate)
     whole = run(tmp_path / "whole", plan, kind)
     assert len({row["steps"] for row in whole[0]}) > 1
     close(whole, run(tmp_path / "parts", plan, kind, **hardware))

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import ppo_in_processes
 import pytest
 from safetensors.torch import load_file
 from test_ppo import QUICK, Killed, dies_at, run
@@ -33,9 +34,13 @@ def assert_close(one, other):
     assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5
 
 
-@pytest.mark.parametrize(("kind", "wrapper"), [("model", "ddp"), ("adapters", "ddp"), ("head", "fsdp")])
+SMALL = [("model", "ddp"), ("adapters", "ddp"), ("head", "fsdp")]
+LARGE = [("large", "ddp"), ("large, grouped", "ddp"), ("large, grouped", "fsdp")]  # bfloat16, in micro batches
+
+
+@pytest.mark.parametrize(("kind", "wrapper"), SMALL + LARGE)
 def test_two_processes_train_as_one(tmp_path, kind, wrapper):
-    run(tmp_path / "one", kind=kind)
+    ppo_in_processes.train(kind, tmp_path / "one")
     in_two_processes(SCRIPT, kind, wrapper, tmp_path / "two")
     assert_close(tmp_path / "one", tmp_path / "two")
     logs = [(tmp_path / name / "log.csv").read_text().splitlines() for name in ("one", "two")]
