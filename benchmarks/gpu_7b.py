@@ -53,7 +53,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, StaticCache
 
 from smlib import memory, models
-from smlib.memory import Choices
+from smlib.memory import Choices, Sampling, Training
 from smlib.problems import Problem
 from smlib.sampling import Sample, sample_ids
 
@@ -138,20 +138,20 @@ class Bench:
             beside = f" | {computed} | x {ratio}" if computed else ""
             print(f"{row['section']} | {row['what']} | {value} {row['unit']}{beside} | {row['note'][:80]}")
 
-    def weigh(self, what: str, computed: float, note: str = "") -> None:
+    def weigh(self, what: str, computed: float) -> None:
         """The row of the most memory since `reset_peak`, beside what was computed; bytes."""
         found = torch.cuda.max_memory_allocated() / GIB if GPU else None
-        self.add(what, found, "GiB", computed / GIB, note if GPU else "measured on a GPU only")
+        self.add(what, found, "GiB", computed / GIB, "" if GPU else "measured on a GPU only")
         reset_peak()
 
-    def train(self, what: str, seconds: float, rows: int, computed: float, recompute: bool, note: str = "") -> None:
-        """The rows of a training step on `rows` whole sequences under LoRA; note: of the computed memory."""
+    def train(self, what: str, seconds: float, rows: int, computed: float, recompute: bool) -> None:
+        """The rows of a training step on `rows` whole sequences under LoRA."""
         tokens = rows * (self.job.prompt + self.job.answer)
         work = (6 if recompute else 4) * matrices(self.job.config) * tokens
         self.add(what, seconds, "s", work / self.peak)
         self.add(what, tokens / seconds, "tokens/s")
         self.add(what, work / seconds / 1e12, "TFLOP/s", self.peak / 1e12)
-        self.weigh(what, computed, note)
+        self.weigh(what, computed)
 
 
 def short(value) -> str:
@@ -339,12 +339,12 @@ def sampling(bench: Bench) -> None:
 def native_speed(bench: Bench, model, rows: int) -> float:
     """Tokens per second."""
     job, what = bench.job, f"native, {rows} rows"
-    parts = memory.rollout(job.config, choices(job, rollout_rows=rows))
+    plan = Sampling("bfloat16", rollout_rows=rows, samples=SAMPLES, prompt=job.prompt, completion=job.new)
     native(model, job, rows, 4)
     reset_peak()
     speed = rows * job.new / seconds(lambda: native(model, job, rows, job.new))
     bench.add(what, speed, "tokens/s", rows * job.new / draw_bound(bench, rows))
-    bench.weigh(what, memory.model_bytes(job.config, "bfloat16") + parts["cache"] + parts["scratch"])
+    bench.weigh(what, memory.total(memory.sampling(job.config, plan)))
     return speed
 
 
@@ -511,6 +511,14 @@ def trainer_step(train: Callable[[], object]) -> float:
     return statistics.median(end - start for start, end in pairwise(ticks))
 
 
+def training_bytes(job: Job, kind: str, micro: int, recompute: bool) -> float:
+    """Bytes of a step of one of smlib's trainers."""
+    shared = job.answer // 2 if kind == "reward" else 0  # it reads what both sides begin with once, as a prompt
+    prompt, completion = job.prompt + shared, job.answer - shared
+    plan = Training(kind, "bfloat16", RANK, recompute, micro, prompt=prompt, completion=completion)
+    return memory.total(memory.training(job.config, plan))
+
+
 def trainer_options(micro: int, recompute: bool) -> dict:
     return {
         "epochs": 1, "learning_rate": 1e-5, "batch": micro, "seed": 0, "micro_batch": micro, "recompute": recompute,
@@ -527,7 +535,7 @@ def sft(bench: Bench) -> None:
         answers = token_ids(len(asked), job.answer - 1, job.config)  # and the end
         rows = [{"id": one.id, "side": "+", "text": text(ids)} for one, ids in zip(asked, answers, strict=True)]
         taken = trainer_step(partial(train_sft, lora, tokenizer, asked, rows, **trainer_options(micro, recompute)))
-        bench.train(what, taken, micro, update_bytes(job, micro, recompute), recompute, "computed as for the loop")
+        bench.train(what, taken, micro, training_bytes(job, "sft", micro, recompute), recompute)
 
 
 def sides(job: Job, count: int) -> list[tuple[list[int], list[int]]]:
@@ -540,7 +548,7 @@ def sides(job: Job, count: int) -> list[tuple[list[int], list[int]]]:
 def pair_row(bench: Bench, what: str, taken: float, micro: int) -> None:
     bench.add(what, taken, "s", note=f"recompute; sides of {bench.job.answer} tokens after {bench.job.prompt}")
     bench.add(what, micro / taken, "pairs/s")
-    bench.weigh(what, update_bytes(bench.job, 2 * micro, recompute=True), "computed as for the loop on both sides")
+    bench.weigh(what, training_bytes(bench.job, bench.section, micro, recompute=True))
 
 
 def reward(bench: Bench, micro: int = 4) -> None:
