@@ -4,9 +4,9 @@
     PYTHONPATH=. python benchmarks/gpu_7b.py --shape small --out FOLDER    # a minute on one CPU core, to test this file
 
 The weights are random (speed and memory do not depend on them), so nothing is downloaded, and one card of 80 GB will
-do. It takes the packages of smlib.models, torch and transformers as pinned and peft; the sections sft, reward and dpo
-take trl and datasets too, nf4 takes bitsandbytes, and each of them says so in a row where they are missing. A machine
-that has torch but no network gets the others as wheels in a folder:
+do. It takes transformers as pinned (5.17 cannot yet be asked to recompute activations as smlib asks it) and peft; the
+sections sft, reward and dpo take trl and datasets too, nf4 takes bitsandbytes, and each of them says so in a row where
+they are missing. A machine that has torch but no network gets the others as wheels in a folder:
 
     python -m pip install --no-index --no-deps --target /tmp/site WHEELS/*.whl
     PYTHONUNBUFFERED=1 PYTHONPATH=/tmp/site:. python benchmarks/gpu_7b.py --out "$OUT"
@@ -23,6 +23,9 @@ measured in the same run. The ratio of a speed is then the share of the bound.
 Operations are counted of the P weights in matrices, not of attention, which is below 2 % at these lengths: a forward
 pass takes 2 P per token, a backward pass through frozen weights 2 P (no gradients of theirs), and 2 P more where
 activations are computed again. The output head counts for all tokens, though it reads only those of completions.
+
+loop is SFT in plain torch under autocast, which is how PPO trains; sft, reward and dpo are smlib's own by TRL's
+trainers, without autocast, so that adapters compute in float32.
 """
 
 import argparse
@@ -45,11 +48,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, StaticCache
 
 from smlib import memory, models
-from smlib.memory import Choices
+from smlib.memory import Choices, Sampling, Training
 from smlib.problems import Problem
 from smlib.sampling import Sample, sample_ids
 
@@ -78,7 +82,7 @@ class Job:
 
 
 SMALL = LlamaConfig(
-    hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=300,
 )  # fmt: skip
 JOBS = {
@@ -134,20 +138,20 @@ class Bench:
             beside = f" | {computed} | x {ratio}" if computed else ""
             print(f"{row['section']} | {row['what']} | {value} {row['unit']}{beside} | {row['note'][:80]}")
 
-    def weigh(self, what: str, computed: float, note: str = "") -> None:
+    def weigh(self, what: str, computed: float) -> None:
         """The row of the most memory since `reset_peak`, beside what was computed; bytes."""
         found = torch.cuda.max_memory_allocated() / GIB if GPU else None
-        self.add(what, found, "GiB", computed / GIB, note if GPU else "measured on a GPU only")
+        self.add(what, found, "GiB", computed / GIB, "" if GPU else "measured on a GPU only")
         reset_peak()
 
-    def train(self, what: str, seconds: float, rows: int, computed: float, recompute: bool, note: str = "") -> None:
-        """The rows of a training step on `rows` whole sequences under LoRA; note: of the computed memory."""
+    def train(self, what: str, seconds: float, rows: int, computed: float, recompute: bool) -> None:
+        """The rows of a training step on `rows` whole sequences under LoRA."""
         tokens = rows * (self.job.prompt + self.job.answer)
         work = (6 if recompute else 4) * matrices(self.job.config) * tokens
         self.add(what, seconds, "s", work / self.peak)
         self.add(what, tokens / seconds, "tokens/s")
         self.add(what, work / seconds / 1e12, "TFLOP/s", self.peak / 1e12)
-        self.weigh(what, computed, note)
+        self.weigh(what, computed)
 
 
 def short(value) -> str:
@@ -335,12 +339,12 @@ def sampling(bench: Bench) -> None:
 def native_speed(bench: Bench, model, rows: int) -> float:
     """Tokens per second."""
     job, what = bench.job, f"native, {rows} rows"
-    parts = memory.rollout(job.config, choices(job, rollout_rows=rows))
+    plan = Sampling("bfloat16", rollout_rows=rows, samples=SAMPLES, prompt=job.prompt, completion=job.new)
     native(model, job, rows, 4)
     reset_peak()
     speed = rows * job.new / seconds(lambda: native(model, job, rows, job.new))
     bench.add(what, speed, "tokens/s", rows * job.new / draw_bound(bench, rows))
-    bench.weigh(what, memory.model_bytes(job.config, "bfloat16") + parts["cache"] + parts["scratch"])
+    bench.weigh(what, memory.total(memory.sampling(job.config, plan)))
     return speed
 
 
@@ -380,16 +384,17 @@ def steps(bench: Bench) -> None:
         taken = [seconds(lambda n=n, rows=rows: native(model, job, rows, n)) for n in (few, few, many)]
         bound = 1e3 * step_bound(bench, rows, few + many)
         bench.add(f"native, {rows} rows", 1e3 * (taken[2] - taken[1]) / (many - few), "ms/step", bound)
-        if GPU:
-            busy = [busy_seconds(lambda n=n, rows=rows: native(model, job, rows, n)) for n in (few, many)]
-            bench.add(f"kernels of native, {rows} rows", 1e3 * (busy[1] - busy[0]) / (many - few), "ms/step", bound)
+        if GPU:  # few steps, as the profile has an entry for every kernel
+            busy = [busy_seconds(lambda n=n, rows=rows: native(model, job, rows, n)) for n in (few, 2 * few)]
+            bench.add(f"kernels of native, {rows} rows", 1e3 * (busy[1] - busy[0]) / few, "ms/step", bound)
 
 
 def busy_seconds(work: Callable[[], object]) -> float:
     """What all kernels take together."""
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         work()
-    return sum(event.self_device_time_total for event in found.key_averages()) / 1e6
+    kernels = [event for event in found.key_averages() if event.device_type == DeviceType.CUDA]
+    return sum(event.self_device_time_total for event in kernels) / 1e6
 
 
 @torch.inference_mode()
@@ -506,6 +511,14 @@ def trainer_step(train: Callable[[], object]) -> float:
     return statistics.median(end - start for start, end in pairwise(ticks))
 
 
+def training_bytes(job: Job, kind: str, micro: int, recompute: bool) -> float:
+    """Bytes of a step of one of smlib's trainers."""
+    shared = job.answer // 2 if kind == "reward" else 0  # it reads what both sides begin with once, as a prompt
+    prompt, completion = job.prompt + shared, job.answer - shared
+    plan = Training(kind, "bfloat16", RANK, recompute, micro, prompt=prompt, completion=completion)
+    return memory.total(memory.training(job.config, plan))
+
+
 def trainer_options(micro: int, recompute: bool) -> dict:
     return {
         "epochs": 1, "learning_rate": 1e-5, "batch": micro, "seed": 0, "micro_batch": micro, "recompute": recompute,
@@ -522,7 +535,7 @@ def sft(bench: Bench) -> None:
         answers = token_ids(len(asked), job.answer - 1, job.config)  # and the end
         rows = [{"id": one.id, "side": "+", "text": text(ids)} for one, ids in zip(asked, answers, strict=True)]
         taken = trainer_step(partial(train_sft, lora, tokenizer, asked, rows, **trainer_options(micro, recompute)))
-        bench.train(what, taken, micro, update_bytes(job, micro, recompute), recompute, "computed as for the loop")
+        bench.train(what, taken, micro, training_bytes(job, "sft", micro, recompute), recompute)
 
 
 def sides(job: Job, count: int) -> list[tuple[list[int], list[int]]]:
@@ -535,7 +548,7 @@ def sides(job: Job, count: int) -> list[tuple[list[int], list[int]]]:
 def pair_row(bench: Bench, what: str, taken: float, micro: int) -> None:
     bench.add(what, taken, "s", note=f"recompute; sides of {bench.job.answer} tokens after {bench.job.prompt}")
     bench.add(what, micro / taken, "pairs/s")
-    bench.weigh(what, update_bytes(bench.job, 2 * micro, recompute=True), "computed as for the loop on both sides")
+    bench.weigh(what, training_bytes(bench.job, bench.section, micro, recompute=True))
 
 
 def reward(bench: Bench, micro: int = 4) -> None:
@@ -583,7 +596,7 @@ def ppo_update(bench: Bench, value: str, recompute: bool) -> None:
     phases = {name: memory.total(parts) for name, parts in memory.phases(job.config, held).items()}
     settings = ppo.PPOSettings(
         value=value, updates=2, episodes=job.episodes, samples_per_question=SAMPLES, minibatch=held.minibatch,
-        max_new_tokens=job.new, precision="bfloat16", max_update_kl=math.inf, learning_rate=1e-5,
+        epochs=1, max_new_tokens=job.new, precision="bfloat16", max_update_kl=math.inf, learning_rate=1e-5,
     )  # fmt: skip
     roles = Adapters(adapted(job.config), share_trunk=value == "head")
     if recompute:
@@ -604,11 +617,12 @@ def ppo_update(bench: Bench, value: str, recompute: bool) -> None:
         row = ppo.train(roles, score, problems, tokenizer, settings, out)[-1]
     bench.weigh("scoring and update", max(phases["reference"], phases["update"]))
     tokens, passes = row["tokens"], 1 if value == "head" else 2
-    read = held.tokens * job.episodes // held.minibatch  # prompts included
-    work = passes * (6 if recompute else 4) * matrices(job.config) * read
+    forward = 2 * matrices(job.config) * held.tokens * job.episodes // held.minibatch  # of one pass, prompts included
+    work = passes * (3 if recompute else 2) * forward
     bench.add("rollout", row["rollout_seconds"], "s", draw_bound(bench, job.episodes), f"{tokens} tokens")
     bench.add("rollout", tokens / row["rollout_seconds"], "tokens/s")
-    bench.add("scoring", row["score_seconds"], "s", note="log p of policy and reference, values")
+    # the reference's pass and, for values, one with an adapter on; those of the policy again, for log p in one pass
+    bench.add("scoring", row["score_seconds"], "s", (2 + passes) * forward / bench.peak, "log p, values")
     bench.add("update", row["update_seconds"], "s", work / bench.peak, f"{row['steps']} steps of {held.minibatch}")
     bench.add("update", work / row["update_seconds"] / 1e12, "TFLOP/s", bench.peak / 1e12)
     whole = sum(row[name] for name in ppo.SECONDS)
