@@ -78,7 +78,9 @@ def load_policy(name: str | Path = "tiny", weights: str = "float32") -> PreTrain
     if (folder / "adapter_config.json").is_file():
         base = PeftConfig.from_pretrained(folder).base_model_name_or_path
         base = folder / base if (folder / base).exists() else base
-        return PeftModel.from_pretrained(load_policy(base, weights), folder).merge_and_unload().eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about how peft asks it
+            return PeftModel.from_pretrained(load_policy(base, weights), folder).merge_and_unload().eval()
     model = AutoModelForCausalLM.from_pretrained(resolve(str(name)), dtype=getattr(torch, weights)).eval()
     return model.to("cuda") if torch.cuda.is_available() else model
 

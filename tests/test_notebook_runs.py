@@ -11,6 +11,7 @@ from gsm8k_base import make_base
 from smlib.settings import preset
 from smlib.steps import ONLY_GENERATED
 
+SEED = 7  # of which some questions of both authors are held out, few as they are
 SMALL = {
     "sampling": {"questions": 8, "samples": 4, "conditioned_questions": 4},
     "reward": {"questions": 6},
@@ -23,8 +24,9 @@ SMALL = {
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("SML_DATA_DIR"), reason="needs the published questions: set SML_DATA_DIR")
 def test_they_run_on_gsm8k_with_weights_in_bfloat16_and_adapters(tmp_path):
-    base = make_base(preset("rehearsal", "gsm8k", **SMALL), tmp_path / "base")
+    base = make_base(preset("rehearsal", "gsm8k", SEED, **SMALL), tmp_path / "base")
     command = [sys.executable, "-m", "smlib", "run", "--preset", "rehearsal", "--task", "gsm8k", "--model", base]
+    command += ["--seed", str(SEED)]
     for group, values in SMALL.items():
         command += [part for name, value in values.items() for part in ("--set", f"{group}.{name}={value}")]
     finished = subprocess.run([*command, "--out", str(tmp_path / "run")], capture_output=True, text=True)
