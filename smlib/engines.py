@@ -76,13 +76,12 @@ class NativeEngine(Engine):
 
     name = "native"
 
-    def __init__(self, model, tokenizer, max_batch: int = MAX_BATCH):
-        self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
+    def __init__(self, model, tokenizer, max_batch: int = MAX_BATCH, cache_tokens: int = 0):
+        self.model, self.tokenizer, self.max_batch, self.cache_tokens = model, tokenizer, max_batch, cache_tokens
 
     def sample_ids(self, prompt_ids, n, **drawing) -> list[list[Sample]]:
-        return sampling.sample_ids(
-            self.model, prompt_ids, n, tokenizer=self.tokenizer, max_batch=self.max_batch, **drawing
-        )
+        limits = {"max_batch": self.max_batch, "cache_tokens": self.cache_tokens}
+        return sampling.sample_ids(self.model, prompt_ids, n, tokenizer=self.tokenizer, **limits, **drawing)
 
     def close(self) -> None:
         self.model = None
@@ -96,16 +95,16 @@ def chosen(name: str) -> str:
 
 
 def make_engine(
-    name: str, base: str, *, weights: str | None = None, rows: int = MAX_BATCH, workers: int = 1, lora_rank: int = 0,
-    share: float = 0.0,
+    name: str, base: str, *, weights: str | None = None, rows: int = MAX_BATCH, cache_tokens: int = 0, workers: int = 1,
+    lora_rank: int = 0, share: float = 0.0,
 ) -> Engine:  # fmt: skip
     """The engine called `name`, "native", "vllm" or "auto", on a model: "tiny", a folder or a hub id.
 
     base: may be the folder of a LoRA adapter, which the native engine merges into its base and vLLM applies to it.
     weights: as in `settings.HardwareSettings`; by default float32, and for vLLM what the checkpoint has. vLLM 0.32
         holds no nf4: it samples from the same checkpoint in bfloat16, which is 13 GB for 7 billion weights.
-    rows: completions that the native engine draws at once. workers: more than one are processes of Ray's, each with
-        such an engine.
+    rows, cache_tokens: completions that the native engine draws at once (max_batch of `sampling.sample`), and the
+        tokens whose keys and values it holds. workers: more than one are processes of Ray's, each with such an engine.
     lora_rank: of vLLM, the greatest rank of adapters to come (`VLLMEngine.load_adapter`). share: of a GPU that vLLM
         takes, 0 for nine tenths of what is free.
     """
@@ -120,9 +119,10 @@ def make_engine(
         _require("ray")
         from smlib.ray_engine import RayEngine
 
-        return RayEngine(base, workers=workers, inner=name, weights=weights, rows=rows)
+        return RayEngine(base, workers=workers, inner=name, weights=weights, rows=rows, cache_tokens=cache_tokens)
     if name == "native":
-        return NativeEngine(models.load_policy(base, weights or "float32"), models.load_tokenizer(base), rows)
+        model, tokenizer = models.load_policy(base, weights or "float32"), models.load_tokenizer(base)
+        return NativeEngine(model, tokenizer, rows, cache_tokens)
     from smlib.vllm_engine import VLLMEngine
 
     options = {"dtype": "bfloat16" if weights == "nf4" else weights} if weights else {}

@@ -30,7 +30,7 @@ from operator import attrgetter
 from transformers import LlamaConfig
 
 from smlib.models import CONTINUATIONS_PER_ROW, group_size
-from smlib.sampling import MAX_BATCH, MAX_PROMPTS
+from smlib.sampling import MAX_BATCH, MAX_PROMPTS, rows_at_once
 from smlib.settings import Settings
 
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, a byte per block of 64, a float32 per 256 blocks
@@ -48,6 +48,7 @@ COLUMNS = (  # of `table`
     *ALLOWED, "rank", "recompute", "minibatch", "length", "completion", "rollout_rows",
 )  # fmt: skip
 HEAD_TOKENS, HEAD_WIDTH = 4_096, 32_768  # logits that TRL's SFT and DPO make at once: of tokens, of the vocabulary
+COUNTED = ("llama", "mistral", "qwen2")  # kinds of models
 PARTS = ("weights", "moments", "gradients", "activations", "logits", "copies", "cache", "scratch")
 CARDS = {"24 GB": 24e9, "40 GB": 40e9, "80 GB": 80e9}
 LLAMA_2_7B = LlamaConfig(  # its config.json: 6.74e9 parameters
@@ -240,7 +241,7 @@ def widths(config: LlamaConfig) -> tuple[int, int, int, int, int]:
     """(H, I, Q, K, V) of a Llama without biases, a Mistral or a Qwen2; others are refused, as their layers hold
     something else."""
     biases = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
-    if config.model_type not in ("llama", "mistral", "qwen2") or biases:
+    if config.model_type not in COUNTED or biases:
         raise ValueError(
             f"a {config.model_type!r} with these options is not counted here; give a Llama's, Mistral's or Qwen2's "
             "config."
@@ -589,7 +590,9 @@ def stages(config: LlamaConfig, settings: Settings, *, prompt: int, shown: int) 
     hardware, sizes, limit = settings.hardware, settings.sampling, settings.sampling.max_new_tokens
 
     def draw(samples: int, tokens: int, drawn: int = limit) -> dict[str, float]:
-        rows = min(hardware.rollout_rows, MAX_PROMPTS * samples)
+        rows = rows_at_once(
+            min(hardware.rollout_rows, MAX_PROMPTS * samples), samples, tokens, drawn, hardware.cache_tokens
+        )
         return sampling(config, Sampling(hardware.weights, rows, samples, tokens, drawn))
 
     def train(kind: str, batch: int) -> Training:
@@ -655,6 +658,7 @@ def setting_knobs(settings: Settings) -> dict[str, Settings]:
     less = "bfloat16" if hardware.weights == "float32" else "nf4"
     turned = {
         "hardware.recompute": replace(settings, hardware=replace(hardware, recompute=True)),
+        "hardware.cache_tokens": _with(settings, cache_tokens=hardware.cache_tokens // 2 or 64_000),
         "hardware.rollout_rows": _with(settings, rollout_rows=max(hardware.rollout_rows // 2, 1)),
         "hardware.micro_batch": _with(settings, micro_batch=fewer),
         "lora.rank": replace(settings, lora=replace(settings.lora, rank=settings.lora.rank or 16)),

@@ -181,7 +181,9 @@ def load_policy(name: str | Path = "tiny", weights: str = "float32") -> PreTrain
     adapter = adapter_config(name)
     if not adapter:
         return _load(name, weights, device())
-    adapted = PeftModel.from_pretrained(load_policy(adapter.base_model_name_or_path, weights), name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about how peft asks it
+        adapted = PeftModel.from_pretrained(load_policy(adapter.base_model_name_or_path, weights), name)
     return (adapted.get_base_model() if weights == "nf4" else adapted.merge_and_unload()).eval()
 
 

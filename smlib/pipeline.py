@@ -522,7 +522,12 @@ def load_engine(settings: Settings, path: str | Path) -> Engine:
     a GPU."""
     hardware = settings.hardware
     return make_engine(
-        hardware.engine, str(path), weights=hardware.weights, rows=hardware.rollout_rows, workers=hardware.workers
+        hardware.engine,
+        str(path),
+        weights=hardware.weights,
+        rows=hardware.rollout_rows,
+        cache_tokens=hardware.cache_tokens,
+        workers=hardware.workers,
     )
 
 

@@ -362,17 +362,22 @@ def check(settings: Settings) -> None:
     if config.model_type not in memory.COUNTED:
         return
     free, where = _free_memory()
-    found = lengths(settings)
-    stage, most = max(peaks(settings, config, found).items(), key=lambda item: item[1])
-    if most <= free:
+    result = fit(settings, config, lengths(settings), free)
+    if result.fits:
         return
-    need = f"preset {settings.preset!r} on {settings.base} needs {most / 1e9:.1f} GB in stage {stage} (computed), and "
     if torch.cuda.is_available():
-        raise DoesNotFit(f"{need}{where} has {free / 1e9:.1f} GB free: {way_out(settings, config, found, free)}")
+        raise DoesNotFit(f"preset {settings.preset!r} on {where}: {result}")
     raise DoesNotFit(
-        f"{need}there is no GPU here and {free / 1e9:.1f} GB of memory free: go to a machine with a GPU, or take a "
-        "smaller model (--preset small, --model NAME). --dry-run shows what the run takes on which card."
+        f"preset {settings.preset!r} needs {result.needed / 1e9:.1f} GB in {result.phase} (computed), and there is no "
+        f"GPU here and {free / 1e9:.1f} GB of memory free: go to a machine with a GPU, or take a smaller model "
+        "(--preset small, --model NAME). run --dry-run shows what it takes on which card."
     )
+
+
+def fit(settings: Settings, config, found: Lengths, capacity: float) -> memory.Fit:
+    """Whether every stage fits into so many bytes, and if not, which settings to turn."""
+    shown = found.longest + max(found.shown, found.conditioned)
+    return memory.fit_run(config, settings, capacity, prompt=round(found.longest), shown=round(shown))
 
 
 def _free_memory() -> tuple[float, str]:
@@ -415,16 +420,11 @@ def describe(settings: Settings, assumed: Assumed = Assumed()) -> str:
         lines += [f"{title:66}{max(needed[one.stage] for one in mine) / 1e9:8.1f}{cells}", ""]
     lines += ["Hours are computed from data sheets, not measured; - : does not fit the card.", ""]
     for name, card in CARDS.items():
-        lines.append(f"{name}: {way_out(settings, config, found, card.memory)}")
+        lines.append(f"{name}: {fit(settings, config, found, card.memory)}")
     sizes = disk(settings, config, done)
     lines += ["", f"Disk: {sum(sizes.values()) / 1e9:.0f} GB"]
     lines += [f"  {size / 1e9:6.1f} GB  {what}" for what, size in sizes.items()]
     return "\n".join([*lines, "", *_assumptions(settings, found, assumed)])
-
-
-def way_out(settings: Settings, config, found: Lengths, capacity: float) -> str:
-    """Whether every stage fits into so many bytes, and if not, which settings to turn."""
-    raise NotImplementedError
 
 
 def _headline(settings: Settings, config) -> str:

@@ -30,7 +30,7 @@ class RayEngine(Engine):
     base:    "tiny", a folder (there on every machine) or a hub id.
     inner:   the engine of a worker, "native" or "vllm". A worker takes one processor of the cluster, and a GPU, if
              there are any.
-    weights: the precision of the workers' models, as in `engines.make_engine`.
+    weights, cache_tokens: of the workers' engines, as in `engines.make_engine`.
     rows:    samples that a worker draws together. A worker that dies loses as many.
 
     Every call of `sample` or `sample_ids` starts its workers anew, which takes tens of seconds: give it many prompts.
@@ -43,13 +43,15 @@ class RayEngine(Engine):
         inner: str = "native",
         weights: str | None = None,
         rows: int = MAX_BATCH,
+        cache_tokens: int = 0,
     ):
         if inner not in ENGINES:
             raise ValueError(f"inner is {inner!r}, but must be one of: {', '.join(ENGINES)}.")
         for name, value in (("workers", workers), ("rows", rows)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, but must be at least 1.")
-        self.base, self.workers, self.inner, self.weights, self.rows = base, workers, inner, weights, rows
+        self.base, self.workers, self.inner, self.rows = base, workers, inner, rows
+        self.held = {"weights": weights, "rows": rows, "cache_tokens": cache_tokens}
         self.name = inner  # the samples are those of the inner engine, whatever the number of workers
         self.tokenizer = models.load_tokenizer(base)
         adapter = models.adapter_config(base)
@@ -118,7 +120,7 @@ class RayEngine(Engine):
         with warnings.catch_warnings(action="ignore", category=ray.util.annotations.RayDeprecationWarning):
             dataset = dataset.map_batches(
                 _Worker,
-                fn_constructor_args=(self.base, self.inner, self.weights, self.rows, self.workers, drawing, until),
+                fn_constructor_args=(self.base, self.inner, self.held, self.workers, drawing, until),
                 batch_size=None,  # a whole block
                 batch_format="pyarrow",
                 # A batch that waited behind another one could not go to a worker that has nothing left to do.
@@ -167,9 +169,9 @@ class RayEngine(Engine):
 class _Worker:
     """An engine in a process of its own; draws for one batch of prompts after the other."""
 
-    def __init__(self, base: str, inner: str, weights: str | None, rows: int, workers: int, drawing: dict, until):
+    def __init__(self, base: str, inner: str, held: dict, workers: int, drawing: dict, until):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-        self.engine = make_engine(inner, base, weights=weights, rows=rows)
+        self.engine = make_engine(inner, base, **held)
         self.drawing, self.until = drawing, until
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -73,6 +73,7 @@ def sample(
     first: int = 0,
     until: Until | None = None,
     max_batch: int = MAX_BATCH,
+    cache_tokens: int = 0,
     progress: str | None = None,
 ) -> list[list[Sample]]:
     """Draw `n` completions for every prompt; `result[i][j]` is sample number first + j of prompt i.
@@ -88,6 +89,8 @@ def sample(
     first: number of the first sample. n = 8 and later first = 8, n = 8 give what n = 16 gives at once.
     until: stop drawing for a prompt once it holds, as in `draw_until`; by default all n are drawn.
     max_batch: rows in flight; lower it if the keys and values of a large model do not fit in memory.
+    cache_tokens: tokens whose keys and values are held at once, every prompt's once and `max_new_tokens` of every row;
+        so short prompts are drawn with more rows than long ones. 0: no bound but max_batch.
     progress: label of a progress bar on standard output; None prints nothing.
 
     Raises ValueError for arguments out of range, equal keys, empty prompts, and prompts that with `max_new_tokens`
@@ -109,6 +112,7 @@ def sample(
         until=until,
         tokenizer=tokenizer,
         max_batch=max_batch,
+        cache_tokens=cache_tokens,
         progress=progress,
     )
 
@@ -129,6 +133,7 @@ def sample_ids(
     until: Until | None = None,
     tokenizer=None,
     max_batch: int = MAX_BATCH,
+    cache_tokens: int = 0,
     progress: str | None = None,
 ) -> list[list[Sample]]:
     """`sample` for prompts that are token ids already (with <bos>, if the model wants one).
@@ -143,6 +148,7 @@ def sample_ids(
     if until is not None:
         options = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed, "top_p": top_p}
         options |= {"top_k": top_k, "stop": stop, "tokenizer": tokenizer, "max_batch": max_batch}
+        options |= {"cache_tokens": cache_tokens}
 
         def draw(numbers, number):
             ids, names = [prompt_ids[i] for i in numbers], [keys[i] for i in numbers]
@@ -163,9 +169,11 @@ def sample_ids(
     # Bars go to standard output, since notebooks here keep standard error empty.
     bar = progress_bar(progress, len(rows), "sample")
     with bar, _sampling_mode(model), torch.inference_mode():
-        size = min(max_batch, MAX_PROMPTS * n)
-        for start in range(0, len(rows), size):
-            block = rows[start : start + size]
+        start = 0
+        while start < len(rows):
+            longest = len(prompt_ids[rows[start][0]])
+            size = rows_at_once(min(max_batch, MAX_PROMPTS * n), n, longest, max_new_tokens, cache_tokens)
+            block, start = rows[start : start + size], start + size
             numbers = list(dict.fromkeys(i for i, _ in block))
             prompts = [prompt_ids[i] for i in numbers]
             owners = [numbers.index(i) for i, _ in block]
@@ -177,6 +185,15 @@ def sample_ids(
                 bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
                 bar.update()
     return results
+
+
+def rows_at_once(rows: int, samples: int, prompt: int, completion: int, cache_tokens: int) -> int:
+    """The most of `rows` rows, `samples` of each prompt, that hold keys and values of at most so many tokens (0: any
+    number): `prompt` of every prompt and `completion` of every row. At least one, whatever it holds."""
+    if not cache_tokens:
+        return rows
+    whole, left = divmod(cache_tokens, prompt + samples * completion)
+    return max(min(rows, whole * samples + max((left - prompt) // completion, 0)), 1)
 
 
 def draw_until(

@@ -145,6 +145,7 @@ class HardwareSettings:
     micro_batch: int = 0  # rows (pairs, completions) per forward and backward pass; 0 = the batch at once
     recompute: bool = False  # activations in the backward pass: less memory, more time
     rollout_rows: int = MAX_BATCH  # completions that the native sampler draws at once
+    cache_tokens: int = 0  # tokens whose keys and values it holds outside PPO; 0 = no bound but the rows
     engine: str = "native"  # who samples; "vllm", or "auto": vllm where it is installed
     rollout_engine: str = "native"  # who draws PPO's rollouts, the same; vllm is for adapters in one process
     workers: int = 1  # processes of Ray's that sample, on one machine or many; 1 = without Ray
@@ -153,7 +154,7 @@ class HardwareSettings:
         _check("hardware.weights", self.weights, ("float32", "bfloat16", "nf4"))
         for name in ("engine", "rollout_engine"):
             _check(f"hardware.{name}", getattr(self, name), ("native", "vllm", "auto"))
-        for name, least in (("micro_batch", 0), ("rollout_rows", 1), ("workers", 1)):
+        for name, least in (("micro_batch", 0), ("rollout_rows", 1), ("cache_tokens", 0), ("workers", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"hardware.{name} is {getattr(self, name)}, but must be at least {least}")
 
@@ -228,7 +229,9 @@ PRESETS["tiny-lora"] = PRESETS["tiny"] | _LORA_RATES | {"lora": LoraSettings(ran
 # 29 % is kept of an adapter's changes of 1e-5, and 99 % of those of 1e-4.
 _DPO = DPOSettings(epochs=3.0, learning_rate=1e-5, step_learning_rate=1e-5, batch=32, beta=0.1)
 _CARD = HardwareSettings(weights="bfloat16", micro_batch=4, recompute=True, rollout_rows=128, engine="auto")
-_FULL_CARD = replace(_CARD, rollout_engine="auto")  # 80 GB hold the base twice
+_FULL_CARD = replace(
+    _CARD, micro_batch=8, rollout_rows=256, cache_tokens=96_000, rollout_engine="auto"
+)  # 80 GB hold the base twice
 
 
 def _self_explore(base: str, rollout_rows: int) -> dict:
@@ -274,13 +277,13 @@ _LLAMA = {
     "hardware": _FULL_CARD,
 }  # fmt: skip
 
-# rollout_rows of the Llamas: the most few-shot prompts of 1,400 tokens, whose keys and values take 0.5 MiB each, that
-# fit by smlib.memory (results/memory_stages_7b.csv); nobody measured it. A fourth of that memory trains all stages.
+# Llama's keys and values take half a MiB a token. All stages fit with a tenth to spare, by smlib.memory
+# (results/memory_stages_7b.csv); nobody measured it.
 # Mistral keeps a quarter of the others' keys and values. DeepSeek's revision is not pinned: what the Hub serves runs.
 LARGE = {
     "llama2-7b": _LLAMA,
-    "llama2-7b-40gb": _LLAMA | {"hardware": replace(_CARD, micro_batch=2, rollout_rows=16)},
-    "llama2-7b-24gb": _LLAMA | {"hardware": replace(_CARD, weights="nf4", micro_batch=1, rollout_rows=16)},
+    "llama2-7b-40gb": _LLAMA | {"hardware": replace(_CARD, rollout_rows=128, cache_tokens=32_000)},
+    "llama2-7b-24gb": _LLAMA | {"hardware": replace(_CARD, weights="nf4", rollout_rows=64, cache_tokens=24_000)},
     "small": _LLAMA | {
         "base": "Qwen/Qwen2.5-0.5B@060db6499f32faf8b98477b0a26969ef7d8b9987",
         "hardware": replace(_CARD, micro_batch=2, rollout_rows=64),

@@ -21,8 +21,9 @@ LAST_NUMBER = re.compile(r"\d+(?:\.\d+)?(?!.*\d)", re.DOTALL)
 
 def worked(problem: Problem) -> list[str]:
     """The equations of the file's own solution, the last three."""
-    row = read_pinned("gsm8k/train.jsonl").splitlines()[int(problem.id.rsplit("/", 1)[1])]
-    found = re.findall("<<(.*?)=(.*?)>>", json.loads(row)["answer"])
+    path, number = problem.id.rsplit("/", 1)
+    row = json.loads(read_pinned(f"{path}.jsonl").splitlines()[int(number)])
+    found = re.findall("<<(.*?)=(.*?)>>", row["answer"])
     return [f"{left} = {right}." for left, right in found][-3:] or [f"It is {problem.answer}."]
 
 
@@ -40,11 +41,12 @@ def solutions(problem: Problem) -> list[str]:
 
 
 def make_base(settings: Settings, folder: Path, epochs: int = 40) -> str:
-    """Write the base into a folder, whose name is returned; it knows the questions of stages 01, 03 and 04."""
+    """Write the base into a folder, whose name is returned; it knows the questions of all stages, the test's too."""
     torch.manual_seed(0)
     asked, tokenizer, model = pipeline.ppo_problems(settings), models.load_tokenizer(), models.load_policy()
     problems = pipeline.training_problems(settings) + pipeline.second_problems(settings)
     problems += [problem for update in range(settings.ppo.updates) for problem in asked(update)]
+    problems += [problem for group in pipeline.test_problems(settings).values() for problem in group]
     rows = [
         (
             models.encode_prompt(tokenizer, prompts.open_prompt(problem)),
