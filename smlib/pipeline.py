@@ -506,7 +506,7 @@ def load_trainable(settings: Settings, path: str | Path):
 
 
 def whole(model, settings: Settings, path: str | Path):
-    """A model that `load_trainable` gave and that was trained, with all weights in each process, whatever sharded them."""
+    """A model of `load_trainable`'s after its training, with all weights in each process, whatever sharded them."""
     if not any(isinstance(weight, DTensor) for weight in model.parameters()):
         return model
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, ignore_frozen_params=True))
