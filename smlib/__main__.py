@@ -380,9 +380,9 @@ def _check_values(sources: dict, values: dict) -> None:
 
 def _claim(out: Path, values: dict) -> None:
     """Make the run folder ours; refuse one that holds another run."""
-    found = _read(out / "run.json") or values
-    for name in found | values:
-        mine, other = values.get(name, "(not set)"), found.get(name, "(not set)")
+    asked, found = _deciding(values), _deciding(_read(out / "run.json") or values)
+    for name in found | asked:
+        mine, other = asked.get(name, "(not set)"), found.get(name, "(not set)")
         if mine != other:
             raise RunError(
                 f"{out} holds a run with {name} = {other!r}, and now {name} = {mine!r} is asked for: "
@@ -390,6 +390,14 @@ def _claim(out: Path, values: dict) -> None:
             )
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     _write(out / "run.json", values)
+
+
+def _deciding(values: dict) -> dict:
+    """Without the hardware's settings that change no result: a run may go on with others."""
+    changed = dict(values.get("OVERRIDES", {}))
+    hardware = changed.pop("hardware", {})
+    changed["hardware"] = {name: hardware[name] for name in ("weights", "engine", "rollout_engine") if name in hardware}
+    return values | {"OVERRIDES": {group: value for group, value in changed.items() if value != {}}}
 
 
 class _Engine(NBClientEngine):

@@ -53,7 +53,7 @@ class _LikelihoodTrainer(SharedBatches, RewardTrainer):
     tokens have the same probabilities in both, cancel in the difference, and are therefore not even summed.
 
     Of a step's micro batches, in all processes, each counts by its pairs, and in the second loss by its tokens, as in
-    one whole batch. An idle pair, whose sides are equal, has a loss of log 2 and no gradient; it is taken off.
+    one whole batch. An idle pair has a loss of log 2 that nothing can change; it is taken off.
     """
 
     beta: float
@@ -68,6 +68,8 @@ class _LikelihoodTrainer(SharedBatches, RewardTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         whole = self.accelerator.unwrap_model(model)  # which is called through what wraps it, so that that sees it
         logprobs = _ForwardRedirection()(model, whole, partial(models.packed_logprobs, whole), inputs)
+        # of an idle pair not even the rounding of two gradients that cancel, which Adam would take for small ones
+        logprobs = logprobs.where(inputs["targets"] != self.processing_class.pad_token_id, 0)
         chosen, rejected = self.beta * models.sum_rows(logprobs, inputs["rows"]).view(-1, 2).T
         pairs, tokens = self._pairs_and_tokens(inputs)
         pairwise, nll = pair_loss(chosen, rejected), -logprobs[self._learned(inputs)].sum() / max(tokens, 1)
