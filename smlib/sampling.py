@@ -169,11 +169,9 @@ def sample_ids(
     # Bars go to standard output, since notebooks here keep standard error empty.
     bar = progress_bar(progress, len(rows), "sample")
     with bar, _sampling_mode(model), torch.inference_mode():
-        start = 0
-        while start < len(rows):
-            longest = len(prompt_ids[rows[start][0]])
-            size = rows_at_once(min(max_batch, MAX_PROMPTS * n), n, longest, max_new_tokens, cache_tokens)
-            block, start = rows[start : start + size], start + size
+        lengths = [len(prompt_ids[i]) for i in order]
+        for first_row, last_row in _blocks(lengths, n, min(max_batch, MAX_PROMPTS * n), max_new_tokens, cache_tokens):
+            block = rows[first_row:last_row]
             numbers = list(dict.fromkeys(i for i, _ in block))
             prompts = [prompt_ids[i] for i in numbers]
             owners = [numbers.index(i) for i, _ in block]
@@ -194,6 +192,17 @@ def rows_at_once(rows: int, samples: int, prompt: int, completion: int, cache_to
         return rows
     whole, left = divmod(cache_tokens, prompt + samples * completion)
     return max(min(rows, whole * samples + max((left - prompt) // completion, 0)), 1)
+
+
+def _blocks(lengths: list[int], n: int, rows: int, completion: int, cache_tokens: int) -> Iterator[tuple[int, int]]:
+    """Spans of rows, n for each prompt of these lengths (the longest first), that are drawn together."""
+    start, total = 0, n * len(lengths)
+    while start < total:
+        size = rows_at_once(rows, n, lengths[start // n], completion, cache_tokens)
+        if cache_tokens:  # a prompt in two blocks would be held twice
+            size = size - size % n if size >= n and start % n == 0 else min(size, n - start % n)
+        yield start, start + size
+        start += size
 
 
 def draw_until(

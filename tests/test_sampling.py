@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
 from tokenizers import Tokenizer, decoders, processors
@@ -357,3 +359,41 @@ def test_prompts_of_ids_that_cannot_be_sampled_are_named(model):
         sample_ids(model, [[]], 1, temperature=1.0, max_new_tokens=2, seed=0)
     with pytest.raises(ValueError, match="need a tokenizer"):
         sample_ids(model, [[1]], 1, temperature=1.0, max_new_tokens=2, seed=0, stop=("x",))
+
+
+@given(
+    st.integers(1, 512), st.integers(1, 16), st.integers(1, 2_000), st.integers(1, 512), st.integers(0, 100_000)
+)  # fmt: skip
+def test_rows_at_once_hold_no_more_tokens_than_allowed_and_no_fewer_rows_than_fit(rows, samples, prompt, drawn, tokens):
+    def held(count):
+        return -(-count // samples) * prompt + count * drawn
+
+    found = sampling.rows_at_once(rows, samples, prompt, drawn, tokens)
+    assert 1 <= found <= rows
+    if not tokens:
+        assert found == rows
+    else:
+        assert found == 1 or held(found) <= tokens
+        assert found == rows or held(found + 1) > tokens
+
+
+def test_a_bound_on_the_tokens_held_changes_no_sample_but_the_rows_that_step_together(model, monkeypatch):
+    seen, real = [], sampling._complete_block
+
+    def watched(model, prompts, owners, *rest):
+        seen.append((len(prompts), len(owners)))
+        return real(model, prompts, owners, *rest)
+
+    monkeypatch.setattr(sampling, "_complete_block", watched)
+    prompts = [[1, 2, 3], [4, 5], [6] * 40]
+    options = {"temperature": 1.0, "max_new_tokens": 10, "seed": 0}
+    free = sample_ids(model, prompts, 4, **options)
+    bound = sample_ids(model, prompts, 4, cache_tokens=85, **options)
+    assert seen == [(3, 12), (1, 4), (1, 4), (1, 4)]
+    seen.clear()
+    sample_ids(model, prompts, 4, cache_tokens=90, **options)
+    assert seen == [(1, 4), (2, 8)]
+    seen.clear()
+    sample_ids(model, prompts, 4, cache_tokens=70, **options)
+    assert seen == [(1, 3), (1, 1), (1, 4), (1, 4)]  # the long prompt does not fit with four rows
+    assert [[one.token_ids for one in group] for group in bound] == [[one.token_ids for one in group] for group in free]
