@@ -271,8 +271,8 @@ _LLAMA = {
     "hardware": replace(_CARD, rollout_rows=32),
 }  # fmt: skip
 
-# rollout_rows of the Llamas: the most few-shot prompts of 1,400 tokens, whose keys and values take 0.5 MiB each, that
-# fit by smlib.memory (results/memory_stages_7b.csv); nobody measured it. A fourth of that memory trains all stages.
+# rollout_rows of the Llamas: the most few-shot prompts of 1,400 tokens (0.5 MiB of keys and values each token) that fit
+# by smlib.memory, with a tenth to spare (results/memory_stages_7b.csv). Nobody measured it; training takes half of it.
 # Mistral keeps a quarter of the others' keys and values. DeepSeek's revision is not pinned: what the Hub serves runs.
 LARGE = {
     "llama2-7b": _LLAMA,
