@@ -63,7 +63,7 @@ def test_every_phase_is_within_15_percent_of_what_is_allocated(case):
 
 
 # A tile of logits is 32,768 wide whatever the vocabulary, so it takes most of a small model's SFT and DPO.
-TALL = bench.llama(hidden=128, layers=12, kv=2, intermediate=344, vocab=500)
+TALL = bench.llama(hidden=128, layers=6, kv=2, intermediate=344, vocab=500)
 STAGES = {
     "sampling": (DEEP, Sampling("float32", 8, 1, 60, 20)),
     "sampling, many samples of a bfloat16 model": (SPEAKING, Sampling("bfloat16", 32, 8, 30, 20)),
@@ -71,7 +71,6 @@ STAGES = {
     "SFT, micro batches of an adapter": (WIDE, Training("sft", "bfloat16", 4, True, 2, True, completion=20)),
     "reward": (WIDE, Training("reward", rows=1, accumulated=True, completion=20)),
     "reward, adapter": (TALL, Training("reward", "bfloat16", 4, rows=1, completion=40)),
-    "reward, recompute": (SPEAKING, Training("reward", "float32", 4, True, 4, completion=40)),
     "DPO": (WIDE, Training("dpo", rows=1, completion=20)),
     "DPO, adapter of a bfloat16 base": (TALL, Training("dpo", "bfloat16", 4, rows=1, completion=60)),
 }
@@ -291,7 +290,7 @@ def test_parts_are_not_negative_and_sum_to_the_peak(choices):
 
 
 @given(CHOICES, st.floats(1e9, 3e11))
-@settings(max_examples=100)
+@settings(max_examples=50)
 def test_the_way_to_fit_leads_there(choices, capacity):
     found = memory.fit(LLAMA_2_7B, choices, capacity)
     assert found.fits == (memory.peak(LLAMA_2_7B, choices)[1] <= capacity)
