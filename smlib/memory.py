@@ -610,7 +610,7 @@ def stages(config: LlamaConfig, settings: Settings, *, prompt: int, shown: int) 
     judged = {"weights": model_bytes(config, hardware.weights), "scratch": scoring_work(config, judge)}
     tuned, paired = (training(config, train(kind, getattr(settings, kind).batch)) for kind in ("sft", "dpo"))
     continued = draw(1, prompt + limit)  # a prefix, which may be a whole rationale
-    found = {
+    return {
         "01_sampling": _fullest(first),
         "02_sft": tuned,
         "03_second_sampling": draw(sizes.samples, prompt),
@@ -625,7 +625,6 @@ def stages(config: LlamaConfig, settings: Settings, *, prompt: int, shown: int) 
         "06_outcome_dpo": paired,
         "06_evaluation": _fullest(answers(prompt)),
     }
-    return found
 
 
 def _fullest(moments: Iterable[dict[str, float]]) -> dict[str, float]:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
+from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
+from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-from smlib import memory, models, reward_model, sampling
+from smlib import memory, models, rationales, reward_model, sampling
 from smlib.memory import LLAMA_2_7B, Choices, Sampling, Training
 from smlib.settings import preset
 
@@ -21,7 +23,13 @@ SPEC.loader.exec_module(bench)
 
 SMALL = bench.llama(hidden=64, layers=2, kv=2, intermediate=160, vocab=300)
 TIED = bench.llama(hidden=64, layers=2, intermediate=160, vocab=300, tied=True)
+LENGTHS = bench.LENGTHS
 LORA_7B = Choices(layout="adapters", value="model", reward="adapter", frozen="bfloat16", precision="bfloat16")
+
+
+def replace_hardware(settings, **changes):
+    return replace(settings, hardware=replace(settings.hardware, **changes))
+
 
 # ---- measured ------------------------------------------------------------------------------------------------
 
@@ -55,15 +63,14 @@ def test_every_phase_is_within_15_percent_of_what_is_allocated(case):
 
 
 # A tile of logits is 32,768 wide whatever the vocabulary, so it takes most of a small model's SFT and DPO.
-TALL = bench.llama(hidden=128, layers=12, kv=2, intermediate=344, vocab=500)
+TALL = bench.llama(hidden=128, layers=6, kv=2, intermediate=344, vocab=500)
 STAGES = {
     "sampling": (DEEP, Sampling("float32", 8, 1, 60, 20)),
     "sampling, many samples of a bfloat16 model": (SPEAKING, Sampling("bfloat16", 32, 8, 30, 20)),
     "SFT": (TALL, Training("sft", rows=2, completion=60)),
     "SFT, micro batches of an adapter": (WIDE, Training("sft", "bfloat16", 4, True, 2, True, completion=20)),
     "reward": (WIDE, Training("reward", rows=1, accumulated=True, completion=20)),
-    "reward, adapter": (DEEP, Training("reward", "bfloat16", 4, rows=4, completion=40)),
-    "reward, recompute": (SPEAKING, Training("reward", "float32", 4, True, 4, completion=40)),
+    "reward, adapter": (TALL, Training("reward", "bfloat16", 4, rows=1, completion=40)),
     "DPO": (WIDE, Training("dpo", rows=1, completion=20)),
     "DPO, adapter of a bfloat16 base": (TALL, Training("dpo", "bfloat16", 4, rows=1, completion=60)),
 }
@@ -185,11 +192,59 @@ def test_the_reward_model_s_batches_are_those_of_its_scoring():
     assert inspect.signature(reward_model.score).parameters["tokens_per_batch"].default == memory.SCORED_TOKENS
 
 
+def test_a_tile_of_logits_is_that_of_trl_and_an_answer_that_of_stage_2():
+    assert (memory.HEAD_TOKENS, memory.HEAD_WIDTH) == (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)
+    assert f"max_new_tokens={memory.REANSWERED}," in inspect.getsource(rationales.reanswer)
+
+
+@pytest.mark.parametrize("kind", memory.TRAINED)
+def test_what_a_training_holds(kind):
+    model, adapter = memory.model_bytes(SMALL, "float32"), 4 * memory.lora_parameters(SMALL, 4)
+    whole, lora = (memory.training(SMALL, Training(kind, rank=rank)) for rank in (0, 4))
+    reference = kind == "dpo"  # the model, or the adapter, as it was
+    assert whole["weights"] == model * (1 + reference) and whole["moments"] == 2 * model
+    assert lora["weights"] == model + adapter * (1 + reference) and lora["moments"] == 2 * adapter
+
+
+def test_a_sliding_window_has_the_keys_of_the_prompt_for_every_row():
+    plan = Sampling("bfloat16", rollout_rows=8, samples=8, prompt=100, completion=16)
+    plain, sliding = (MistralConfig(sliding_window=window) for window in (None, 4_096))
+    token = 2 * 2 * plain.num_hidden_layers * plain.num_key_value_heads * plain.head_dim
+    assert memory.cache(plain, plan) == token * (100 + 8 * 16)
+    assert memory.cache(sliding, plan) == token * 8 * 116
+
+
+def test_the_stages_of_llama_2_7b_by_hand():
+    settings = preset("llama2-7b-40gb", "gsm8k")
+    found = memory.stages(LLAMA_2_7B, settings, **LENGTHS)
+    assert settings.hardware.rollout_rows == 16 and settings.sampling.max_new_tokens == 256
+    token = 2 * 32 * 4096 * 2  # half a MiB: keys and values of all layers in bfloat16
+    assert found["01_sampling"]["cache"] == 16 * (1400 + 256) * token  # conditioned rationales, to be answered
+    assert found["03_second_sampling"]["cache"] == (2 * 256 + 16 * 256) * token  # 16 rows of 2 questions
+    assert found["06_exploration"]["cache"] == 16 * (256 + 256 + 256) * token  # prefixes
+    assert {parts["weights"] for name, parts in found.items() if "sampling" in name} == {2 * 6_738_415_616}
+    adapter = 4 * 39_976_960
+    assert found["06_step_dpo"]["weights"] == 2 * 6_738_415_616 + 2 * adapter
+    assert found["02_sft"]["gradients"] == adapter and found["02_sft"]["moments"] == 2 * adapter
+    assert found["02_sft"] == found["06_rft"]
+    assert all(set(parts) <= set(memory.PARTS) for parts in found.values())
+
+
 def test_choices_of_settings():
     tiny = memory.choices_of(preset("tiny"), prompt=64)
     assert tiny == Choices(reward="model", rank=1, prompt=64)
     lora = memory.choices_of(preset("tiny-lora"), prompt=64)
     assert (lora.layout, lora.reward, lora.value, lora.rank) == ("adapters", "adapter", "model", 16)
+    card = memory.choices_of(preset("llama2-7b-24gb", "gsm8k"), prompt=64)
+    assert (card.frozen, card.precision, card.recompute) == ("nf4", "bfloat16", True)
+    assert (card.minibatch, card.accumulated, card.rollout_rows) == (1, True, 16)
+
+
+def test_gradients_stay_while_they_accumulate():
+    for choices in (BASE, replace(BASE, value="model"), replace(BASE, **ADAPTED)):
+        parts = memory.update(SMALL, replace(choices, accumulated=True))
+        assert parts["gradients"] == 4 * sum(memory.trained(SMALL, choices).values())
+        assert memory.total(parts) > memory.total(memory.update(SMALL, choices))
 
 
 # ---- properties ----------------------------------------------------------------------------------------------
@@ -235,7 +290,7 @@ def test_parts_are_not_negative_and_sum_to_the_peak(choices):
 
 
 @given(CHOICES, st.floats(1e9, 3e11))
-@settings(max_examples=100)
+@settings(max_examples=50)
 def test_the_way_to_fit_leads_there(choices, capacity):
     found = memory.fit(LLAMA_2_7B, choices, capacity)
     assert found.fits == (memory.peak(LLAMA_2_7B, choices)[1] <= capacity)
@@ -262,6 +317,45 @@ def test_one_card_suffices():
     assert memory.fit(LLAMA_2_7B, replace(recipe, frozen="nf4"), 24e9).fits
 
 
+@pytest.mark.parametrize(("name", "card"), [("llama2-7b", 80e9), ("llama2-7b-40gb", 40e9), ("llama2-7b-24gb", 24e9)])
+def test_the_presets_of_llama_2_7b_fit_their_cards_in_all_stages(name, card):
+    settings = preset(name, "gsm8k")
+    assert memory.fit_run(LLAMA_2_7B, settings, 0.9 * card, **LENGTHS).fits
+    rows = 2 * settings.hardware.rollout_rows  # are the most, as a power of two
+    twice = memory.fit_run(LLAMA_2_7B, replace_hardware(settings, rollout_rows=rows), 0.9 * card, **LENGTHS)
+    assert twice.way == [("hardware.rollout_rows", rows // 2, twice.way[0][2])] and twice.found == settings
+
+
+def test_a_stage_that_does_not_fit_names_the_settings_that_make_it():
+    settings = replace_hardware(preset("llama2-7b", "gsm8k"), recompute=False, micro_batch=0)
+    found = memory.fit_stages(LLAMA_2_7B, settings, 80e9, **LENGTHS)
+    assert list(found) == list(memory.stages(LLAMA_2_7B, settings, **LENGTHS))
+    assert {name for name, one in found.items() if not one.fits} == {
+        "02_sft", "03_reward_model", "04_ppo", "06_rft", "06_step_dpo", "06_outcome_dpo"
+    }  # fmt: skip
+    assert found["02_sft"].way[0][:2] == ("hardware.recompute", True)
+    assert "needed (in 02_sft) of 80.0 GB: does not fit." in str(found["02_sft"])
+    half = memory.setting_knobs(settings)["hardware.micro_batch"].hardware.micro_batch
+    assert half == 32 and settings.sft.batch == 64  # divides the batches of all stages
+
+
+def test_a_run_is_made_to_fit_by_settings_that_are_allowed():
+    settings = preset("llama2-7b", "gsm8k", lora={"rank": 0}, hardware={"weights": "float32"})
+    found = memory.fit_run(LLAMA_2_7B, settings, 40e9, **LENGTHS)
+    assert not found.fits and ("lora.rank", 16) in [step[:2] for step in found.way]
+    assert memory.fit_run(LLAMA_2_7B, found.found, 40e9, **LENGTHS).fits
+    assert memory.fit_run(LLAMA_2_7B, settings, 1e9, **LENGTHS).found is None
+
+
+def test_the_table_of_stages_says_which_cards_suffice():
+    settings = preset("llama2-7b-24gb", "gsm8k")
+    rows = memory.stage_table(LLAMA_2_7B, [settings], **LENGTHS)
+    assert [row["stage"] for row in rows] == list(memory.stages(LLAMA_2_7B, settings, **LENGTHS))
+    assert all(row["fits 24 GB"] for row in rows)
+    for row in rows:
+        assert sum(row[f"{part} GiB"] for part in memory.PARTS) == pytest.approx(row["peak GiB"], abs=0.05)
+
+
 def test_the_table_has_a_row_for_each_of_the_choices():
     [row] = memory.table(LLAMA_2_7B, [LORA_7B])
     parts = sum(row[f"{part} GiB"] for part in memory.PARTS)
@@ -284,6 +378,13 @@ def test_the_table_has_a_row_for_each_of_the_choices():
 def test_bad_choices_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Choices(**change)
+
+
+def test_bad_trainings_are_refused():
+    with pytest.raises(ValueError, match="kind 'rft' is unknown; choose one of: sft, reward, dpo"):
+        Training("rft")
+    with pytest.raises(ValueError, match="frozen 'nf4' needs a rank"):
+        Training("sft", "nf4")
 
 
 def test_other_architectures_are_refused():
