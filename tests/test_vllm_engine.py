@@ -5,10 +5,10 @@ It needs an environment of its own, with vLLM's build for CPUs: `make test-vllm`
 
 import os
 
-import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from processes import children
 from scipy.stats import chisquare
 
 from smlib import models, sampling
@@ -215,10 +215,6 @@ def test_the_folder_of_an_adapter_is_a_model(native, tmp_path):
 def test_an_adapter_needs_an_engine_that_takes_one(engine, tmp_path):
     with pytest.raises(ValueError, match="this engine takes no adapter: make it with lora_rank="):
         engine.load_adapter(tmp_path)
-
-
-def children():
-    return set(psutil.Process().children(recursive=True))
 
 
 def test_a_closed_engine_leaves_no_process():

@@ -2,9 +2,9 @@
 
 import os
 
-import psutil
 import pytest
 import torch
+from processes import children
 
 from smlib import evaluation, explore, explore_pipeline, models, pipeline
 from smlib.artifacts import StageMismatch, require
@@ -42,7 +42,7 @@ def eager():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, eager):
     run, settings = tmp_path_factory.mktemp("runs") / "vllm", small("auto")
-    before = set(psutil.Process().children(recursive=True))
+    before = children()
     pipeline.sample_rationales(run, settings, progress=False)
     pipeline.rank_rationales(run, settings)
     pipeline.train_sft(run, settings, progress=False)
@@ -50,8 +50,7 @@ def finished(tmp_path_factory, eager):
     explore_pipeline.select(run, settings)
     explore_pipeline.train_rft(run, settings, progress=False)
     explore_pipeline.find_pits(run, settings, progress=False)
-    left = set(psutil.Process().children(recursive=True)) - before
-    assert not [one for one in left if "resource_tracker" not in " ".join(one.cmdline())]
+    assert not children() - before
     return run
 
 
