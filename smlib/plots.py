@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from textwrap import indent
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -125,12 +124,14 @@ def print_steps(problem: Problem, text: str) -> None:
     Lines of a published dataset, which the checker does not know, stand there without one.
     """
     rationale, sentence = split_answer(text)
-    if not knows(problem.dataset):
-        print(indent(rationale.strip("\n"), "         "))
-    for check in check_steps(problem, rationale) if knows(problem.dataset) else ():
-        print(f"  {'right' if check.correct else 'WRONG'}  {check.line}")
-        if not check.correct:
-            print(f"         {check.reason}")
+    if knows(problem.dataset):
+        for check in check_steps(problem, rationale):
+            print(f"  {'right' if check.correct else 'WRONG'}  {check.line}")
+            if not check.correct:
+                print(f"         {check.reason}")
+    else:
+        for line in rationale.strip().split("\n"):
+            print(f"         {line.strip()}")
     verdict = grade(text, problem)
     print(f"  {'right' if verdict.correct else 'WRONG'}  {sentence or '(no answer sentence)'} [{verdict.reason}]")
 

@@ -5,11 +5,12 @@ import re
 
 import pytest
 
-from smlib import results
+from smlib import plots, results
 from smlib.__main__ import main
 from smlib.artifacts import Stage, require
 from smlib.evaluation import accuracy_interval, mean_interval, paired_test
 from smlib.pipeline import test_problems as questions_of
+from smlib.problems import Problem
 from smlib.prompts import answer_sentence
 from smlib.settings import preset
 from smlib.steps import worked_solution
@@ -42,6 +43,15 @@ def test_outcome_judges_answer_and_steps(problem):
     assert results.outcome(problem, solution(problem, wrong_step=True)) == "right, a step wrong"
     assert results.outcome(problem, solution(problem, answer=other(problem))) == "wrong"
     assert results.outcome(problem, " Nobody knows.") == "no answer"
+
+
+def test_of_a_published_task_the_answer_alone_is_judged():
+    eggs = Problem("gsm8k/test/0", "gsm8k", "How many eggs?", "3", "number")
+    texts = [" 1 + 2 = 3.\nThe answer is 3.", " 2.\nThe answer is 3.", " 1.\nThe answer is 1.", ""]
+    assert [results.outcome(eggs, text) for text in texts] == ["right", "right", "wrong", "no answer"]
+    shares = results.outcome_shares([eggs], [{"sampled_texts": texts}])
+    assert shares == {"right": 50, "wrong": 25, "no answer": 25}
+    assert set(shares) | set(results.OUTCOMES) == set(plots.OUTCOME_COLOURS)
 
 
 def test_outcome_shares_add_up(problem):

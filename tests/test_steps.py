@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from smlib.pretraining import write
 from smlib.problems import KINDS, TASKS, Problem, generate
-from smlib.steps import check_steps, first_wrong_step, is_sound, parse, worked_solution
+from smlib.steps import check_steps, first_wrong_step, is_sound, knows, parse, worked_solution
 
 
 def problem(dataset, question, answer, choices=()):
@@ -200,6 +200,11 @@ def test_damage_to_one_line_is_found_at_that_line(task, data):
 def test_a_question_in_another_wording_is_refused(asked):
     with pytest.raises(ValueError, match=f"{asked.id}: not a question of a generated task in its wording"):
         check_steps(asked, "some step")
+
+
+def test_which_datasets_the_checker_knows():
+    assert knows(*TASKS) and all(knows(task) for task in TASKS)
+    assert not any(knows(name) for name in KINDS if name not in TASKS) and not knows("coin_flip", "gsm8k")
 
 
 def test_parse_gives_the_facts():
