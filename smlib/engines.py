@@ -36,6 +36,7 @@ class Engine:
 
     name: str
     tokenizer: PreTrainedTokenizerBase
+    shard = 256  # questions to ask for in one call, where calls are many: what a killed run loses
 
     def sample(self, prompts: list[str], n: int, *, keys: list[str], **drawing) -> list[list[Sample]]:
         check_prompts(prompts)

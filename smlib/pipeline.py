@@ -10,7 +10,7 @@ import copy
 import random
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -444,10 +444,9 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     return stage
 
 
-def _add_scores(judge, tokenizer, sets: dict[str, list[Problem]], answered: list[dict]) -> None:
+def _add_scores(judge, tokenizer, problems: Sequence[Problem], answered: list[dict]) -> None:
     """Add "scores", the reward of each sampled text, to the rows of `evaluate`."""
-    by_id = {problem.id: problem for problems in sets.values() for problem in problems}
-    asked = [by_id[row["id"]] for row in answered for _ in row["sampled_texts"]]
+    asked = [problem for problem, row in zip(problems, answered, strict=True) for _ in row["sampled_texts"]]
     texts = [text for row in answered for text in row["sampled_texts"]]
     scores = iter(reward_model.score(judge, tokenizer, asked, texts))
     for row in answered:
@@ -565,7 +564,7 @@ def to_disk(stage: Stage, name: str, engine: Engine) -> Bulk:
 
     They are deleted at the stage's end, whose rows say the same; the stage itself checks the settings.
     """
-    return Bulk(stage.folder / SHARDS / name, engine, {"stage": stage.fingerprint}, shard=256)
+    return Bulk(stage.folder / SHARDS / name, engine, {"stage": stage.fingerprint}, engine.shard)
 
 
 def _pairs(rows: list[dict], settings: Settings) -> list[dict]:

@@ -11,6 +11,7 @@ takes the speeds' place. notebooks/08_on_a_gpu.ipynb holds both to what was meas
 """
 
 import re
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
@@ -420,7 +421,8 @@ def describe(settings: Settings, assumed: Assumed = Assumed()) -> str:
         lines += [f"{title:66}{max(needed[one.stage] for one in mine) / 1e9:8.1f}{cells}", ""]
     lines += ["Hours are computed from data sheets, not measured; - : does not fit the card.", ""]
     for name, card in CARDS.items():
-        lines.append(f"{name}: {fit(settings, config, found, card.memory)}")
+        result = f"{name}: {fit(settings, config, found, card.memory)}"
+        lines += textwrap.wrap(result, 128, subsequent_indent="  ", break_on_hyphens=False)
     sizes = disk(settings, config, done)
     lines += ["", f"Disk: {sum(sizes.values()) / 1e9:.0f} GB"]
     lines += [f"  {size / 1e9:6.1f} GB  {what}" for what, size in sizes.items()]

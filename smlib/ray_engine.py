@@ -36,6 +36,8 @@ class RayEngine(Engine):
     Every call of `sample` or `sample_ids` starts its workers anew, which takes tens of seconds: give it many prompts.
     """
 
+    shard = 4_096  # a call takes long to begin
+
     def __init__(
         self,
         base: str,
