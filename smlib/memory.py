@@ -663,7 +663,8 @@ def setting_knobs(settings: Settings) -> dict[str, Settings]:
         "lora.rank": replace(settings, lora=replace(settings.lora, rank=settings.lora.rank or 16)),
     }
     if settings.lora.rank:
-        rounded = _with(settings, weights=less)
+        beside = "native" if less == "nf4" else hardware.rollout_engine  # vLLM would not round
+        rounded = _with(settings, weights=less, rollout_engine=beside)
         turned["hardware.weights"] = replace(rounded, ppo=replace(ppo, precision="bfloat16"))
     return {name: found for name, found in turned.items() if attrgetter(name)(found) != attrgetter(name)(settings)}
 

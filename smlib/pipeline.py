@@ -168,7 +168,7 @@ def sample_rationales(run_dir: Path, settings: Settings, progress: bool = True) 
 
     Writes problems.jsonl and rationales.jsonl.
     """
-    stage = Stage(run_dir, "01_sampling", stage_keys(settings, "sampling") | engine_key(settings.hardware.engine))
+    stage = Stage(run_dir, "01_sampling", stage_keys(settings, "sampling") | engine_key(settings))
     if stage.done:
         return stage
     with stage.recording(), load_engine(settings, settings.base) as engine:
@@ -248,7 +248,7 @@ def sample_again(run_dir: Path, settings: Settings, progress: bool = True) -> St
     """
     tuned = require(run_dir, "02_sft")
     keys = stage_keys(settings, "sampling", "ranking") | {"questions": settings.reward.questions}
-    stage = Stage(run_dir, "03_second_sampling", keys | engine_key(settings.hardware.engine), inputs=[tuned])
+    stage = Stage(run_dir, "03_second_sampling", keys | engine_key(settings), inputs=[tuned])
     if stage.done:
         return stage
     with stage.recording(), load_engine(settings, tuned.path("model")) as engine:
@@ -322,7 +322,7 @@ def train_policy(
     tuned, rewarder = require(run_dir, "02_sft"), require(run_dir, "03_reward_model")
     keys = stage_keys(settings, "ppo") | {"reward": reward}
     if method == "ppo":
-        keys |= engine_key(settings.hardware.rollout_engine)
+        keys |= engine_key(settings, "rollout_engine")
     stage = Stage(run_dir, f"04_{method}", keys, inputs=[tuned, rewarder])
     if stage.done:
         return stage
@@ -363,20 +363,11 @@ def make_roles(settings: Settings, tuned: Stage, rewarder: Stage) -> Roles:
 
 
 def rollout_engine(settings: Settings, tuned: Stage) -> Engine | None:
-    """vLLM for PPO's rollouts, where the settings want it; None: our own sampler.
-
-    Raises ValueError with a base of 4 bits: vLLM would draw from the weights as they were before they were rounded.
-    """
-    hardware = settings.hardware
-    if chosen(hardware.rollout_engine) == "native":
+    """vLLM for PPO's rollouts, where the settings want it; None: our own sampler."""
+    if chosen(settings.hardware.rollout_engine) == "native":
         return None
-    if hardware.weights == "nf4":
-        raise ValueError(
-            "hardware.rollout_engine = 'vllm' with hardware.weights = 'nf4' would draw from weights that are not those "
-            "that train: give rollout_engine = 'native', or weights = 'bfloat16'"
-        )
     options = {"lora_rank": settings.lora.rank, "share": ROLLOUT_SHARE}
-    return make_engine("vllm", str(tuned.path("model")), weights=hardware.weights, **options)
+    return make_engine("vllm", str(tuned.path("model")), weights=settings.hardware.weights, **options)
 
 
 def make_reward(formula: str, rewarder: Stage, tokenizer, roles: Roles | None = None) -> Reward:
@@ -416,7 +407,7 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     trained = require(run_dir, "04_ppo")
     published, missing = published_problems(settings)
     files = {name: {"rows": len(found), **pinned_files(found[0].dataset)} for name, found in published.items()}
-    keys = stage_keys(settings, "evaluation") | {"published_sets": files} | engine_key(settings.hardware.engine)
+    keys = stage_keys(settings, "evaluation") | {"published_sets": files} | engine_key(settings)
     stage = Stage(run_dir, "05_evaluation", keys, inputs=[tuned, rewarder, trained])
     if stage.done:
         return stage
@@ -583,10 +574,11 @@ def stage_keys(settings: Settings, *groups: str) -> dict:
     return common | {group: asdict(getattr(settings, group)) for group in groups}
 
 
-def engine_key(name: str) -> dict:
+def engine_key(settings: Settings, who: str = "engine") -> dict:
     """What a stage that samples depends on too: who draws, unless it is the native engine. The number of workers
     is no key: the samples are the same."""
-    return {} if chosen(name) == "native" else {"engine": chosen(name)}
+    name = chosen(getattr(settings.hardware, who))
+    return {} if name == "native" else {"engine": name}
 
 
 def _drawing(settings: Settings) -> dict:

@@ -184,6 +184,11 @@ class Settings:
                 f"hardware.weights = {self.hardware.weights!r} with lora.rank = 0 would train weights of three digits "
                 "or fewer, in which small updates are lost: give lora.rank from 1, or hardware.weights = 'float32'"
             )
+        if self.hardware.rollout_engine != "native" and (not self.lora.rank or self.hardware.weights == "nf4"):
+            raise ValueError(
+                f"hardware.rollout_engine = {self.hardware.rollout_engine!r} takes over adapters of a base that is not "
+                "rounded to 4 bits: give lora.rank from 1 and other hardware.weights, or rollout_engine = 'native'"
+            )
         if self.sampling.shots != "none" and "chain_arithmetic" in self.tasks:
             raise ValueError(
                 f"preset {self.preset!r} shows exemplars (sampling.shots = {self.sampling.shots!r}), and task "
@@ -230,7 +235,7 @@ PRESETS["tiny-lora"] = PRESETS["tiny"] | _LORA_RATES | {"lora": LoraSettings(ran
 _DPO = DPOSettings(epochs=3.0, learning_rate=1e-5, step_learning_rate=1e-5, batch=32, beta=0.1)
 _CARD = HardwareSettings(weights="bfloat16", micro_batch=4, recompute=True, rollout_rows=128, engine="auto")
 _FULL_CARD = replace(
-    _CARD, micro_batch=8, rollout_rows=256, cache_tokens=96_000, rollout_engine="auto"
+    _CARD, micro_batch=8, rollout_rows=256, cache_tokens=90_000, rollout_engine="auto"
 )  # 80 GB hold the base twice
 
 

@@ -272,7 +272,6 @@ def _make_trainer(
         epsilon=settings.clip,
         max_grad_norm=settings.max_grad_norm,
         disable_dropout=True,
-        activation_checkpointing=recompute,
         bf16=False,  # `_logprobs` has the precision
         use_cpu=policy.device.type == "cpu",
         seed=seed,
@@ -283,7 +282,7 @@ def _make_trainer(
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        **{RECOMPUTING: settings.recompute},
+        **{RECOMPUTING: recompute},
         **options,
     )
     trainer = trainer_class(

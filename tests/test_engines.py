@@ -55,7 +55,7 @@ def test_the_engine_is_made_as_the_settings_say(monkeypatch):
     asked = []
     monkeypatch.setattr(pipeline, "make_engine", lambda *names, **options: asked.append((names, options)))
     pipeline.load_engine(small(engine="auto", rollout_rows=7, workers=2), "some/model")
-    assert asked == [(("auto", "some/model"), {"weights": "float32", "rows": 7, "workers": 2})]
+    assert asked == [(("auto", "some/model"), {"weights": "float32", "rows": 7, "cache_tokens": 0, "workers": 2})]
     with make_engine("native", "tiny", weights="bfloat16", rows=7) as engine:
         assert (str(engine.model.dtype), engine.max_batch) == ("torch.bfloat16", 7)
 

@@ -217,11 +217,12 @@ def test_a_sliding_window_has_the_keys_of_the_prompt_for_every_row():
 def test_the_stages_of_llama_2_7b_by_hand():
     settings = preset("llama2-7b-40gb", "gsm8k")
     found = memory.stages(LLAMA_2_7B, settings, **LENGTHS)
-    assert settings.hardware.rollout_rows == 16 and settings.sampling.max_new_tokens == 256
+    assert (settings.hardware.rollout_rows, settings.hardware.cache_tokens) == (128, 32_000)
+    assert settings.sampling.max_new_tokens == 256 and settings.sampling.samples == 8
     token = 2 * 32 * 4096 * 2  # half a MiB: keys and values of all layers in bfloat16
-    assert found["01_sampling"]["cache"] == 16 * (1400 + 256) * token  # conditioned rationales, to be answered
-    assert found["03_second_sampling"]["cache"] == (2 * 256 + 16 * 256) * token  # 16 rows of 2 questions
-    assert found["06_exploration"]["cache"] == 16 * (256 + 256 + 256) * token  # prefixes
+    assert found["01_sampling"]["cache"] == 32_000 // (1400 + 256) * (1400 + 256) * token  # conditioned rationales
+    assert found["03_second_sampling"]["cache"] == (112 // 8 * 256 + 112 * 256) * token
+    assert found["06_exploration"]["cache"] == 32_000 // (3 * 256) * 3 * 256 * token  # prefixes
     assert {parts["weights"] for name, parts in found.items() if "sampling" in name} == {2 * 6_738_415_616}
     adapter = 4 * 39_976_960
     assert found["06_step_dpo"]["weights"] == 2 * 6_738_415_616 + 2 * adapter
@@ -237,7 +238,7 @@ def test_choices_of_settings():
     assert (lora.layout, lora.reward, lora.value, lora.rank) == ("adapters", "adapter", "model", 16)
     card = memory.choices_of(preset("llama2-7b-24gb", "gsm8k"), prompt=64)
     assert (card.frozen, card.precision, card.recompute) == ("nf4", "bfloat16", True)
-    assert (card.minibatch, card.accumulated, card.rollout_rows) == (1, True, 16)
+    assert (card.minibatch, card.accumulated, card.rollout_rows) == (4, True, 64)
 
 
 def test_gradients_stay_while_they_accumulate():

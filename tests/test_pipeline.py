@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from smlib import models, pipeline, ppo, vllm_engine
+from smlib import engines, models, pipeline, ppo, vllm_engine
 from smlib.artifacts import StageError, StageMismatch, require
 from smlib.engines import NativeEngine
 from smlib.problems import TASKS
@@ -196,25 +196,26 @@ def test_with_lora_the_other_methods_train_an_adapter(with_adapters):
 
 
 class Recorded:
-    def __init__(self, base, **options):
-        self.base, self.options = base, options
+    def __init__(self, base, rank, **options):
+        self.base, self.rank, self.options = base, rank, options
 
 
-def test_vllm_draws_ppos_rollouts_for_adapters_of_a_base_that_is_not_rounded(with_adapters, monkeypatch):
+def test_vllm_draws_ppos_rollouts_where_the_settings_want_it(with_adapters, monkeypatch):
     run, settings = with_adapters
     tuned = require(run, "02_sft")
     monkeypatch.setattr(vllm_engine, "VLLMEngine", Recorded)
+    monkeypatch.setattr(engines, "find_spec", lambda name: True)
 
-    def engine(rank=4, **hardware):
-        plan = replace(settings, lora=replace(settings.lora, rank=rank))
-        return pipeline.rollout_engine(replace(plan, hardware=replace(plan.hardware, **hardware)), tuned)
+    def engine(**hardware):
+        return pipeline.rollout_engine(replace(settings, hardware=replace(settings.hardware, **hardware)), tuned)
 
-    found = engine(engine="vllm", weights="bfloat16")
-    assert found.base == str(run / "02_sft" / "model")
-    assert found.options == {"lora_rank": 4, "dtype": "bfloat16", "gpu_memory_utilization": 0.35}
-    others = ({"engine": "native"}, {"engine": "auto"}, {"engine": "vllm", "weights": "nf4"})  # vllm is not installed
-    assert [engine(**hardware) for hardware in others] == [None] * 3
-    assert engine(rank=0, engine="vllm") is None
+    for name in ("auto", "vllm"):
+        found = engine(rollout_engine=name, weights="bfloat16")
+        assert (found.base, found.rank) == (str(run / "02_sft" / "model"), settings.lora.rank)
+        assert found.options == {"dtype": "bfloat16", "gpu_memory_utilization": 0.35}
+    assert engine(engine="vllm") is None
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    assert engine(rollout_engine="auto") is None
 
 
 def test_what_ppo_takes_of_the_hardware(with_adapters, monkeypatch, tmp_path):

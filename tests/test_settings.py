@@ -73,6 +73,15 @@ def test_a_whole_number_may_stand_for_a_fraction():
         (lambda: preset("llama2-7b", "chain_arithmetic"), "task 'chain_arithmetic' has none: choose another task"),
         (lambda: preset("tiny", "aqua"), "task 'aqua' is unknown"),
         (lambda: preset("tiny", hardware={"weights": "bfloat16"}), "lora.rank = 0 would train weights of three digits"),
+        (
+            lambda: preset("tiny", hardware={"rollout_engine": "vllm"}),
+            "takes over adapters of a base",
+        ),
+        (
+            lambda: preset("llama2-7b-24gb", "gsm8k", hardware={"rollout_engine": "auto"}),
+            "hardware.rollout_engine = 'auto' takes over adapters",
+        ),
+        (lambda: preset("tiny", hardware={"cache_tokens": -1}), "hardware.cache_tokens is -1, but must be at least 0"),
         (lambda: preset("tiny", hardware={"weights": "int8"}), "hardware.weights 'int8' is unknown; choose one of: fl"),
         (lambda: preset("tiny", seed=-1), "seed -1 is not allowed; give a whole number from 0"),
         (lambda: preset("tiny", seed="1"), "seed '1' is not allowed"),
