@@ -28,9 +28,8 @@ from pathlib import Path
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"  # what a stage that has begun and not ended was asked to do
 LESS_MEMORY = (
-    "Lower hardware.rollout_rows (sampling) or hardware.micro_batch (training; ppo.minibatch in stage 04), set "
-    "hardware.recompute = True (ppo.recompute in stage 04), or begin another run with hardware.weights = 'bfloat16' or "
-    "'nf4'."
+    "Lower hardware.rollout_rows or hardware.cache_tokens (sampling) or hardware.micro_batch (training), set "
+    "hardware.recompute = True, or begin another run with hardware.weights = 'bfloat16' or 'nf4'."
 )
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets")
 

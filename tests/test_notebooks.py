@@ -35,9 +35,9 @@ def outputs(notebook):
     return [output for cell in code(notebook) for output in cell.outputs]
 
 
-def test_the_notebooks_of_both_systems_exist():
+def test_the_notebooks_exist():
     main_line = ["00_start_here", "01_sampling", "02_ranking", "03_reward_model", "04_ppo", "05_evaluation"]
-    assert [path.stem for path in PATHS] == [*main_line, "06_self_explore"]
+    assert [path.stem for path in PATHS] == [*main_line, "06_self_explore", "08_on_a_gpu"]
 
 
 def test_it_is_a_valid_notebook_of_readable_length(notebook):
