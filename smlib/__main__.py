@@ -228,13 +228,14 @@ def stage(args) -> int:
 
     Raises ValueError for an unknown name, and in several processes for a stage that they do not share, before any work.
     """
-    from smlib import explore_pipeline, pipeline
+    from smlib import explore_pipeline, pipeline, plan
 
     settings, stages = settings_of(args), pipeline.STAGES | explore_pipeline.STAGES
     if unknown := [name for name in args.names if name not in stages]:
         raise ValueError(f"stage {unknown[0]!r} is unknown; choose from: {', '.join(stages)}")
     names = [name for name in stages if name in (args.names or pipeline.STAGES)]
     pipeline.refuse_processes(names)
+    plan.check(settings)
     run = pipeline.run_folder(args.out or "", args.preset, args.task, args.seed)
     main = pipeline.launched().is_main_process
     with _luck_warned_of_once():

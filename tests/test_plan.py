@@ -185,7 +185,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, 
     gsm8k()
     monkeypatch.setattr(plan, "_free_memory", lambda: (8e9, "this machine"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for command in ("run", "explore"):
+    for command in ("run", "stage", "policy", "explore"):
         out = tmp_path / command
         assert main([command, "--preset", "llama2-7b", "--task", "gsm8k", "--out", str(out)]) == 1
         error = capsys.readouterr().err

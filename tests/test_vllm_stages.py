@@ -2,6 +2,7 @@
 
 import os
 
+import pandas as pd
 import pytest
 import torch
 from processes import children
@@ -93,3 +94,18 @@ def test_exploration_and_evaluation_are_what_the_engine_draws_and_the_model_says
             expected = models.token_logprobs(logits, torch.tensor(attempt.sample.token_ids))
             worst = max(worst, (torch.tensor(attempt.sample.logprobs) - expected).abs().max().item())
     assert worst < 1e-4
+
+
+def test_ppo_draws_by_vllm_from_the_adapter_as_it_learns(tmp_path):
+    """The first update draws from the adapter at zero, the later ones from what has moved; float32 on both sides."""
+    moving = {"updates": 4, "learning_rate": 5e-3, "warmup_updates": 0}
+    settings = preset(
+        "smoke", "chain_arithmetic", **SMALL, lora={"rank": 4}, ppo=moving, hardware={"rollout_engine": "vllm"}
+    )
+    before = children()
+    pipeline.before_policy(tmp_path, settings, progress=False)
+    trained = pipeline.train_policy(tmp_path, settings, progress=False)
+    assert trained.settings["engine"] == "vllm" and not children() - before
+    log = pd.read_csv(trained.path("training/log.csv"))
+    assert len(log) == 4 and log["engine_gap"].max() < 1e-3
+    assert log["kl"].iloc[-1] > 100 * log["engine_gap"].iloc[-1]  # so a lost adapter would show
