@@ -3,7 +3,8 @@
     settings = preset("llama2-7b", "gsm8k")
     print(describe(settings))                  # python -m smlib run --preset llama2-7b --task gsm8k --dry-run
     check(settings)                            # raises DoesNotFit, with the knob to turn
-    hours(work(settings), measure(settings, run_dir))   # at speeds measured on this machine
+    at = measure(settings, folder)             # speeds of the model in a folder, on this machine
+    {one.stage: hours(one, at) for one in work(settings)}
 
 Tokens come from the questions themselves; how many rationales will be right, how long they get and how fast a card is
 has to be assumed: the assumptions are the constants below, and `describe` prints them. Once a model is there, `measure`

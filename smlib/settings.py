@@ -137,8 +137,8 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class HardwareSettings:
-    """What a large model needs to fit a GPU; with all but `weights` and `engine` the results are the same up to
-    rounding."""
+    """What a large model needs to fit a GPU, and who draws; with all but `weights` and the engines the results are the
+    same up to rounding."""
 
     weights: str = "float32"  # precision that models are loaded in; "bfloat16", in which merging an adapter rounds; or
     # "nf4": 4 bits a weight (QLoRA, 2305.14314), by the extra gpu; stages write bfloat16, rounded anew when loaded
