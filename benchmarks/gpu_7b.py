@@ -4,12 +4,12 @@
     PYTHONPATH=. python benchmarks/gpu_7b.py --shape small --out FOLDER    # a minute on one CPU core, to test this file
 
 The weights are random (speed and memory do not depend on them), so nothing is downloaded, and one card of 80 GB will
-do. It takes transformers as pinned (5.17 cannot yet be asked to recompute activations as smlib asks it) and peft; the
-sections sft, reward and dpo take trl and datasets too, nf4 takes bitsandbytes, and each of them says so in a row where
-they are missing. A machine that has torch but no network gets the others as wheels in a folder:
+do. It takes transformers and peft; the sections sft, reward and dpo take trl and datasets too, nf4 takes bitsandbytes,
+and each of them says so in a row where they are missing. A machine that has torch but no network gets the others as
+wheels in a folder:
 
-    python -m pip install --no-index --no-deps --target /tmp/site WHEELS/*.whl
-    PYTHONUNBUFFERED=1 PYTHONPATH=/tmp/site:. python benchmarks/gpu_7b.py --out "$OUT"
+    python -m pip install --no-index --no-deps --target site-packages WHEELS/*.whl
+    PYTHONUNBUFFERED=1 PYTHONPATH=site-packages:. python benchmarks/gpu_7b.py --out "$OUT"
 
 The table is written anew after every section, so that a run that is killed leaves what it had. A section that fails
 leaves a row that says why, and the next one runs; one that would not end in time is not begun. Only a whole run of
