@@ -1,4 +1,4 @@
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, asdict
 
 import pytest
 
@@ -102,3 +102,18 @@ def test_a_whole_number_may_stand_for_a_fraction():
 def test_what_is_not_allowed_is_refused_with_what_is(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_rehearsal_takes_every_path_of_code_that_llama2_7b_takes():
+    """Of what decides a path nothing differs, but that a laptop has no exemplars to show and no vLLM to ask for."""
+    small, large = preset("rehearsal", "coin_flip"), preset("llama2-7b", "coin_flip")
+    for group in ("ranking", "lora"):
+        assert getattr(small, group) == getattr(large, group)
+    held, wanted = asdict(small.hardware), asdict(large.hardware)
+    paths = ("weights", "recompute", "workers")
+    assert [held[name] for name in paths] == [wanted[name] for name in paths] and held["micro_batch"]
+    assert held["micro_batch"] < min(small.sft.batch, small.reward.batch, small.dpo.batch, small.ppo.minibatch)
+    numbers = ("updates", "episodes", "minibatch", "warmup_updates", "learning_rate", "value_learning_rate")
+    ppo = {name: value for name, value in asdict(large.ppo).items() if name not in (*numbers, "max_new_tokens")}
+    assert ppo.items() <= asdict(small.ppo).items()
+    assert (small.reward.pairs, small.sft.source) == (large.reward.pairs, large.sft.source)
