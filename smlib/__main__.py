@@ -55,6 +55,10 @@ def main(argv: list[str] | None = None) -> int:
 
             return pretraining.main(argv[1:]) or 0
         args = _parser().parse_args(argv)
+        if getattr(args, "task", "") is None:
+            from smlib.settings import default_task
+
+            args.task = default_task(args.preset)
         if args.command == "results":
             from smlib import results
 
@@ -153,8 +157,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_settings(parser: argparse.ArgumentParser, out: str) -> None:
     """The options that say what a run is."""
     parser.add_argument("--preset", default="tiny", help="tiny (default), smoke, rehearsal, llama2-7b, ...")
-    tasks = "a generated task such as coin_flip, a published dataset such as gsm8k, or all (default) generated ones"
-    parser.add_argument("--task", default="all", help=tasks)
+    tasks = "a generated task such as coin_flip, a published dataset such as gsm8k (default of the large presets), or "
+    parser.add_argument("--task", help=tasks + "all generated ones (default of the others)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="in place of the preset's: a folder, or a hub id, best with @REVISION")
     change = "change a setting (ppo.updates=10) or a notebook's parameter (REWARD=checker); repeatable"

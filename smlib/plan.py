@@ -34,6 +34,7 @@ STEPS = 3.5  # prefixes explored of a wrong rationale; at k = 4 half of the comp
 DRAW_SHARE, READ_SHARE, TRAIN_SHARE = 0.6, 0.5, 0.4  # reached of bandwidth (drawing) and of operations (the others)
 LAUNCH = 0.7e-3  # seconds per layer and step that transformers takes at least; 32 layers: 22 ms
 BUSY = 0.9  # rows of the sampler that still draw, on average (measured on a CPU: 227 of 256)
+WIDTH = 108  # characters of the plan's lines
 VLLM_ROWS = 256  # that vLLM draws at once; it starts its kernels as a graph, and LAUNCH does not hold
 
 
@@ -412,22 +413,22 @@ def describe(settings: Settings, assumed: Assumed = Assumed()) -> str:
     config, found, done = config_of(settings.base), lengths(settings, assumed.solution), work(settings, assumed)
     needed = peaks(settings, config, found)
     at = {name: speeds(config, settings, card, found) for name, card in CARDS.items()}
-    lines = [_headline(settings, config), "", _header()]
+    lines = [*textwrap.wrap(_headline(settings, config), WIDTH), "", *_header()]
     for group, title in (("0[1-5]", "Self-motivated Learning"), ("06", "Self-Explore, after 01 and 02")):
         mine = [one for one in done if re.match(group, one.stage)]
         lines += [_line(one, needed[one.stage], at) for one in mine]
         fitting = {name: max(needed[one.stage] for one in mine) <= CARDS[name].memory for name in CARDS}
         sums = {name: sum(hours(one, at[name]) for one in mine) for name in CARDS}
-        cells = "".join(f"{f'{sums[name]:.1f}' if fitting[name] else '-':>13}" for name in CARDS)
-        lines += [f"{title:66}{max(needed[one.stage] for one in mine) / 1e9:8.1f}{cells}", ""]
+        cells = "".join(f"{f'{sums[name]:.1f}' if fitting[name] else '-':>11}" for name in CARDS)
+        lines += [f"{title:57}{max(needed[one.stage] for one in mine) / 1e9:7.1f}{cells}", ""]
     lines += ["Hours are computed from data sheets, not measured; - : does not fit the card.", ""]
     for name, card in CARDS.items():
         result = f"{name}: {fit(settings, config, found, card.memory)}"
-        lines += textwrap.wrap(result, 128, subsequent_indent="  ", break_on_hyphens=False)
+        lines += textwrap.wrap(result, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     sizes = disk(settings, config, done)
     lines += ["", f"Disk: {sum(sizes.values()) / 1e9:.0f} GB"]
     lines += [f"  {size / 1e9:6.1f} GB  {what}" for what, size in sizes.items()]
-    return "\n".join([*lines, "", *_assumptions(settings, found, assumed)])
+    return "\n".join([*lines, "", *textwrap.wrap(_assumptions(settings, found, assumed), WIDTH)])
 
 
 def _headline(settings: Settings, config) -> str:
@@ -438,25 +439,25 @@ def _headline(settings: Settings, config) -> str:
     return f"{settings.preset} on {', '.join(settings.tasks)}: {model}"
 
 
-def _header() -> str:
-    return f"{'stage':22}{'samples':>9}{'read':>8}{'drawn':>8}{'scored':>9}{'trained':>9}{'GB':>9}" + "".join(
-        f"{name:>13}" for name in CARDS
-    )
+def _header() -> list[str]:
+    columns = f"{'stage':19}{'samples':>8}{'read':>7}{'drawn':>7}{'scored':>8}{'trained':>8}{'GB':>7}"
+    cards = "".join(f"{name:>11}" for name in CARDS)
+    return [f"{'tokens, millions':>57}{'':7}{'hours, computed':>{11 * len(CARDS)}}", columns + cards]
 
 
 def _line(one: Work, needed: float, at: dict[str, Speeds]) -> str:
-    tokens = "".join(f"{amount / 1e6:{width}.2f}" for amount, width in zip(astuple(one)[2:], (8, 8, 9, 9), strict=True))
-    cells = "".join(f"{hours(one, at[name]):13.2f}" if needed <= CARDS[name].memory else f"{'-':>13}" for name in CARDS)
-    return f"{one.stage:22}{one.samples:9,.0f}{tokens}{needed / 1e9:9.1f}{cells}"
+    tokens = "".join(f"{amount / 1e6:{width}.2f}" for amount, width in zip(astuple(one)[2:], (7, 7, 8, 8), strict=True))
+    cells = "".join(f"{hours(one, at[name]):11.2f}" if needed <= CARDS[name].memory else f"{'-':>11}" for name in CARDS)
+    return f"{one.stage:19}{one.samples:8,.0f}{tokens}{needed / 1e9:7.1f}{cells}"
 
 
-def _assumptions(settings: Settings, found: Lengths, assumed: Assumed) -> list[str]:
+def _assumptions(settings: Settings, found: Lengths, assumed: Assumed) -> str:
     counted = "counted" if models.weights_sha256(settings.base) else "estimated"
-    return [
+    return (
         f"Tokens, {counted}: {found.question:.0f} of a question, {found.longest:.0f} of the longest, "
-        f"{found.shown:.0f} of the exemplars, {found.conditioned:.0f} of those with given answers.",
+        f"{found.shown:.0f} of the exemplars, {found.conditioned:.0f} of those with given answers. "
         f"Assumed: {100 * assumed.base:.0f} % of the base's samples right, {100 * assumed.tuned:.0f} % of the tuned "
         f"model's; {assumed.solution:.0f} tokens a rationale. Drawing at {100 * DRAW_SHARE:.0f} % of a card's "
         f"bandwidth and {1000 * LAUNCH:.1f} ms a layer and step besides, reading at {100 * READ_SHARE:.0f} %, training "
-        f"at {100 * TRAIN_SHARE:.0f} % of its operations.",
-    ]
+        f"at {100 * TRAIN_SHARE:.0f} % of its operations."
+    )

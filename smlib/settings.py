@@ -316,6 +316,11 @@ PRESETS["rehearsal"] = _LLAMA | {
 }  # fmt: skip
 
 
+def default_task(name: str) -> str:
+    """What a preset is for where nothing is said: GSM8K for large models, else all generated tasks."""
+    return "gsm8k" if name in LARGE else "all"
+
+
 def preset(name: str, task: str = "all", seed: int = 0, **overrides) -> Settings:
     """Settings of a named preset for one task, or for "all" of the generated ones.
 

@@ -166,8 +166,9 @@ def test_disk_of_llama_2_7b():
 def test_a_dry_run_prints_the_plan_and_writes_nothing(name, tmp_path, capsys):
     gsm8k()
     out = tmp_path / "run"
-    assert main(["run", "--preset", name, "--task", "gsm8k", "--dry-run", "--out", str(out)]) == 0
+    assert main(["run", "--preset", name, "--dry-run", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
+    assert shown.startswith(f"{name} on gsm8k: ") and max(map(len, shown.splitlines())) <= 110
     for wanted in ("01_sampling", "06_exploration", "RTX 4090", "H100 80 GB", "Disk: ", "Assumed: ", "not measured"):
         assert wanted in shown
     assert not out.exists()
