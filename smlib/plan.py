@@ -15,7 +15,7 @@ import re
 import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from statistics import mean
 
 import psutil
@@ -403,6 +403,22 @@ def disk(settings: Settings, config, done: list[Work]) -> dict[str, float]:
         "reward model, policy, value, and PPO's checkpoint with its moments": trained * (1 + 4 * values),
         "rationales and answers": sum(samples.values()) * 1e3 + 6 * sum(work.drawn for work in done),
     }
+
+
+def rows(settings: Settings, assumed: Assumed = Assumed()) -> list[dict]:
+    """The plan as rows, one for every stage and card: samples, tokens, GB at the fullest moment, and hours (None where
+    the stage does not fit the card)."""
+    config, found = config_of(settings.base), lengths(settings, assumed.solution)
+    needed, made = peaks(settings, config, found), []
+    at = {name: speeds(config, settings, card, found) for name, card in CARDS.items()}
+    for one in work(settings, assumed):
+        counts = {name: round(value) for name, value in asdict(one).items() if name != "stage"}
+        row = {"preset": settings.preset, "task": " ".join(settings.tasks), "stage": one.stage} | counts
+        row |= {"GB": round(needed[one.stage] / 1e9, 3)}
+        for name, card in CARDS.items():
+            fits = needed[one.stage] <= card.memory
+            made.append(row | {"card": name, "hours": round(hours(one, at[name]), 4) if fits else None})
+    return made
 
 
 # ---- the plan as a text --------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
 """The plan against arithmetic by hand, against what runs really did, and against the machine."""
 
 import json
+import re
 from dataclasses import astuple
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +17,7 @@ from smlib.plan import Assumed, Card, Lengths, Speeds, Work
 from smlib.problems import DatasetError, load
 from smlib.settings import preset
 
+ROOT = Path(__file__).parents[1]
 LENGTHS = Lengths(question=70, longest=200, shown=700, conditioned=900, solution=100)
 ALWAYS = Assumed(base=0.5, tuned=0.5, distinct=1.0, solution=50)
 
@@ -218,3 +222,22 @@ def test_every_stage_that_is_planned_has_a_memory():
     settings = preset("llama2-7b", "coin_flip")
     needed = memory.stages(memory.LLAMA_2_7B, settings, prompt=100, shown=200)
     assert {one.stage for one in plan.work(settings)} <= set(needed)
+
+
+def test_the_tables_of_readme_and_docs_are_those_of_the_results():
+    """results/plan_7b.csv, which notebook 08 writes."""
+    found = pd.read_csv(ROOT / "results" / "plan_7b.csv")
+    readme, scaling = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/scaling.md"))
+    for preset_, card in (
+        ("llama2-7b-24gb", "RTX 4090"), ("llama2-7b-40gb", "A100 40 GB"), ("llama2-7b", "A100 80 GB"),
+        ("llama2-7b", "H100 80 GB"), ("small", "RTX 4090"),
+    ):  # fmt: skip
+        mine = found[(found["preset"] == preset_) & (found["card"] == card)]
+        fullest = mine.loc[mine["GB"].idxmax()]
+        trains = mine["stage"].str.contains("sft|reward|rft|dpo")
+        first = mine["stage"] < "06"
+        sums = [f"{mine['hours'][part].sum():.1f}" for part in (first, ~first)]
+        trained = f"{mine['GB'][trains].max():.1f}"
+        row = rf"\| `{preset_}`[^|]* \| {card} \| [^|]* \| {fullest['GB']:.1f} "
+        assert re.search(rf"{row}\| {trained} \| {sums[0]} \| {sums[1]} \|", readme), (preset_, card)
+        assert re.search(rf"{row}\({fullest['stage']}\) \| {sums[0]} \| {sums[1]} \|", scaling), (preset_, card)
