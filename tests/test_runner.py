@@ -364,6 +364,9 @@ def test_what_carriage_returns_wrote_over_is_not_kept(text, shown):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    bool(os.environ.get("SML_DATA_DIR")), reason="test_notebook_runs.py runs them on published questions"
+)
 def test_the_smoke_pipeline_runs_from_end_to_end(tmp_path):
     if not list((ROOT / "notebooks").glob("*.ipynb")):
         pytest.skip("there are no notebooks yet")
