@@ -265,15 +265,13 @@ def _luck_warned_of_once() -> Iterator[None]:
 
 def policy(args) -> int:
     """Train the policy of a run whose stages 01 to 03 are done, under `accelerate launch` too."""
-    from accelerate import PartialState
-
     from smlib import pipeline, plan
 
     settings = settings_of(args)
     plan.check(settings)
     run = pipeline.run_folder(args.out or "", args.preset, args.task, args.seed)
     stage = pipeline.train_policy(run, settings, args.method, args.reward, tracker=args.tracker)
-    if PartialState().is_main_process:
+    if pipeline.launched().is_main_process:
         print(f"{stage.folder}: model/ is the policy, training/log.csv its way there")
     return 0
 

@@ -15,7 +15,7 @@ import re
 import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass
 from statistics import mean
 
 import psutil
@@ -110,6 +110,12 @@ class Lengths:
     conditioned: float  # before one with a given answer
     solution: float
 
+    @property
+    def prompts(self) -> dict[str, int]:
+        """Of the longest prompts, without and with exemplars, as `memory.stages` takes them."""
+        shown = self.longest + max(self.shown, self.conditioned)
+        return {"prompt": round(self.longest), "shown": round(shown)}
+
 
 def lengths(settings: Settings, solution: float = Assumed.solution) -> Lengths:
     """Lengths of the run's training questions: exact for a base whose tokenizer is in a folder, else estimated."""
@@ -203,7 +209,7 @@ def _motivated(settings: Settings, found: Lengths, assumed: Assumed, fresh: int)
             "04_ppo", episodes, episodes / ppo.samples_per_question * found.question, episodes * found.solution,
             episodes * shared * passes, episodes * shared * trunks * ppo.epochs,
         ),
-        replace(_evaluation(settings, found, 3), stage="05_evaluation"),
+        _evaluation("05_evaluation", settings, found),
     ]  # fmt: skip
 
 
@@ -229,18 +235,19 @@ def _explored(settings: Settings, found: Lengths, assumed: Assumed) -> list[Work
             trained=pairs * (2 * text - found.solution + step) * dpo.epochs,
         ),
         Work("06_outcome_dpo", scored=pairs * 2 * text * dpo.epochs, trained=pairs * 2 * text * dpo.epochs),
-        replace(_evaluation(settings, found, 3), stage="06_evaluation"),
+        _evaluation("06_evaluation", settings, found),
     ]  # fmt: skip
 
 
-def _evaluation(settings: Settings, found: Lengths, methods: int) -> Work:
+def _evaluation(stage: str, settings: Settings, found: Lengths) -> Work:
     tests, (published, _) = pipeline.test_problems(settings), pipeline.published_problems(settings)
+    methods = 3  # in each of the two stages
     sampled = sum(map(len, tests.values()))
     asked = sampled + sum(map(len, published.values()))
     samples = methods * (asked + sampled * settings.evaluation.samples)
     read = methods * asked * found.question + asked * found.shown
     scored = methods * sampled * settings.evaluation.samples * (found.question / 4 + found.solution)
-    return Work("", samples, read, samples * found.solution, scored)
+    return Work(stage, samples, read, samples * found.solution, scored)
 
 
 # ---- speed and time ------------------------------------------------------------------------------------------
@@ -278,13 +285,8 @@ def speeds(config, settings: Settings, card: Card, found: Lengths) -> Speeds:
 
 
 def hours(done: Work, at: Speeds) -> float:
-    return (
-        sum(
-            amount / speed
-            for amount, speed in zip((done.read, done.drawn, done.scored, done.trained), astuple(at), strict=True)
-        )
-        / 3600
-    )
+    seconds = (tokens / speed for tokens, speed in zip(astuple(done)[2:], astuple(at), strict=True))
+    return sum(seconds) / 3600
 
 
 def measure(settings: Settings, path: str, questions: int = 32) -> Speeds:
@@ -296,26 +298,27 @@ def measure(settings: Settings, path: str, questions: int = 32) -> Speeds:
     problems = pipeline.training_problems(settings)[:questions]
     engine = NativeEngine(model, tokenizer, settings.hardware.rollout_rows)
     drawing = {"keys": [one.id for one in problems], "temperature": 1.0, "seed": 0}
-    asked = [prompts.open_prompt(problem) for problem in problems]
+    heads = [models.encode_prompt(tokenizer, prompts.open_prompt(problem)) for problem in problems]
 
     def draw(samples: int, tokens: int) -> list:
-        return engine.sample(asked, samples, max_new_tokens=tokens, **drawing)
+        return engine.sample_ids(heads, samples, max_new_tokens=tokens, **drawing)
 
-    reading = _seconds(lambda: draw(1, 1))
     samples, tokens = settings.sampling.samples, settings.sampling.max_new_tokens
-    drawing_all = _seconds(lambda: draw(samples, tokens)) - reading
-    drawn = draw(samples, tokens)
+    reading, _ = _timed(lambda: draw(1, 1))
+    both, drawn = _timed(lambda: draw(samples, tokens))  # reading and drawing
     texts = [(problem, one.text) for problem, found in zip(problems, drawn, strict=True) for one in found]
-    scoring = _seconds(lambda: reward_model.score(model, tokenizer, *zip(*texts, strict=True)))
-    pairs = [(models.encode_prompt(tokenizer, prompts.open_prompt(problem)), text) for problem, text in texts]
-    rows = [(head, [models.encode_completion(tokenizer, text)]) for head, text in pairs]
+    scoring, _ = _timed(lambda: reward_model.score(model, tokenizer, *zip(*texts, strict=True)))
+    rows = [
+        (head, [models.encode_completion(tokenizer, one.text)])
+        for head, found in zip(heads, drawn, strict=True)
+        for one in found
+    ]
     at_once = settings.hardware.micro_batch or settings.sft.batch
-    training = _seconds(lambda: _train(model, tokenizer, rows, at_once, settings.hardware.recompute))
-    text = sum(len(head) / samples + len(tail) for head, [tail] in rows)
+    training, _ = _timed(lambda: _train(model, tokenizer, rows, at_once, settings.hardware.recompute))
     return Speeds(
-        read=sum(len(models.encode_prompt(tokenizer, prompt)) for prompt in asked) / reading,
-        drawn=sum(len(one.token_ids) for found in drawn for one in found) / drawing_all,
-        scored=text / scoring,
+        read=sum(map(len, heads)) / reading,
+        drawn=sum(len(one.token_ids) for found in drawn for one in found) / (both - reading),
+        scored=sum(len(head) / samples + len(tail) for head, [tail] in rows) / scoring,
         trained=sum(len(head) + len(tail) for head, [tail] in rows) / training,
     )
 
@@ -323,7 +326,7 @@ def measure(settings: Settings, path: str, questions: int = 32) -> Speeds:
 def _train(model, tokenizer, rows: list, at_once: int, recompute: bool) -> None:
     """Forward and backward over all rows, sorted by length, `at_once` at a time; no optimizer step."""
     if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        getattr(model, f"{models.RECOMPUTING}_enable")({"use_reentrant": False})
     model.train()
     rows = sorted(rows, key=lambda row: len(row[0]) + len(row[1][0]))
     for start in range(0, len(rows), at_once):
@@ -333,13 +336,14 @@ def _train(model, tokenizer, rows: list, at_once: int, recompute: bool) -> None:
     model.eval()
 
 
-def _seconds(action: Callable[[], object]) -> float:
+def _timed(action: Callable[[], object]) -> tuple[float, object]:
+    """(seconds of the second time, what it gave)"""
     action()
     started = time.perf_counter()
-    action()
+    result = action()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, result
 
 
 # ---- memory and disk -----------------------------------------------------------------------------------------
@@ -351,8 +355,7 @@ class DoesNotFit(ValueError):
 
 def peaks(settings: Settings, config, found: Lengths) -> dict[str, float]:
     """Stage -> bytes at its fullest moment, every rationale taken to reach its limit."""
-    shown = found.longest + max(found.shown, found.conditioned)
-    parts = memory.stages(config, settings, prompt=round(found.longest), shown=round(shown))
+    parts = memory.stages(config, settings, **found.prompts)
     return {stage: memory.total(sizes) for stage, sizes in parts.items()}
 
 
@@ -379,8 +382,7 @@ def check(settings: Settings) -> None:
 
 def fit(settings: Settings, config, found: Lengths, capacity: float) -> memory.Fit:
     """Whether every stage fits into so many bytes, and if not, which settings to turn."""
-    shown = found.longest + max(found.shown, found.conditioned)
-    return memory.fit_run(config, settings, capacity, prompt=round(found.longest), shown=round(shown))
+    return memory.fit_run(config, settings, capacity, **found.prompts)
 
 
 def _free_memory() -> tuple[float, str]:
@@ -396,12 +398,11 @@ def disk(settings: Settings, config, done: list[Work]) -> dict[str, float]:
     held = 4 if settings.hardware.weights == "float32" else 2  # a 4-bit base is merged in bfloat16
     trained = memory.lora_parameters(config, settings.lora.rank) * 4 if settings.lora.rank else weights * held
     values = 2 if settings.ppo.value == "model" else 1
-    samples = {work.stage: work.samples for work in done}
     return {
         "the base, downloaded": 0.0 if models.weights_sha256(settings.base) else 2 * weights,
         "four models: 02_sft, 06_rft, 06_outcome_dpo, 06_step_dpo": 4 * held * weights,
         "reward model, policy, value, and PPO's checkpoint with its moments": trained * (1 + 4 * values),
-        "rationales and answers": sum(samples.values()) * 1e3 + 6 * sum(work.drawn for work in done),
+        "rationales and answers": sum(1e3 * one.samples + 6 * one.drawn for one in done),
     }
 
 
