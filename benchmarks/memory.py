@@ -10,7 +10,6 @@ smlib.reward_model.train_reward_model, smlib.dpo.train_dpo and smlib.sampling.sa
 
 import copy
 import csv
-import gc
 import math
 import tempfile
 from dataclasses import replace
@@ -81,12 +80,24 @@ class Peak:
 
     def __exit__(self, *error):
         self.profile.__exit__(*error)
-        events = self.profile.profiler.kineto_results.events()
-        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-        now = self.bytes = 0
-        for _, change in changes:
+        found = allocations(self.profile.profiler.kineto_results.experimental_event_tree())
+        now, self.bytes, held = 0, 0, set()
+        for event in sorted(found, key=lambda event: event.start_time_ns):
+            pointer, change = event.extra_fields.ptr, event.extra_fields.alloc_size
+            # The profiler remembers addresses of earlier profiles, whatever has been there since: what was not
+            # allocated within is no part of the peak, freed or not.
+            if change < 0 and pointer not in held:
+                continue
+            (held.add if change > 0 else held.discard)(pointer)
             now += change
             self.bytes = max(self.bytes, now)
+
+
+def allocations(events):
+    for event in events:
+        if event.name == "[memory]":
+            yield event
+        yield from allocations(event.children)
 
 
 def build(config: LlamaConfig, choices: Choices) -> tuple[Roles, LlamaForCausalLM | None]:
@@ -263,7 +274,6 @@ def measure_stage(config: LlamaConfig, plan: Training | Sampling) -> int:
     if isinstance(plan, Training) and plan.lora:
         model = models.add_lora(model, plan.rank, 16, "all-linear", "")
     before = held(model)
-    gc.collect()  # a trainer refers to itself; freed while the next one is measured, it would count as less
     with Peak() as peak:
         if isinstance(plan, Training):
             train(model, plan)

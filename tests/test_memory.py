@@ -53,6 +53,18 @@ MEASURED = {
 }
 
 
+def test_what_was_allocated_before_is_no_part_of_the_peak():
+    mib = 2**18  # in numbers of 4 bytes
+    with bench.Peak() as peak:
+        left = torch.zeros(8 * mib)
+        torch.zeros(2 * mib)
+    assert peak.bytes == 10 * 2**20
+    with bench.Peak() as peak:
+        del left
+        torch.zeros(3 * mib)
+    assert peak.bytes == 3 * 2**20
+
+
 @pytest.mark.parametrize("case", MEASURED)
 def test_every_phase_is_within_15_percent_of_what_is_allocated(case):
     config, choices = MEASURED[case]
