@@ -192,12 +192,15 @@ def show_data(datasets: list[str]) -> int:
 
     failed = 0
     for dataset in datasets or PUBLISHED:
-        try:
-            rows = {split: len(load(dataset, split)) for split in splits(dataset)}
-            print(f"{dataset:19}" + "".join(f"{name} {count:,}   " for name, count in rows.items()).rstrip())
-        except DatasetError as error:
-            failed += 1
-            print(f"{dataset:19}cannot be used: {error}")
+        counts, problems = [], []
+        for split in splits(dataset):
+            try:
+                counts.append(f"{split} {len(load(dataset, split)):,}")
+            except DatasetError as error:
+                problems.append(str(error))
+        failed += len(problems)
+        reasons = [f"cannot be used: {reason}" for reason in dict.fromkeys(problems)]
+        print(f"{dataset:19}" + "   ".join(counts + reasons))
     return min(failed, 1)
 
 

@@ -49,7 +49,9 @@ _PRM800K = "https://github.com/openai/prm800k/raw/00811d6de065642a6967b9017d4cee
 _EXEMPLARS = "https://raw.githubusercontent.com/itsnamgyu/reasoning-teacher/f8471666e5889e517c3bed04f9b346a1e6b8929b/"
 _GSM8K_HUB = ("openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866")
 _COMMONSENSE_QA_HUB = ("tau/commonsense_qa", "94630fe30dad47192a8546eb75f094926d47e155")
+_AQUA = "https://raw.githubusercontent.com/google-deepmind/AQuA/6e99097ff2e05b406f4ddca8cbf25e7e9efb7cb5/"
 _AQUA_HUB = ("deepmind/aqua_rat", "33301c6a050c96af81f63cad5562cb5363e88971")
+_aqua_row = _in_order("question", "options", "rationale", "correct")
 
 # Path below SML_DATA_DIR and below the cache -> what it must be and where it comes from.
 FILES = {
@@ -73,10 +75,16 @@ FILES = {
         _KOJIMA + "CommonsenseQA/dev_rand_split.jsonl",
         (*_COMMONSENSE_QA_HUB, "data/validation-00000-of-00001.parquet", _commonsense_qa_row),
     ),
+    # The SHA-256 that the Hub's own loader of this set recorded; beside it stood the one of test.json below.
+    "AQuA/train.json": Pinned(
+        "35b70c7cb1660c34d302bb932dfd3656ce3d05e8c982c797767fec31d7d1e0ba",
+        _AQUA + "train.json",
+        (*_AQUA_HUB, "raw/train-00000-of-00001.parquet", _aqua_row),
+    ),
     "AQuA/test.json": Pinned(
         "de41581881ef95c5588c44ddc701c77fd480839241dd422a0d181262af24520c",
         _KOJIMA + "AQuA/test.json",
-        (*_AQUA_HUB, "raw/test-00000-of-00001.parquet", _in_order("question", "options", "rationale", "correct")),
+        (*_AQUA_HUB, "raw/test-00000-of-00001.parquet", _aqua_row),
     ),
     "SingleEq/questions.json": Pinned(
         "051507bd2b489c257057b485774a83d2710c23a4bc0f4a58e1822ae2773ef05e",

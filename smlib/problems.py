@@ -172,7 +172,7 @@ _DATASETS = {
     "multiarith": _Dataset({"MultiArith/MultiArith.json": _EITHER}, json.loads, _word_problem),
     "gsm8k": _Dataset({"gsm8k/train.jsonl": ("train",), "gsm8k/test.jsonl": ("test",)}, _lines, _gsm8k),
     "svamp": _Dataset({"SVAMP/SVAMP.json": _EITHER}, json.loads, _svamp),
-    "aqua": _Dataset({"AQuA/test.json": ("test",)}, _lines, _aqua),
+    "aqua": _Dataset({"AQuA/train.json": ("train",), "AQuA/test.json": ("test",)}, _lines, _aqua),
     "commonsense_qa": _Dataset(
         {"CommonsenseQA/train_rand_split.jsonl": ("train",), "CommonsenseQA/dev_rand_split.jsonl": ("test",)},
         _lines,
@@ -196,8 +196,7 @@ def splits(dataset: str) -> tuple[str, ...]:
     return (*dict.fromkeys(split for named in _DATASETS[dataset].files.values() for split in named), "all")
 
 
-# What a run can be about besides TASKS.
-TRAIN_SETS = tuple(name for name in PUBLISHED if name not in TASKS and "train" in splits(name))
+TRAIN_SETS = tuple(name for name in PUBLISHED if name not in TASKS)  # what a run can be about besides TASKS
 
 
 def pinned_files(dataset: str) -> dict[str, str]:
@@ -219,9 +218,9 @@ def seventy_thirty(rows: int) -> list[str]:
 def load(dataset: str, split: str, *, data_dir: Path | None = None, limit: int | None = None) -> list[Problem]:
     """The questions of a published dataset, in file order; limit: the first so many.
 
-    split: "train" or "test", or "all" for both. gsm8k comes with a split of its own (7,473 / 1,319); commonsense_qa's
-    published development set is its "test" (9,741 / 1,221), since the test answers are secret; aqua has its test set
-    only (254). math has 7,500 / 5,000, and "test_500", the 500 of the 5,000 that PRM800K tests on. The others ship
+    split: "train" or "test", or "all" for both. gsm8k (7,473 / 1,319) and aqua (97,467 / 254) come with a split of
+    their own; commonsense_qa's published development set is its "test" (9,741 / 1,221), since the test answers are
+    secret. math has 7,500 / 5,000, and "test_500", the 500 of the 5,000 that PRM800K tests on. The others ship
     without a split and get the published one, see `seventy_thirty`: single_eq 508 rows, addsub 395, multiarith 600,
     svamp 1,000, strategy_qa 2,290, date_understanding 369, shuffled_objects 750 (three objects), last_letters 500,
     coin_flip 500. Published zero-shot accuracies of text-davinci-002 are over "all" of these.

@@ -209,7 +209,6 @@ ROWS = {  # dataset -> split -> rows, as the publishers count them
     "multiarith": {"train": 420, "test": 180, "all": 600},
     "gsm8k": {"train": 7473, "test": 1319, "all": 8792},
     "svamp": {"train": 700, "test": 300, "all": 1000},
-    "aqua": {"test": 254, "all": 254},
     "commonsense_qa": {"train": 9741, "test": 1221, "all": 10962},
     "strategy_qa": {"train": 1603, "test": 687, "all": 2290},
     "date_understanding": {"train": 258, "test": 111, "all": 369},
@@ -284,7 +283,7 @@ def test_the_split_is_the_published_one(local_copy, dataset, name):
     ],
 )
 def test_rows_are_read_right(local_copy, dataset, place, question, answer, choices):
-    row = load(dataset, "all")[place]
+    row = load(dataset, "test" if dataset == "aqua" else "all")[place]
     assert row.question.startswith(question)
     assert (row.answer, row.choices) == (answer, choices)
 
@@ -299,7 +298,7 @@ def test_numbers_are_written_as_a_reader_would(local_copy):
 
 def test_gold_stands_at_every_place(local_copy):
     for dataset in ("aqua", "commonsense_qa", "date_understanding", "shuffled_objects"):
-        rows = load(dataset, "all")
+        rows = load(dataset, "test")
         for letter in "ABC":  # three options at least
             assert 0.1 < sum(row.answer == letter for row in rows) / len(rows) < 0.4
 
@@ -342,11 +341,27 @@ def test_math_has_its_own_split_and_the_five_hundred(monkeypatch):
     assert (half.question, half.answer, half.kind) == ("Halve $1$.", r"\frac{1}{2}", "math")
 
 
+def test_aqua_has_its_own_split(monkeypatch):
+    row = {"question": "A shop sells ice ...", "options": ["A)125", "B)150"], "rationale": "", "correct": "B"}
+    rows = {"AQuA/train.json": [row, row | {"correct": "A"}], "AQuA/test.json": [row]}
+    lines = {path: "".join(json.dumps(row) + "\n" for row in found).encode() for path, found in rows.items()}
+    monkeypatch.setattr(problems, "read_pinned", lambda path, data_dir: lines[path])
+    assert [(row.id, row.answer) for row in load("aqua", "all")] == [
+        ("aqua/train/0", "B"), ("aqua/train/1", "A"), ("aqua/test/0", "B"),
+    ]  # fmt: skip
+    assert load("aqua", "train")[0].choices == ("125", "150")
+
+
+def test_the_test_set_of_aqua_needs_no_train_file(local_copy):
+    rows = load("aqua", "test")
+    assert len(rows) == 254 and rows[7].id == "aqua/test/7"
+    assert {len(row.choices) for row in rows} == {5}
+
+
 @pytest.mark.parametrize(
     ("dataset", "split", "message"),
     [
         ("gsm", "test", "unknown dataset 'gsm'; published datasets: single_eq, addsub, multiarith, gsm8k"),
-        ("aqua", "train", "aqua has no split 'train'; it has: test, all"),
         ("coin_flip", "dev", "coin_flip has no split 'dev'; it has: train, test, all"),
     ],
 )

@@ -41,9 +41,8 @@ def of_ppo(settings):
     return [questions(asked(update)) for update in range(settings.ppo.updates)]
 
 
-def test_there_is_a_run_about_every_published_dataset_that_has_a_train_split():
-    assert set(TRAIN_SETS) == {name for name in PUBLISHED if "train" in splits(name)} - set(TASKS)
-    assert "aqua" not in TRAIN_SETS and {"gsm8k", "math"} < set(TRAIN_SETS)
+def test_there_is_a_run_about_every_published_dataset():
+    assert set(TRAIN_SETS) | set(TASKS) > set(PUBLISHED) and all("train" in splits(name) for name in PUBLISHED)
 
 
 def test_the_stages_share_the_train_split_and_nobody_gets_a_test_question():

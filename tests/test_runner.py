@@ -1,6 +1,7 @@
 """The runner, on notebooks of a few cells that stand for the real ones."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from papermill.engines import Engine
 
 import smlib.__main__ as runner
+from smlib import downloads
 from smlib.__main__ import RunError, _as_shown, main, parameters, publish, refresh, run
 
 ROOT = Path(__file__).parents[1]
@@ -387,10 +389,22 @@ def test_data_counts_rows_and_says_what_cannot_be_used(monkeypatch, tmp_path, ca
     assert "unknown dataset 'coin flip'; published datasets: single_eq" in capsys.readouterr().err
 
 
+def test_data_counts_the_splits_that_are_there(monkeypatch, tmp_path, capsys):
+    rows = json.dumps({"question": "Which?", "options": ["A)4", "B)5"], "correct": "B"}).encode()
+    (tmp_path / "AQuA").mkdir()
+    (tmp_path / "AQuA" / "test.json").write_bytes(rows)
+    pinned = downloads.Pinned(hashlib.sha256(rows).hexdigest(), "nowhere")
+    monkeypatch.setitem(downloads.FILES, "AQuA/test.json", pinned)
+    monkeypatch.setenv("SML_DATA_DIR", str(tmp_path))
+    assert main(["data", "aqua"]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"aqua {15}test 1   cannot be used: .*AQuA/train.json is not there; SML_DATA_DIR must .*", line)
+
+
 @pytest.mark.skipif(not os.environ.get("SML_DATA_DIR"), reason="needs the published questions: set SML_DATA_DIR")
 def test_data_prints_the_rows_of_every_split(capsys):
-    assert main(["data", "gsm8k", "aqua"]) == 0
+    assert main(["data", "gsm8k", "strategy_qa"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "gsm8k              train 7,473   test 1,319   all 8,792",
-        "aqua               test 254   all 254",
+        "strategy_qa        train 1,603   test 687   all 2,290",
     ]

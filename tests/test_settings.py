@@ -71,7 +71,6 @@ def test_a_whole_number_may_stand_for_a_fraction():
         (lambda: preset("tiny", "chess"), "task 'chess' is unknown; choose one of: all, coin_flip"),
         (lambda: preset("mistral-7b"), "preset 'mistral-7b' shows exemplars .*choose another task, such as gsm"),
         (lambda: preset("llama2-7b", "chain_arithmetic"), "task 'chain_arithmetic' has none: choose another task"),
-        (lambda: preset("tiny", "aqua"), "task 'aqua' is unknown"),
         (lambda: preset("tiny", hardware={"weights": "bfloat16"}), "lora.rank = 0 would train weights of three digits"),
         (
             lambda: preset("tiny", hardware={"rollout_engine": "vllm"}),
