@@ -50,7 +50,7 @@ from unittest import mock
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, StaticCache
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from smlib import memory, models
 from smlib.memory import Choices, Sampling, Training
@@ -292,9 +292,10 @@ def weights(bench: Bench) -> None:
 # ---- sampling ------------------------------------------------------------------------------------------------
 
 
-def native(model, job: Job, rows: int, new: int) -> list[list[Sample]]:
+def native(model, job: Job, rows: int, new: int, cuda_graphs: bool = False) -> list[list[Sample]]:
     prompts = token_ids(-(-rows // SAMPLES), job.prompt, job.config)
-    return sample_ids(model, prompts, min(rows, SAMPLES), temperature=1.0, max_new_tokens=new, seed=0)
+    options = {"temperature": 1.0, "max_new_tokens": new, "seed": 0, "cuda_graphs": cuda_graphs}
+    return sample_ids(model, prompts, min(rows, SAMPLES), **options)
 
 
 @torch.inference_mode()
@@ -364,11 +365,11 @@ def generate_speed(bench: Bench, model, rows: int, what: str = "generate", **opt
 
 
 @torch.inference_mode()
-def compare_logprobs(bench: Bench, model) -> None:
+def compare_logprobs(bench: Bench, model, cuda_graphs: bool = False) -> None:
     """Log-probabilities as the sampler gives them beside those of a training pass over the same tokens."""
     job = bench.job
     prompts = token_ids(1, job.prompt, job.config)
-    [drawn] = native(model, job, models.CONTINUATIONS_PER_ROW, job.new)
+    [drawn] = native(model, job, models.CONTINUATIONS_PER_ROW, job.new, cuda_graphs)
     packed = models.pack([(prompts[0], [list(one.token_ids) for one in drawn])], 0, DEVICE)
     trained = models.packed_logprobs(model, packed).cpu()
     apart = (trained - torch.tensor([number for one in drawn for number in one.logprobs])).abs()
@@ -397,37 +398,20 @@ def busy_seconds(work: Callable[[], object]) -> float:
     return sum(event.self_device_time_total for event in kernels) / 1e6
 
 
-@torch.inference_mode()
 def graph(bench: Bench) -> None:
-    """A step over a static cache with a prompt for every row, launched as one CUDA graph: nothing but kernels."""
-    if not GPU:
-        return bench.add("skipped", note="needs a GPU")
+    """The sampler's steps recorded as CUDA graphs (hardware.cuda_graphs) and launched singly, in one run."""
     job, model = bench.job, build(bench.job.config)
-    length = job.prompt + job.new
+    compare_logprobs(bench, model, cuda_graphs=True)
+    note = "" if GPU else "of fixed shapes, but not recorded on a CPU"
     for rows in job.stepped:
-        given = {
-            "input_ids": torch.zeros(rows, 1, dtype=torch.long, device=DEVICE),
-            "position_ids": torch.full((rows, 1), job.prompt, device=DEVICE),
-            "attention_mask": torch.zeros(rows, 1, 1, length, dtype=torch.bfloat16, device=DEVICE),
-            "past_key_values": StaticCache(config=model.config, max_cache_len=length),
-            "use_cache": True,
-        }
-        eager = best(lambda given=given: model(**given), 4)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries set up what they may not while a graph is recorded
-            model(**given)
-        torch.cuda.current_stream().wait_stream(side)
-        recorded = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recorded):
-            model(**given)
-        recorded.replay()
-        taken = seconds(lambda recorded=recorded: [recorded.replay() for _ in range(32)]) / 32
-        bound = 1e3 * step_bound(bench, rows, job.new)
-        bench.add(f"static cache, launched singly, {rows} rows", 1e3 * eager, "ms/step", bound)
-        bench.add(f"static cache, CUDA graph, {rows} rows", 1e3 * taken, "ms/step", bound)
-        del recorded, given
-        free()
+        native(model, job, rows, job.new, cuda_graphs=True)
+        singly = seconds(lambda rows=rows: native(model, job, rows, job.new))
+        reset_peak()
+        recorded = seconds(lambda rows=rows: native(model, job, rows, job.new, cuda_graphs=True))
+        drawn, plan = rows * job.new, Sampling("bfloat16", rows, min(rows, SAMPLES), job.prompt, job.new)
+        bench.add(f"recorded, {rows} rows", drawn / recorded, "tokens/s", drawn / draw_bound(bench, rows), note)
+        bench.add(f"recorded over launched singly, {rows} rows", singly / recorded, "times", note=note)
+        bench.weigh(f"recorded, {rows} rows", memory.total(memory.sampling(job.config, plan)))
 
 
 def static(bench: Bench) -> None:
@@ -696,13 +680,13 @@ SECTIONS = {  # in the order of their worth; with seconds on a card of 80 GB
     "loop": (loop, 25),
     "ppo_head": (partial(ppo_update, value="head", recompute=True), 40),
     "steps": (steps, 25),
+    "graph": (graph, 40),
     "sft": (sft, 35),
     "ppo_model": (partial(ppo_update, value="model", recompute=True), 50),
     "reward": (reward, 25),
     "dpo": (dpo, 30),
     "exploration": (exploration, 30),
     "nf4": (nf4, 35),
-    "graph": (graph, 15),
     "ppo_head_kept": (partial(ppo_update, value="head", recompute=False), 40),
     "static": (static, 60),
 }

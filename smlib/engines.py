@@ -77,12 +77,12 @@ class NativeEngine(Engine):
 
     name = "native"
 
-    def __init__(self, model, tokenizer, max_batch: int = MAX_BATCH, cache_tokens: int = 0):
-        self.model, self.tokenizer, self.max_batch, self.cache_tokens = model, tokenizer, max_batch, cache_tokens
+    def __init__(self, model, tokenizer, max_batch: int = MAX_BATCH, cache_tokens: int = 0, cuda_graphs: bool = False):
+        self.model, self.tokenizer = model, tokenizer
+        self.ways = {"max_batch": max_batch, "cache_tokens": cache_tokens, "cuda_graphs": cuda_graphs}
 
     def sample_ids(self, prompt_ids, n, **drawing) -> list[list[Sample]]:
-        limits = {"max_batch": self.max_batch, "cache_tokens": self.cache_tokens}
-        return sampling.sample_ids(self.model, prompt_ids, n, tokenizer=self.tokenizer, **limits, **drawing)
+        return sampling.sample_ids(self.model, prompt_ids, n, tokenizer=self.tokenizer, **self.ways, **drawing)
 
     def close(self) -> None:
         self.model = None
@@ -96,16 +96,17 @@ def chosen(name: str) -> str:
 
 
 def make_engine(
-    name: str, base: str, *, weights: str | None = None, rows: int = MAX_BATCH, cache_tokens: int = 0, workers: int = 1,
-    lora_rank: int = 0, share: float = 0.0,
+    name: str, base: str, *, weights: str | None = None, rows: int = MAX_BATCH, cache_tokens: int = 0,
+    cuda_graphs: bool = False, workers: int = 1, lora_rank: int = 0, share: float = 0.0,
 ) -> Engine:  # fmt: skip
     """The engine called `name`, "native", "vllm" or "auto", on a model: "tiny", a folder or a hub id.
 
     base: may be the folder of a LoRA adapter, which the native engine merges into its base and vLLM applies to it.
     weights: as in `settings.HardwareSettings`; by default float32, and for vLLM what the checkpoint has. vLLM 0.32
         holds no nf4: it samples from the same checkpoint in bfloat16, which is 13 GB for 7 billion weights.
-    rows, cache_tokens: completions that the native engine draws at once (max_batch of `sampling.sample`), and the
-        tokens whose keys and values it holds. workers: more than one are processes of Ray's, each with such an engine.
+    rows, cache_tokens, cuda_graphs: completions that the native engine draws at once (max_batch of `sampling.sample`),
+        the tokens whose keys and values it holds, and whether it records its steps. workers: more than one are
+        processes of Ray's, each with such an engine.
     lora_rank: of vLLM, the greatest rank of adapters to come (`VLLMEngine.load_adapter`). share: of a GPU that vLLM
         takes, 0 for nine tenths of what is free.
     """
@@ -120,10 +121,11 @@ def make_engine(
         _require("ray")
         from smlib.ray_engine import RayEngine
 
-        return RayEngine(base, workers=workers, inner=name, weights=weights, rows=rows, cache_tokens=cache_tokens)
+        held = {"weights": weights, "rows": rows, "cache_tokens": cache_tokens, "cuda_graphs": cuda_graphs}
+        return RayEngine(base, workers=workers, inner=name, **held)
     if name == "native":
         model, tokenizer = models.load_policy(base, weights or "float32"), models.load_tokenizer(base)
-        return NativeEngine(model, tokenizer, rows, cache_tokens)
+        return NativeEngine(model, tokenizer, rows, cache_tokens, cuda_graphs)
     from smlib.vllm_engine import VLLMEngine
 
     options = {"dtype": "bfloat16" if weights == "nf4" else weights} if weights else {}

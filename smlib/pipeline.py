@@ -336,7 +336,8 @@ def train_policy(
         arguments = {
             "problems": ppo_problems(settings), "tokenizer": tokenizer, "settings": settings.ppo,
             "out": stage.folder / "training", "progress": method.upper() if progress else None,
-            "rollout_rows": settings.hardware.rollout_rows, **fitting(settings),
+            "rollout_rows": settings.hardware.rollout_rows, "cuda_graphs": settings.hardware.cuda_graphs,
+            **fitting(settings),
         }  # fmt: skip
         if method == "ppo":
             trained = make_roles(settings, tuned, rewarder)
@@ -517,6 +518,7 @@ def load_engine(settings: Settings, path: str | Path) -> Engine:
         weights=hardware.weights,
         rows=hardware.rollout_rows,
         cache_tokens=hardware.cache_tokens,
+        cuda_graphs=hardware.cuda_graphs,
         workers=hardware.workers,
     )
 

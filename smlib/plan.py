@@ -275,7 +275,8 @@ def speeds(config, settings: Settings, card: Card, found: Lengths) -> Speeds:
     forward, hardware = 2 * weights, settings.hardware
     backward = forward * (1 if settings.lora.rank else 2) + (forward if hardware.recompute else 0)
     through_vllm = settings.hardware.engine == "vllm"
-    rows, launch = (VLLM_ROWS, 0.0) if through_vllm else (hardware.rollout_rows, LAUNCH * config.num_hidden_layers)
+    rows = VLLM_ROWS if through_vllm else hardware.rollout_rows
+    launch = 0.0 if through_vllm or hardware.cuda_graphs else LAUNCH * config.num_hidden_layers
     moved = memory.model_bytes(config, hardware.weights) + (4 * counts["linear"] if hardware.weights == "nf4" else 0)
     cache = 2 * config.num_hidden_layers * memory.widths(config)[3] * (4 if hardware.weights == "float32" else 2)
     moved += rows * cache * (found.question / settings.sampling.samples + found.solution / 2)
@@ -296,7 +297,8 @@ def measure(settings: Settings, path: str, questions: int = 32) -> Speeds:
     """
     tokenizer, model = models.load_tokenizer(settings.base), pipeline.load_trainable(settings, path)
     problems = pipeline.training_problems(settings)[:questions]
-    engine = NativeEngine(model, tokenizer, settings.hardware.rollout_rows)
+    hardware = settings.hardware
+    engine = NativeEngine(model, tokenizer, hardware.rollout_rows, hardware.cache_tokens, hardware.cuda_graphs)
     drawing = {"keys": [one.id for one in problems], "temperature": 1.0, "seed": 0}
     heads = [models.encode_prompt(tokenizer, prompts.open_prompt(problem)) for problem in problems]
 
@@ -313,8 +315,8 @@ def measure(settings: Settings, path: str, questions: int = 32) -> Speeds:
         for head, found in zip(heads, drawn, strict=True)
         for one in found
     ]
-    at_once = settings.hardware.micro_batch or settings.sft.batch
-    training, _ = _timed(lambda: _train(model, tokenizer, rows, at_once, settings.hardware.recompute))
+    at_once = hardware.micro_batch or settings.sft.batch
+    training, _ = _timed(lambda: _train(model, tokenizer, rows, at_once, hardware.recompute))
     return Speeds(
         read=sum(map(len, heads)) / reading,
         drawn=sum(len(one.token_ids) for found in drawn for one in found) / (both - reading),

@@ -333,14 +333,15 @@ class PolicyEngine(Protocol):
 
 def rollout(
     policy, tokenizer, problems: list[Problem], settings: PPOSettings, seed: int, rows: int = MAX_BATCH,
-    engine: PolicyEngine | None = None,
+    cuda_graphs: bool = False, engine: PolicyEngine | None = None,
 ) -> tuple[Batch, list[Sample]]:  # fmt: skip
     """Draw the completions of one update; those of one question are neighbours.
 
     By our own sampler, at most `rows` at once, or by an engine that has been handed the policy.
     """
     prompts = [encode_prompt(tokenizer, open_prompt(problem)) for problem in problems]
-    draw = engine.sample_ids if engine else partial(sample_ids, policy, tokenizer=tokenizer, max_batch=rows)
+    ways = {"tokenizer": tokenizer, "max_batch": rows, "cuda_graphs": cuda_graphs}
+    draw = engine.sample_ids if engine else partial(sample_ids, policy, **ways)
     drawn = draw(
         _mine(prompts),
         settings.samples_per_question,
@@ -520,14 +521,15 @@ class Experience:
 
 def experience(
     accelerator: Accelerator, roles: Roles, reward: Reward, asked: list[Problem], tokenizer, settings: PPOSettings,
-    state: "State", seed: int, micro_batch: int = 0, rollout_rows: int = MAX_BATCH, engine: PolicyEngine | None = None,
+    state: "State", seed: int, micro_batch: int = 0, rollout_rows: int = MAX_BATCH, cuda_graphs: bool = False,
+    engine: PolicyEngine | None = None,
 ) -> Experience:  # fmt: skip
     """Draw, score, and work out which token deserves what. An engine has been handed the policy; it is checked here."""
     clock = [time.perf_counter()]
     plain = accelerator.unwrap_model(roles)
     plain.eval()
     with gathered(plain), autocast(settings, accelerator.device):
-        batch, samples = rollout(plain.policy, tokenizer, asked, settings, seed, rollout_rows, engine)
+        batch, samples = rollout(plain.policy, tokenizer, asked, settings, seed, rollout_rows, cuda_graphs, engine)
     clock.append(time.perf_counter())
 
     problems = [problem for problem in asked for _ in range(settings.samples_per_question)]
@@ -572,6 +574,7 @@ def train(
     micro_batch: int = 0,
     recompute: bool = False,
     rollout_rows: int = MAX_BATCH,
+    cuda_graphs: bool = False,
     engine: PolicyEngine | None = None,
     checkpoint_every: int = 10,
     examples_every: int = 10,
@@ -588,8 +591,9 @@ def train(
     accelerator: it says on what device and in how many processes (`accelerate launch`) to train, and where to log
         besides: `Accelerator(log_with="tensorboard", project_dir=out)`. None: one of its defaults.
     micro_batch: completions in one pass of a process, forward and backward, 0 = its share of the minibatch; it must
-        divide that. recompute: activations in the backward pass. rollout_rows: completions drawn at once. What the
-        hardware needs: the results are the same up to rounding, and a run may be resumed with others.
+        divide that. recompute: activations in the backward pass. rollout_rows, cuda_graphs: completions drawn
+        at once, and whether by recorded steps (`sampling.sample`). What the hardware needs: the results are the same up
+        to rounding, and a run may be resumed with others.
     engine: who draws in place of our own sampler, for `Adapters` in one process. Before every rollout it is handed the
         policy's adapter in out/hand-over, after it checked by `engine_gap`, which is in the log.
     progress: label of a progress bar on standard output; None prints nothing.
@@ -625,7 +629,7 @@ def train(
                 hand_over(accelerator.unwrap_model(roles), engine, out / "hand-over")
             found = experience(
                 accelerator, roles, reward, asked, tokenizer, settings, state, update_seed, micro_batch, rollout_rows,
-                engine,
+                cuda_graphs, engine,
             )  # fmt: skip
 
             with uninterrupted():

@@ -33,6 +33,7 @@ from smlib.progress import progress_bar
 MAX_BATCH = 512  # rows that step together
 MAX_PROMPTS = 256  # of different prompts; the keys and values of more do not fit a CPU's cache
 CHECK_EVERY = 4  # steps between two looks for finished rows
+FIXED_STEPS = 64  # of these; a multiple of the above
 SHARED_PROMPT_MODELS = ("llama", "mistral", "qwen2", "qwen3")  # plain softmax attention, tested
 
 
@@ -74,6 +75,7 @@ def sample(
     until: Until | None = None,
     max_batch: int = MAX_BATCH,
     cache_tokens: int = 0,
+    cuda_graphs: bool = False,
     progress: str | None = None,
 ) -> list[list[Sample]]:
     """Draw `n` completions for every prompt; `result[i][j]` is sample number first + j of prompt i.
@@ -91,6 +93,8 @@ def sample(
     max_batch: rows in flight; lower it if the keys and values of a large model do not fit in memory.
     cache_tokens: tokens whose keys and values are held at once, every prompt's once and `max_new_tokens` of every row;
         so short prompts are drawn with more rows than long ones. 0: no bound but max_batch.
+    cuda_graphs: steps of fixed shapes, which a GPU records once and replays, see `_FixedSteps`. For a model of
+        `SHARED_PROMPT_MODELS` whose weights are all on one GPU; others are drawn from as ever.
     progress: label of a progress bar on standard output; None prints nothing.
 
     Raises ValueError for arguments out of range, equal keys, empty prompts, and prompts that with `max_new_tokens`
@@ -113,6 +117,7 @@ def sample(
         tokenizer=tokenizer,
         max_batch=max_batch,
         cache_tokens=cache_tokens,
+        cuda_graphs=cuda_graphs,
         progress=progress,
     )
 
@@ -134,6 +139,7 @@ def sample_ids(
     tokenizer=None,
     max_batch: int = MAX_BATCH,
     cache_tokens: int = 0,
+    cuda_graphs: bool = False,
     progress: str | None = None,
 ) -> list[list[Sample]]:
     """`sample` for prompts that are token ids already (with <bos>, if the model wants one).
@@ -148,7 +154,7 @@ def sample_ids(
     if until is not None:
         options = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed, "top_p": top_p}
         options |= {"top_k": top_k, "stop": stop, "tokenizer": tokenizer, "max_batch": max_batch}
-        options |= {"cache_tokens": cache_tokens}
+        options |= {"cache_tokens": cache_tokens, "cuda_graphs": cuda_graphs}
 
         def draw(numbers, number):
             ids, names = [prompt_ids[i] for i in numbers], [keys[i] for i in numbers]
@@ -176,7 +182,7 @@ def sample_ids(
             prompts = [prompt_ids[i] for i in numbers]
             owners = [numbers.index(i) for i, _ in block]
             uniforms = np.stack([_uniforms(seed, keys[i], first + j, max_new_tokens) for i, j in block])
-            for row, completed in _complete_block(model, prompts, owners, uniforms, draw, ending):
+            for row, completed in _complete_block(model, prompts, owners, uniforms, draw, ending, cuda_graphs):
                 i, j = block[row]
                 results[i][j] = completed
                 tokens += len(completed.token_ids)
@@ -235,7 +241,7 @@ def draw_until(
     return results
 
 
-def _complete_block(model, prompts, owners, uniforms, draw, ending) -> Iterator[tuple[int, Sample]]:
+def _complete_block(model, prompts, owners, uniforms, draw, ending, cuda_graphs) -> Iterator[tuple[int, Sample]]:
     """Complete rows in step, with the random numbers `uniforms` [row, step]; yield (row, Sample) as rows finish.
 
     Row r continues prompts[owners[r]]; owners ascend, so the rows of one prompt are neighbours.
@@ -244,6 +250,7 @@ def _complete_block(model, prompts, owners, uniforms, draw, ending) -> Iterator[
     uniforms = torch.from_numpy(uniforms).to(device)
     logits, cache, padding = _prefill(model, prompts, torch.tensor(owners, device=device))
     start = max(map(len, prompts))
+    fixed = _FixedSteps(model, cache, padding, start) if cuda_graphs and _shares_prompts(model) else None
 
     rows = torch.arange(len(owners), device=device)  # rows still in the batch
     tokens = torch.zeros(len(rows), steps, dtype=torch.long, device=device)
@@ -253,10 +260,12 @@ def _complete_block(model, prompts, owners, uniforms, draw, ending) -> Iterator[
         tokens[:, step] = token[:, 0]
         logprobs[:, step] = (logits.gather(1, token) - logits.logsumexp(1, keepdim=True))[:, 0]
 
-        last = step + 1 == steps
+        last, renew = step + 1 == steps, (step + 1) % FIXED_STEPS == 0
         if last or step % CHECK_EVERY == CHECK_EVERY - 1:
             finished = ending.reached(tokens[:, : step + 1]) | last
-            if finished.sum() * 8 >= len(rows):  # dropping rows copies the cache, so a few of them wait
+            done = int(finished.sum())
+            # Dropping rows copies the cache, so a few of them wait; and it changes shapes.
+            if done == len(rows) or (done * 8 >= len(rows) and (fixed is None or renew)):
                 drawn = (x[finished, : step + 1].tolist() for x in (tokens, logprobs))
                 for row, ids, values in zip(rows[finished].tolist(), *drawn, strict=True):
                     yield row, ending.cut(ids, values)
@@ -266,7 +275,13 @@ def _complete_block(model, prompts, owners, uniforms, draw, ending) -> Iterator[
                 rows, tokens, logprobs, uniforms = rows[keep], tokens[keep], logprobs[keep], uniforms[keep]
                 token, padding = token[keep], padding[keep]
                 cache.batch_select_indices(keep)
-        logits = _forward(model, token, cache, padding, start + step)
+        if fixed is None:
+            logits = _forward(model, token, cache, padding, start + step)
+        else:
+            if renew:
+                fixed = None  # its memory first
+                fixed = _FixedSteps(model, cache, padding, start)
+            logits = fixed(token, step)
 
 
 def _prefill(model, prompts, owners):
@@ -297,6 +312,49 @@ def _forward(model, ids, cache, padding, start):
     return output.logits[:, -1].float()
 
 
+class _FixedSteps:
+    """`_forward` for at most FIXED_STEPS steps in a row, one token a row, without a change of any shape or address.
+
+    So a GPU can record a step as a CUDA graph, and every later one is a single launch: of a large model's step
+    with few rows most of the time goes into launching a thousand kernels. Keys and values of drawn tokens have room
+    beforehand, of which what is not written yet is hidden. On a CPU the same steps run unrecorded.
+    """
+
+    def __init__(self, model, cache, padding, start):
+        self.model, self.cache, self.start, self.padding = model, cache, start, padding[:, None]
+        self.token, self.position = torch.zeros_like(self.padding), torch.zeros_like(self.padding)
+        self.graph, self.logits, self.records = None, None, padding.device.type == "cuda"
+        cache.make_room(FIXED_STEPS)
+
+    def __call__(self, token, step):
+        """Float32 logits [row, vocabulary] after the tokens [row, 1] drawn in `step`; the next call overwrites them."""
+        self.token.copy_(token)
+        self.position.copy_(self.start + step - self.padding)
+        self.cache.next_slot(step)
+        if not self.records:
+            return self._step()
+        if self.graph is None:
+            self._record()
+        self.graph.replay()
+        return self.logits
+
+    def _record(self):
+        """Writing the step's keys and values twice changes nothing: the slot is the same."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries set up what they may not while a graph is recorded
+            self._step()
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self._step()
+
+    def _step(self):
+        cache = {"past_key_values": self.cache, "shared": self.cache, "use_cache": True}
+        output = self.model(input_ids=self.token, position_ids=self.position, logits_to_keep=1, **cache)
+        return output.logits[:, -1].float()
+
+
 class _SharedPromptCache(Cache):
     """Keys and values of every prompt once, and of the drawn tokens per row.
 
@@ -309,7 +367,22 @@ class _SharedPromptCache(Cache):
         columns = torch.arange(cache.get_seq_length(), device=padding.device)
         hidden = columns < padding[:, None]
         self.bias = torch.zeros(hidden.shape, device=padding.device).masked_fill(hidden, -torch.inf)[:, None, None]
+        self.drawn_bias = None  # [slot], with room for what is not drawn yet
         self._place(owners)
+
+    def make_room(self, slots):
+        """For so many more drawn tokens than there were rooms for, and from now on no memory but that."""
+        if self.drawn_bias is None:
+            self.drawn_bias = self.bias.new_empty(0)
+            self.slot = torch.zeros(1, dtype=torch.long, device=self.bias.device)
+        self.drawn_bias = torch.cat((self.drawn_bias, self.bias.new_full((slots,), -torch.inf)))
+        for layer in self.layers:
+            layer.make_room(slots, len(self.owners), self.slot)
+
+    def next_slot(self, number):
+        """Where the next keys and values belong; they are no longer hidden."""
+        self.slot.fill_(number)
+        self.drawn_bias[number] = 0
 
     def _place(self, owners):
         counts = owners.bincount()
@@ -350,10 +423,20 @@ class _SharedPromptLayer(DynamicLayer):
     def __init__(self, layer):
         super().__init__()
         self.prompt_keys, self.prompt_values = layer.keys, layer.values
-        self.length, self.store = 0, None
+        self.length, self.store, self.slot = 0, None, None
+
+    def make_room(self, slots, rows, slot):
+        """So many more tokens fit; of which the next one belongs, says the tensor `slot`."""
+        _, heads, _, features = self.prompt_keys.shape
+        room = self.prompt_keys.new_zeros(2, rows, heads, slots, features)
+        self.store = room if self.store is None else torch.cat((self.store, room), 3)
+        self.slot, (self.keys, self.values) = slot, self.store
 
     def update(self, key_states, value_states, *args, **kwargs):
         new = torch.stack((key_states, value_states))  # [2, row, head, 1, feature]
+        if self.slot is not None:
+            self.store.index_copy_(3, self.slot, new)
+            return self.keys, self.values
         if self.length % 16 == 0:
             room = torch.empty_like(new).expand(-1, -1, -1, 16, -1)
             self.store = room.clone() if self.store is None else torch.cat((self.store, room), 3)
@@ -386,7 +469,10 @@ def _shared_prompt_attention(module, query, key, value, attention_mask, scaling,
     length = layer.prompt_keys.shape[2]
     query = (query * scaling).view(rows, key.shape[1], -1, features)  # query heads in groups, one per key head
     prompt = shared.to_grid(query) @ layer.prompt_keys.transpose(2, 3) + shared.bias
-    scores = torch.cat((shared.from_grid(prompt), query @ key.transpose(2, 3)), 3)
+    drawn = query @ key.transpose(2, 3)
+    if shared.drawn_bias is not None:
+        drawn = drawn + shared.drawn_bias
+    scores = torch.cat((shared.from_grid(prompt), drawn), 3)
     weights = scores.softmax(3, dtype=torch.float32).to(value.dtype)
     output = shared.from_grid(shared.to_grid(weights[..., :length]) @ layer.prompt_values)
     output = output + weights[..., length:] @ value

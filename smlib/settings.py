@@ -146,6 +146,7 @@ class HardwareSettings:
     recompute: bool = False  # activations in the backward pass: less memory, more time
     rollout_rows: int = MAX_BATCH  # completions that the native sampler draws at once
     cache_tokens: int = 0  # tokens whose keys and values it holds outside PPO; 0 = no bound but the rows
+    cuda_graphs: bool = False  # whether it records its steps on a GPU, to launch each at once
     engine: str = "native"  # who samples; "vllm", or "auto": vllm where it is installed
     rollout_engine: str = "native"  # who draws PPO's rollouts, the same; vllm is for adapters in one process
     workers: int = 1  # processes of Ray's that sample, on one machine or many; 1 = without Ray

@@ -54,8 +54,8 @@ BOOK = "smlib.json"  # the last file of a checkpoint: settings and `ppo.State`
 class _Ours:
     """What both trainers do our way. An update begins in `_generate_and_score_completions` and ends in `log`."""
 
-    def begin(self, policy, reward, problems, settings, run, so_far, rollout_rows, examples_every, bar):
-        self.policy, self.reward, self.problems, self.rollout_rows = policy, reward, problems, rollout_rows
+    def begin(self, policy, reward, problems, settings, run, so_far, ways, examples_every, bar):
+        self.policy, self.reward, self.problems, self.ways = policy, reward, problems, ways  # of drawing
         self.settings, self.run, self.so_far = settings, run, so_far
         self.examples_every, self.bar, self.deferred = examples_every, bar, ExitStack()
         self.ref_model = "reference"  # TRL just hands it to `_get_per_token_logps_and_entropies`
@@ -70,7 +70,7 @@ class _Ours:
         asked = ppo.questions(self.problems, update, plan)
         with ppo.autocast(plan, self.policy.device):
             self.drawn, self.samples = ppo.rollout(
-                self.policy, self.processing_class, asked, plan, update_seed, self.rollout_rows
+                self.policy, self.processing_class, asked, plan, update_seed, **self.ways
             )
         self.clock.append(time.perf_counter())
 
@@ -201,6 +201,7 @@ def train(
     micro_batch: int = 0,
     recompute: bool = False,
     rollout_rows: int = MAX_BATCH,
+    cuda_graphs: bool = False,
     checkpoint_every: int = 10,
     examples_every: int = 10,
     progress: str | None = None,
@@ -209,8 +210,8 @@ def train(
 
     policy: a causal language model, or a peft model with a "default" adapter. As it is when this is called, it is also
         the reference, so pass the same weights again to resume.
-    reward, problems, out, seed, micro_batch, recompute, rollout_rows, progress: as in `ppo.train`, and so are resuming
-        and Ctrl-C. One process only, and no engine but our own sampler.
+    reward, problems, out, seed, micro_batch, recompute, rollout_rows, cuda_graphs, progress: as in `ppo.train`, and
+        so are resuming and Ctrl-C. One process only, and no engine but our own sampler.
     settings: kl_coef is TRL's beta, clip its epsilon, epochs its num_iterations; scores are centred, normalised,
         clipped and fined for a missing end as PPO's are, before the advantages above are taken of them (of centred
         scores RLOO's are n / (n - 1) times the scores, a factor that Adam does not see). There being no
@@ -233,7 +234,8 @@ def train(
     fitting = {"micro_batch": micro_batch, "recompute": recompute}
     trainer = _make_trainer(method, policy, tokenizer, settings, out, seed, checkpoint_every, **fitting)
     bar = progress_bar(progress, settings.updates, "update", so_far.update)
-    trainer.begin(policy, reward, problems, settings, run, so_far, rollout_rows, examples_every, bar)
+    ways = {"rows": rollout_rows, "cuda_graphs": cuda_graphs}
+    trainer.begin(policy, reward, problems, settings, run, so_far, ways, examples_every, bar)
     try:
         with _quiet():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -54,10 +54,12 @@ def test_what_is_not_installed_is_named(installed, tmp_path):
 def test_the_engine_is_made_as_the_settings_say(monkeypatch):
     asked = []
     monkeypatch.setattr(pipeline, "make_engine", lambda *names, **options: asked.append((names, options)))
-    pipeline.load_engine(small(engine="auto", rollout_rows=7, workers=2), "some/model")
-    assert asked == [(("auto", "some/model"), {"weights": "float32", "rows": 7, "cache_tokens": 0, "workers": 2})]
-    with make_engine("native", "tiny", weights="bfloat16", rows=7) as engine:
-        assert (str(engine.model.dtype), engine.max_batch) == ("torch.bfloat16", 7)
+    pipeline.load_engine(small(engine="auto", rollout_rows=7, cuda_graphs=True, workers=2), "some/model")
+    options = {"weights": "float32", "rows": 7, "cache_tokens": 0, "cuda_graphs": True, "workers": 2}
+    assert asked == [(("auto", "some/model"), options)]
+    with make_engine("native", "tiny", weights="bfloat16", rows=7, cuda_graphs=True) as engine:
+        assert str(engine.model.dtype) == "torch.bfloat16"
+        assert engine.ways == {"max_batch": 7, "cache_tokens": 0, "cuda_graphs": True}
 
 
 def test_texts_and_their_tokens_give_the_same_samples():

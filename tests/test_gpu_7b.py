@@ -48,7 +48,8 @@ def test_the_quick_sections_measure_what_they_name(tmp_path):
 def test_a_whole_run(tmp_path):
     found = run(tmp_path)
     assert {section for section, _, _ in found} == set(bench.SECTIONS)
-    assert found["graph", "skipped", ""]["note"] == "needs a GPU"
+    assert found["static", "skipped", ""]["note"] == "needs a GPU"
+    assert found["graph", "recorded over launched singly, 8 rows", "times"]["value"] > 0
     for section in ("sft", "reward", "dpo", "ppo_model", "ppo_head_kept"):
         assert any(row["value"] for (name, what, _), row in found.items() if name == section != what)
 

@@ -224,9 +224,10 @@ def test_what_ppo_takes_of_the_hardware(with_adapters, monkeypatch, tmp_path):
         shutil.copytree(run / name, tmp_path / name)
     seen, train = {}, ppo.train
     monkeypatch.setattr(ppo, "train", lambda *given, **options: seen.update(options) or train(*given, **options))
-    hardware = replace(settings.hardware, micro_batch=2, recompute=True, rollout_rows=5)
+    hardware = replace(settings.hardware, micro_batch=2, recompute=True, rollout_rows=5, cuda_graphs=True)
     pipeline.train_policy(tmp_path, replace(settings, hardware=hardware), progress=False)
     assert (seen["micro_batch"], seen["recompute"], seen["rollout_rows"], seen["engine"]) == (2, True, 5, None)
+    assert seen["cuda_graphs"]
 
 
 def test_tensorboard_gets_what_the_log_gets(finished, tmp_path):

@@ -145,6 +145,9 @@ def test_what_makes_training_slower_and_drawing_faster():
     assert kept.trained == pytest.approx(1.5 * plain.trained)
     few = plan.speeds(config, preset("llama2-7b", "coin_flip", hardware={"rollout_rows": 8}), card, LENGTHS)
     assert few.drawn < plain.drawn / 8
+    recorded = plan.speeds(config, preset("llama2-7b", "coin_flip", hardware={"cuda_graphs": True}), card, LENGTHS)
+    launching = 32 * plan.LAUNCH * recorded.drawn / (plan.BUSY * 256)  # the share that it takes
+    assert plain.drawn == pytest.approx(recorded.drawn / (1 + launching))
     through = plan.speeds(config, preset("llama2-7b", "coin_flip", hardware={"engine": "vllm"}), card, LENGTHS)
     assert through.drawn > plain.drawn
 

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
 from tokenizers import Tokenizer, decoders, processors
 from tokenizers.models import BPE
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from smlib import sampling
@@ -397,3 +398,104 @@ def test_a_bound_on_the_tokens_held_changes_no_sample_but_the_rows_that_step_tog
     sample_ids(model, prompts, 4, cache_tokens=70, **options)
     assert seen == [(1, 3), (1, 1), (1, 4), (1, 4)]  # the long prompt does not fit with four rows
     assert [[one.token_ids for one in group] for group in bound] == [[one.token_ids for one in group] for group in free]
+
+
+# ---- steps of fixed shapes -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Several times anew within a sample; rows leave only there."""
+    monkeypatch.setattr(sampling, "FIXED_STEPS", 8)
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_p": 0.9, "temperature": 0.7}, {"n": 2}, {"max_batch": 7}])
+def test_steps_of_fixed_shapes_draw_the_same_samples(any_model, tokenizer, short, changes):
+    expected, found = (draw(any_model, tokenizer, cuda_graphs=on, **changes) for on in (False, True))
+    assert without_logprobs(found) == without_logprobs(expected)
+    if not changes:
+        assert len({len(one.token_ids) for one in flat(expected)}) > 2  # rows leave at different times
+    for ours, theirs in zip(flat(found), flat(expected), strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
+def test_steps_of_fixed_shapes_with_an_adapter_until_a_condition_holds(tokenizer, short):
+    policy = get_peft_model(
+        tiny_model(), LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+    ).eval()
+    found = draw(policy, tokenizer, cuda_graphs=True, until=lambda index, one: len(one.token_ids) > 9)
+    assert_logprobs_are_those_of_training(policy, tokenizer, found)
+    expected = draw(policy, tokenizer, until=lambda index, one: len(one.token_ids) > 9)
+    assert without_logprobs(found) == without_logprobs(expected)
+
+
+class Operations(TorchDispatchMode):
+    """Names of operations, and the shapes that they work on."""
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        shapes = [tuple(one.shape) for one in arguments if isinstance(one, torch.Tensor)]
+        self.seen.append((str(operation), shapes))
+        return operation(*arguments, **options or {})
+
+    def __enter__(self):
+        self.seen = []
+        return super().__enter__()
+
+
+def fixed_steps(model, rows=3):
+    owners, padding = torch.tensor([0, 0, 1][:rows]), torch.tensor([0, 0, 1][:rows])
+    _, cache, _ = sampling._prefill(model, [[1, 5, 6], [1, 7]], owners)
+    return sampling._FixedSteps(model, cache, padding, 3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "adapter"])
+def test_a_fixed_step_can_be_recorded(kind, tokenizer):
+    """All steps work on the same shapes at the same places, and none reads a number, which a graph cannot hold."""
+    model = tiny_model()
+    if kind == "adapter":
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=4)).eval()
+    with sampling._sampling_mode(model), torch.inference_mode():
+        steps, seen, places = fixed_steps(model), [], []
+        for number in range(3):
+            with Operations() as operations:
+                steps(torch.full((3, 1), 4 + number), number)
+            seen.append(operations.seen)
+            held = [steps.token, steps.position, steps.cache.slot, steps.cache.drawn_bias]
+            places.append([one.data_ptr() for one in held + [layer.store for layer in steps.cache.layers]])
+        with Operations() as recorded:
+            steps._step()
+    assert places[0] == places[1] == places[2]
+    assert seen[0] == seen[1] == seen[2] and len(recorded.seen) > 50
+    reading = ("local_scalar", "nonzero", "lift_fresh", "unique", "masked_select", "equal", "_assert")
+    assert not [name for name, _ in recorded.seen if any(word in name for word in reading)]
+
+
+class Graph:
+    """Stands for a CUDA graph: recorded once, each replay does the same work again and writes to the same place."""
+
+    recorded = 0
+
+    def replay(self):
+        self.steps.logits.copy_(self.steps._step())
+
+
+def test_a_recorded_step_is_replayed(model, tokenizer, monkeypatch):
+    """With a stand-in for CUDA, which shows what is recorded when, but not that CUDA can record it."""
+    expected = draw(model, tokenizer, PROMPTS, n=6, max_new_tokens=24)
+    monkeypatch.setattr(sampling, "FIXED_STEPS", 8)
+
+    class Recording(sampling._FixedSteps):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.records = True
+
+        def _record(self):
+            self.graph, self.logits = Graph(), self._step()
+            self.graph.steps = self
+            Graph.recorded += 1
+
+    monkeypatch.setattr(sampling, "_FixedSteps", Recording)
+    assert without_logprobs(draw(model, tokenizer, PROMPTS, n=6, max_new_tokens=24, cuda_graphs=True)) == (
+        without_logprobs(expected)
+    )
+    assert 3 <= Graph.recorded <= 4  # slots 0 to 6, 7 to 14, 15 to 22 and the last

@@ -34,7 +34,7 @@ def test_presets_of_large_models_are_as_the_paper_has_it_with_rates_for_adapters
 def test_what_the_hardware_needs_is_no_part_of_a_stage_but_for_the_precision():
     plain = pipeline.stage_keys(preset("tiny-lora"), "sft")
     assert "weights" not in plain
-    fits = {"micro_batch": 4, "recompute": True, "rollout_rows": 8}
+    fits = {"micro_batch": 4, "recompute": True, "rollout_rows": 8, "cuda_graphs": True}
     assert pipeline.stage_keys(preset("tiny-lora", hardware=fits), "sft") == plain
     rounded = preset("tiny-lora", hardware=fits | {"weights": "bfloat16"})
     assert pipeline.stage_keys(rounded, "sft") == plain | {"weights": "bfloat16"}
