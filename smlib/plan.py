@@ -209,7 +209,7 @@ def _motivated(settings: Settings, found: Lengths, assumed: Assumed, fresh: int)
             "04_ppo", episodes, episodes / ppo.samples_per_question * found.question, episodes * found.solution,
             episodes * shared * passes, episodes * shared * trunks * ppo.epochs,
         ),
-        _evaluation("05_evaluation", settings, found),
+        _evaluation("05_evaluation", settings, found, first=True),
     ]  # fmt: skip
 
 
@@ -235,18 +235,19 @@ def _explored(settings: Settings, found: Lengths, assumed: Assumed) -> list[Work
             trained=pairs * (2 * text - found.solution + step) * dpo.epochs,
         ),
         Work("06_outcome_dpo", scored=pairs * 2 * text * dpo.epochs, trained=pairs * 2 * text * dpo.epochs),
-        _evaluation("06_evaluation", settings, found),
+        _evaluation("06_evaluation", settings, found, first=False),
     ]  # fmt: skip
 
 
-def _evaluation(stage: str, settings: Settings, found: Lengths) -> Work:
+def _evaluation(stage: str, settings: Settings, found: Lengths, first: bool) -> Work:
+    """In the first of the two the base reads exemplars, and the reward model scores what was sampled."""
     tests, (published, _) = pipeline.test_problems(settings), pipeline.published_problems(settings)
     methods = 3  # in each of the two stages
     sampled = sum(map(len, tests.values()))
     asked = sampled + sum(map(len, published.values()))
     samples = methods * (asked + sampled * settings.evaluation.samples)
-    read = methods * asked * found.question + asked * found.shown
-    scored = methods * sampled * settings.evaluation.samples * (found.question / 4 + found.solution)
+    read = methods * asked * found.question + first * asked * found.shown
+    scored = first * methods * sampled * settings.evaluation.samples * (found.question / 4 + found.solution)
     return Work(stage, samples, read, samples * found.solution, scored)
 
 
