@@ -4,6 +4,7 @@ Tokens of a text are bos + tokens(prompt) + tokens(completion) + eos, prompt and
 and joined, here and nowhere else, so that sampling, training and scoring see the same boundary.
 """
 
+import gc
 import hashlib
 import math
 import re
@@ -169,6 +170,14 @@ def load_tokenizer(name: str = "tiny") -> PreTrainedTokenizerBase:
 def device() -> torch.device:
     """Where models are loaded to: this process's GPU where torch finds one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def free_memory() -> None:
+    """Give back what nobody uses. A trainer and its model refer to each other, so that the model lives on after a
+    training until Python looks for such circles: on a GPU there may be no room for the next one."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def load_policy(name: str | Path = "tiny", weights: str = "float32") -> PreTrainedModel:

@@ -10,7 +10,7 @@ import copy
 import random
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -425,9 +425,12 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
                         seed=settings.seed, progress=f"{METHODS[method]}, {name}" if progress else None,
                     )  # fmt: skip
         # Now, when the engines are closed: the judge is as large as they were.
-        tokenizer, judge = models.load_tokenizer(settings.base), load_model(settings, rewarder.path("model"))
-        for (_, name), rows in answered.items():
-            _add_scores(judge, tokenizer, sets[name], rows)
+        sampled = [
+            (problem, row)
+            for (_, name), rows in answered.items()
+            for problem, row in zip(sets[name], rows, strict=True)
+        ]
+        _add_scores(settings, rewarder.path("model"), sampled, "scores" if progress else None)
         labelled = (
             {"method": method, "test_set": name} | row for (method, name), rows in answered.items() for row in rows
         )
@@ -436,13 +439,21 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     return stage
 
 
-def _add_scores(judge, tokenizer, problems: Sequence[Problem], answered: list[dict]) -> None:
-    """Add "scores", the reward of each sampled text, to the rows of `evaluate`."""
-    asked = [problem for problem, row in zip(problems, answered, strict=True) for _ in row["sampled_texts"]]
-    texts = [text for row in answered for text in row["sampled_texts"]]
-    scores = iter(reward_model.score(judge, tokenizer, asked, texts))
-    for row in answered:
-        row["scores"] = [next(scores) for _ in row["sampled_texts"]]
+def _add_scores(settings: Settings, judge: Path, answered: list[tuple[Problem, dict]], progress: str | None) -> None:
+    """Add "scores", the reward of each sampled text by the model in a folder, to rows of `evaluation.evaluate`."""
+    asked = [problem for problem, row in answered for _ in row["sampled_texts"]]
+    texts = [text for _, row in answered for text in row["sampled_texts"]]
+    hardware = settings.hardware
+    if hardware.workers > 1:
+        from smlib import ray_engine
+
+        ways = {"workers": hardware.workers, "weights": hardware.weights, "progress": progress}
+        scores = ray_engine.score(judge, asked, texts, **ways)
+    else:
+        scores = reward_model.score(load_model(settings, judge), models.load_tokenizer(settings.base), asked, texts)
+    found = iter(scores)
+    for _, row in answered:
+        row["scores"] = [next(found) for _ in row["sampled_texts"]]
 
 
 def run(run_dir: Path, settings: Settings, reward: str = "learned", progress: bool = True) -> dict[str, float]:
@@ -505,12 +516,14 @@ def recording_together(stage: Stage) -> Iterator[bool]:
 
 def load_model(settings: Settings, path: str | Path):
     """The model in a folder, or of the hub, as the settings want it held."""
+    models.free_memory()
     return models.load_policy(path, settings.hardware.weights)
 
 
 def load_engine(settings: Settings, path: str | Path) -> Engine:
     """The engine that the settings ask for, on that model. Close it before the next model is loaded: vLLM takes most of
     a GPU."""
+    models.free_memory()
     hardware = settings.hardware
     return make_engine(
         hardware.engine,

@@ -1,26 +1,34 @@
-"""Sampling spread over worker processes, on one machine or many, by Ray Data.
+"""Sampling and scoring spread over worker processes, on one machine or many, by Ray Data.
 
     with RayEngine("tiny", workers=2) as engine:
         engine.sample(prompts, n=8, keys=keys, temperature=0.7, max_new_tokens=128, seed=0)
+    score("runs/x/03_reward_model/model", problems, texts, workers=2)
 
-Each worker holds an engine of its own and takes batch after batch. If its process dies, Ray starts another one, which
-draws that batch anew: the same samples, since their random numbers depend on (seed, key, number) only.
+Each worker holds an engine, or a reward model, of its own and takes batch after batch. If its process dies, Ray starts
+another one, which does that batch anew: the same samples, since their random numbers depend on (seed, key, number)
+only, and the same scores, up to rounding.
 """
 
+import json
 import logging
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from operator import itemgetter
+from pathlib import Path
 
 import pyarrow as pa
 import torch
 
-from smlib import models
+from smlib import models, reward_model
 from smlib.engines import ENGINES, Engine, make_engine
+from smlib.problems import Problem
 from smlib.progress import progress_bar
 from smlib.sampling import MAX_BATCH, Sample, check_drawing, check_lengths
 
 RETRIES = 3  # of one batch; a batch that kills every worker must end in an error
+SCORED_QUESTIONS = 64  # a batch of a worker's that scores
 
 
 class RayEngine(Engine):
@@ -65,9 +73,7 @@ class RayEngine(Engine):
     def close(self) -> None:
         """End the Ray that this engine started, if it did."""
         if self._started:
-            import ray
-
-            ray.shutdown()
+            _stop()
             self._started = False
 
     def sample_ids(
@@ -100,7 +106,6 @@ class RayEngine(Engine):
             return []
 
         import ray
-        import ray.data
 
         drawing = {"n": n, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed, "top_p": top_p}
         drawing |= {"top_k": top_k, "stop": tuple(stop), "first": first}
@@ -109,64 +114,124 @@ class RayEngine(Engine):
         except Exception as error:
             raise TypeError(f"until is sent to the workers, but cannot be pickled: {error}") from error
         self._start()
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised, and the bar is ours
-
         # Prompts of similar length share a batch, so that little is padded. With `until`, a prompt is one row.
         order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
         size = min(self.rows if until else max(1, self.rows // n), -(-len(prompt_ids) // self.workers))
         rows = [{"number": i, "ids": list(prompt_ids[i]), "key": keys[i]} for i in order]
-        dataset = ray.data.from_items(rows, override_num_blocks=-(-len(prompt_ids) // size))
-        dataset.context.enable_progress_bars = False
-        dataset.context.print_on_execution_start = False
-        dataset.context.raise_original_map_exception = True
-        dataset.context.execution_no_progress_timeout_s = -1  # else a batch may take half an hour at most
-        with warnings.catch_warnings(action="ignore", category=ray.util.annotations.RayDeprecationWarning):
-            dataset = dataset.map_batches(
-                _Worker,
-                fn_constructor_args=(self.base, self.inner, self.held, self.workers, drawing, until),
-                batch_size=None,  # a whole block
-                batch_format="pyarrow",
-                # A batch that waited behind another one could not go to a worker that has nothing left to do.
-                compute=ray.data.ActorPoolStrategy(size=self.workers, max_tasks_in_flight_per_actor=1),
-                num_cpus=1,
-                num_gpus=1 if ray.cluster_resources().get("GPU") else None,
-                max_task_retries=RETRIES,  # without it there is no limit; deprecated before it has a successor
-            )
-
-        results: list[list[Sample] | None] = [None] * len(prompt_ids)
-        with progress_bar(progress, len(prompt_ids), "prompt") as bar:
-            try:
-                for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-                    for row in batch.to_pylist():
-                        if results[row["number"]] is not None:
-                            raise RuntimeError(f"the samples of prompt {keys[row['number']]!r} came twice")
-                        results[row["number"]] = [
-                            Sample(one["text"], tuple(one["token_ids"]), tuple(one["logprobs"]), one["finish_reason"])
-                            for one in row["samples"]
-                        ]
-                    bar.update(batch.num_rows)
-            except ray.exceptions.RayError as error:
-                cause = getattr(error, "cause", error)  # what the worker raised; its traceback is in `error`
-                raise RuntimeError(f"a worker failed: {type(cause).__name__}: {cause}") from error
-        if None in results:
-            raise RuntimeError(f"the samples of {results.count(None)} of {len(prompt_ids)} prompts did not come")
-        return results
+        arguments = (self.base, self.inner, self.held, self.workers, drawing, until)
+        return _spread(_Worker, arguments, rows, size, _samples, self.workers, progress, "prompt")
 
     def _start(self) -> None:
-        """Connect to a cluster, or start one on this machine."""
-        import ray
+        self._started |= start(self.workers)
 
-        if ray.is_initialized():
-            return
-        # It would warn that workers could not be replaced if this process lost their arguments, which it keeps.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-        if "RAY_ADDRESS" in os.environ:
-            ray.init(**quiet)
-        else:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report its use to its makers
-            ray.init("local", num_cpus=self.workers, include_dashboard=False, **quiet)
-        self._started = True
+
+def score(
+    path: str | Path, problems: Sequence[Problem], texts: Sequence[str], *, workers: int, weights: str = "float32",
+    progress: str | None = None,
+) -> list[float]:  # fmt: skip
+    """`reward_model.score` of the model in a folder, on so many workers; they load it anew for every call.
+
+    The texts of a question go to one worker, which reads it once. Errors are those of `RayEngine.sample_ids`.
+    """
+    asked: dict[str, tuple[Problem, dict[str, None]]] = {}
+    for problem, text in zip(problems, texts, strict=True):
+        asked.setdefault(problem.id, (problem, {}))[1][text] = None
+    rows = [
+        {"number": number, "problem": json.dumps(asdict(problem)), "texts": list(found)}
+        for number, (problem, found) in enumerate(asked.values())
+    ]
+    if not rows:
+        return []
+    started = start(workers)
+    try:
+        size = min(SCORED_QUESTIONS, -(-len(rows) // workers))
+        arguments = (str(path), weights, workers)
+        done = _spread(_Scorer, arguments, rows, size, itemgetter("scores"), workers, progress, "question")
+    finally:
+        if started:
+            _stop()
+    scores = {}
+    for name, row, found in zip(asked, rows, done, strict=True):
+        scores |= {(name, text): one for text, one in zip(row["texts"], found, strict=True)}
+    return [scores[problem.id, text] for problem, text in zip(problems, texts, strict=True)]
+
+
+def start(workers: int) -> bool:
+    """Connect to a cluster, or start one on this machine; whether it was not there before."""
+    import ray
+
+    if ray.is_initialized():
+        return False
+    # It would warn that workers could not be replaced if this process lost their arguments, which it keeps.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(**quiet)
+    else:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report its use to its makers
+        ray.init("local", num_cpus=workers, include_dashboard=False, **quiet)
+    return True
+
+
+def _stop() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+def _spread(
+    worker: type, arguments: tuple, rows: list[dict], size: int, read: Callable[[dict], list], workers: int,
+    progress: str | None, unit: str,
+) -> list[list]:  # fmt: skip
+    """What so many workers make of the rows, `size` at a time.
+
+    worker: a class. One of worker(*arguments) is made in each process, and called with tables of rows it returns tables
+    of theirs; in both a row has its "number", which is its place in the result. read(row): what is kept of theirs.
+    """
+    import ray
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised, and the bar is ours
+    dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // size))
+    dataset.context.enable_progress_bars = False
+    dataset.context.print_on_execution_start = False
+    dataset.context.raise_original_map_exception = True
+    dataset.context.execution_no_progress_timeout_s = -1  # else a batch may take half an hour at most
+    with warnings.catch_warnings(action="ignore", category=ray.util.annotations.RayDeprecationWarning):
+        dataset = dataset.map_batches(
+            worker,
+            fn_constructor_args=arguments,
+            batch_size=None,  # a whole block
+            batch_format="pyarrow",
+            # A batch that waited behind another one could not go to a worker that has nothing left to do.
+            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+            num_cpus=1,
+            num_gpus=1 if ray.cluster_resources().get("GPU") else None,
+            max_task_retries=RETRIES,  # without it there is no limit; deprecated before it has a successor
+        )
+
+    results: list[list | None] = [None] * len(rows)
+    with progress_bar(progress, len(rows), unit) as bar:
+        try:
+            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                for row in batch.to_pylist():
+                    if results[row["number"]] is not None:
+                        raise RuntimeError(f"the results of {unit} {row['number']} came twice")
+                    results[row["number"]] = read(row)
+                bar.update(batch.num_rows)
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", error)  # what the worker raised; its traceback is in `error`
+            raise RuntimeError(f"a worker failed: {type(cause).__name__}: {cause}") from error
+    if None in results:
+        raise RuntimeError(f"the results of {results.count(None)} of {len(rows)} {unit}s did not come")
+    return results
+
+
+def _samples(row: dict) -> list[Sample]:
+    return [
+        Sample(one["text"], tuple(one["token_ids"]), tuple(one["logprobs"]), one["finish_reason"])
+        for one in row["samples"]
+    ]
 
 
 class _Worker:
@@ -183,3 +248,21 @@ class _Worker:
         until = self.until and (lambda i, newest: self.until(numbers[i], newest))
         found = self.engine.sample_ids(prompt_ids, keys=keys, until=until, **self.drawing)
         return pa.table({"number": numbers, "samples": [list(map(asdict, samples)) for samples in found]})
+
+
+class _Scorer:
+    """A reward model in a process of its own; scores one batch of questions after the other."""
+
+    def __init__(self, path: str, weights: str, workers: int):
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+        self.model, self.tokenizer = models.load_policy(path, weights), models.load_tokenizer(path)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Columns number, problem (JSON), texts -> number, scores."""
+        fields = [json.loads(one) for one in batch["problem"].to_pylist()]
+        problems = [Problem(**one | {"choices": tuple(one["choices"])}) for one in fields]
+        texts = batch["texts"].to_pylist()
+        asked = [problem for problem, some in zip(problems, texts, strict=True) for _ in some]
+        found = iter(reward_model.score(self.model, self.tokenizer, asked, [text for some in texts for text in some]))
+        scores = [[next(found) for _ in some] for some in texts]
+        return pa.table({"number": batch["number"], "scores": scores})

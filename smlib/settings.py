@@ -149,7 +149,7 @@ class HardwareSettings:
     cuda_graphs: bool = False  # whether it records its steps on a GPU, to launch each at once
     engine: str = "native"  # who samples; "vllm", or "auto": vllm where it is installed
     rollout_engine: str = "native"  # who draws PPO's rollouts, the same; vllm is for adapters in one process
-    workers: int = 1  # processes of Ray's that sample, on one machine or many; 1 = without Ray
+    workers: int = 1  # processes of Ray's that sample and score, on one machine or many; 1 = without Ray
 
     def __post_init__(self):
         _check("hardware.weights", self.weights, ("float32", "bfloat16", "nf4"))

@@ -14,7 +14,6 @@ end of the first is the end of both. The process of its own reads a script that 
 does must be below `if __name__ == "__main__":`.
 """
 
-import gc
 import hashlib
 import os
 from pathlib import Path
@@ -165,8 +164,7 @@ def _base_seed(seed: int, key: str) -> int:
 
 def _free_share() -> float:
     """How much of the GPU is free, once this process has given back what it no longer uses of it."""
-    gc.collect()
-    torch.cuda.empty_cache()
+    models.free_memory()
     free, total = torch.cuda.mem_get_info()
     return free / total
 

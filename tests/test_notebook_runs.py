@@ -21,6 +21,25 @@ SMALL = {
 }
 
 
+COUNTING = """
+def _count():
+    import os, weakref
+    from smlib import models
+    loaded, load = [], models._load
+
+    def counting(*arguments):
+        model = load(*arguments)
+        loaded.append(weakref.ref(model))
+        with open(os.environ["LOADED"], "a") as file:
+            print(sum(one() is not None for one in loaded), file=file)
+        return model
+
+    models._load = counting
+
+_count()
+"""  # what a kernel does first: writes how many models it holds whenever one was loaded
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("SML_DATA_DIR"), reason="needs the published questions: set SML_DATA_DIR")
 def test_they_run_on_gsm8k_with_weights_in_bfloat16_and_adapters(tmp_path):
@@ -29,8 +48,16 @@ def test_they_run_on_gsm8k_with_weights_in_bfloat16_and_adapters(tmp_path):
     command += ["--seed", str(SEED), "--to", "6"]
     for group, values in SMALL.items():
         command += [part for name, value in values.items() for part in ("--set", f"{group}.{name}={value}")]
-    finished = subprocess.run([*command, "--out", str(tmp_path / "run")], capture_output=True, text=True)
+    startup = tmp_path / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "count.py").write_text(COUNTING)
+    counted = {"IPYTHONDIR": str(tmp_path / "ipython"), "LOADED": str(tmp_path / "loaded")}
+    command += ["--out", str(tmp_path / "run")]
+    finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | counted)
     assert finished.returncode == 0, finished.stdout + finished.stderr
+    held = [int(line) for line in (tmp_path / "loaded").read_text().split()]
+    # Notebook 03 compares the reward model with what it was before its training; all else wants a card for itself.
+    assert max(held) == 2 and held.count(2) <= 3, held
     done = {path.stem[:2]: nbformat.read(path, 4) for path in (tmp_path / "run" / "notebooks").glob("*.ipynb")}
     assert sorted(done) == [f"{number:02d}" for number in range(7)]
     for number, notebook in done.items():

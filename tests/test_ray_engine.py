@@ -1,13 +1,15 @@
 """Ray workers draw what one process draws, whatever happens to them; `make test-ray` runs this."""
 
 import os
+import shutil
 import threading
 import time
 
 import psutil
 import pytest
 
-from smlib import models, pipeline, ray_engine
+from smlib import models, pipeline, ray_engine, reward_model
+from smlib.artifacts import require
 from smlib.engines import make_engine
 from smlib.problems import generate
 from smlib.prompts import open_prompt
@@ -129,6 +131,33 @@ def test_two_workers_make_the_stage_that_one_process_makes(engine, tmp_path):
         rows[workers] = stage.read_rows("rationales")
     assert rows[1] == rows[2] and len(rows[1]) == 16 * 4 + 8 * 2
     assert pipeline.sample_rationales(tmp_path / "1", settings, progress=False).read_rows("rationales") == rows[1]
+
+
+def test_two_workers_score_what_one_process_scores(engine, expected, native, tmp_path):
+    engine._start()
+    native.model.save_pretrained(tmp_path)
+    native.tokenizer.save_pretrained(tmp_path)
+    texts = [(problem, one.text) for problem, found in zip(PROBLEMS, expected, strict=True) for one in found]
+    texts.sort(key=lambda pair: pair[1])  # the questions in any order, some texts twice
+    scores = ray_engine.score(tmp_path, *zip(*texts, strict=True), workers=2)
+    assert scores == pytest.approx(
+        reward_model.score(native.model, native.tokenizer, *zip(*texts, strict=True)), abs=1e-3
+    )
+    assert ray_engine.score(tmp_path, [], [], workers=2) == []
+
+
+def test_two_workers_make_the_evaluation_that_one_process_makes(engine, tmp_path):
+    engine._start()
+    small = {"sampling": {"questions": 16}, "ppo": {"updates": 1}, "evaluation": {"questions": 6, "published": 0}}
+    pipeline.run(tmp_path, preset("smoke", "coin_flip", **small), progress=False)
+    rows = {1: require(tmp_path, "05_evaluation").read_rows("answers")}
+    shutil.rmtree(tmp_path / "05_evaluation")
+    pipeline.evaluate(tmp_path, preset("smoke", "coin_flip", hardware={"workers": 2}, **small), progress=False)
+    rows[2] = require(tmp_path, "05_evaluation").read_rows("answers")
+    assert any(row["scores"] for row in rows[1])
+    for one, two in zip(rows[1], rows[2], strict=True):
+        assert two.pop("scores") == pytest.approx(one.pop("scores"), abs=1e-3)
+        assert one == two
 
 
 def test_a_killed_worker_costs_no_sample(engine, expected, monkeypatch):
