@@ -285,7 +285,7 @@ _LLAMA = {
 
 # Llama's keys and values take half a MiB a token. All stages fit with a tenth to spare, by smlib.memory
 # (results/memory_stages_7b.csv); nobody measured it.
-# Mistral keeps a quarter of the others' keys and values. DeepSeek's revision is not pinned: what the Hub serves runs.
+# Mistral keeps a quarter of the others' keys and values.
 LARGE = {
     "llama2-7b": _LLAMA,
     "llama2-7b-40gb": _LLAMA | {"hardware": replace(_CARD, rollout_rows=128, cache_tokens=32_000)},
@@ -296,7 +296,7 @@ LARGE = {
     },
     "mistral-7b": _self_explore("mistralai/Mistral-7B-v0.1@27d67f1b5f57dc0953326b2601d68371d40ea8da", 128),
     "llemma-7b": _self_explore("EleutherAI/llemma_7b@e223eee41c53449e6ea6548c9b71c50865e4a85c", 32),
-    "deepseek-math-7b": _self_explore("deepseek-ai/deepseek-math-7b-base", 32),
+    "deepseek-math-7b": _self_explore("deepseek-ai/deepseek-math-7b-base@036a8c6189aac6e2fc4e07b46e1e57c6b647bca5", 32),
 }  # fmt: skip
 PRESETS |= LARGE
 

@@ -1,10 +1,11 @@
+import re
 from dataclasses import FrozenInstanceError, asdict
 
 import pytest
 
 from smlib import pipeline
 from smlib.problems import TASKS
-from smlib.settings import preset
+from smlib.settings import LARGE, PRESETS, preset
 
 SELF_EXPLORE = ("mistral-7b", "llemma-7b", "deepseek-math-7b")
 
@@ -29,6 +30,11 @@ def test_presets_of_large_models_are_as_the_paper_has_it_with_rates_for_adapters
     assert (dpo.epochs, dpo.batch, dpo.beta, dpo.learning_rate) == (3, 32, 0.1, 1e-5)
     assert settings.lora.rank and settings.hardware.weights == "bfloat16"
     assert sft.batch % settings.hardware.micro_batch == dpo.batch % settings.hardware.micro_batch == 0
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_presets_name_their_model_by_revision(name):
+    assert re.fullmatch(r"[\w-]+/[\w.-]+@[0-9a-f]{40}", PRESETS[name]["base"])
 
 
 def test_what_the_hardware_needs_is_no_part_of_a_stage_but_for_the_precision():
