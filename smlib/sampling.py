@@ -23,6 +23,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -93,8 +94,8 @@ def sample(
     max_batch: rows in flight; lower it if the keys and values of a large model do not fit in memory.
     cache_tokens: tokens whose keys and values are held at once, every prompt's once and `max_new_tokens` of every row;
         so short prompts are drawn with more rows than long ones. 0: no bound but max_batch.
-    cuda_graphs: steps of fixed shapes, which a GPU records once and replays, see `_FixedSteps`. For a model of
-        `SHARED_PROMPT_MODELS` whose weights are all on one GPU; others are drawn from as ever.
+    cuda_graphs: steps of fixed shapes, which a GPU records once and replays, see `_FixedSteps`. For a model that is
+        whole on one GPU, and one that `_records` says yes to; others are drawn from as ever.
     progress: label of a progress bar on standard output; None prints nothing.
 
     Raises ValueError for arguments out of range, equal keys, empty prompts, and prompts that with `max_new_tokens`
@@ -250,7 +251,7 @@ def _complete_block(model, prompts, owners, uniforms, draw, ending, cuda_graphs)
     uniforms = torch.from_numpy(uniforms).to(device)
     logits, cache, padding = _prefill(model, prompts, torch.tensor(owners, device=device))
     start = max(map(len, prompts))
-    fixed = _FixedSteps(model, cache, padding, start) if cuda_graphs and _shares_prompts(model) else None
+    records, fixed = cuda_graphs and _records(model), None
 
     rows = torch.arange(len(owners), device=device)  # rows still in the batch
     tokens = torch.zeros(len(rows), steps, dtype=torch.long, device=device)
@@ -261,11 +262,13 @@ def _complete_block(model, prompts, owners, uniforms, draw, ending, cuda_graphs)
         logprobs[:, step] = (logits.gather(1, token) - logits.logsumexp(1, keepdim=True))[:, 0]
 
         last, renew = step + 1 == steps, (step + 1) % FIXED_STEPS == 0
+        if renew:
+            logits = fixed = None  # their memory, before the next ones'
         if last or step % CHECK_EVERY == CHECK_EVERY - 1:
             finished = ending.reached(tokens[:, : step + 1]) | last
             done = int(finished.sum())
             # Dropping rows copies the cache, so a few of them wait; and it changes shapes.
-            if done == len(rows) or (done * 8 >= len(rows) and (fixed is None or renew)):
+            if done == len(rows) or (done * 8 >= len(rows) and (renew or not records)):
                 drawn = (x[finished, : step + 1].tolist() for x in (tokens, logprobs))
                 for row, ids, values in zip(rows[finished].tolist(), *drawn, strict=True):
                     yield row, ending.cut(ids, values)
@@ -275,13 +278,11 @@ def _complete_block(model, prompts, owners, uniforms, draw, ending, cuda_graphs)
                 rows, tokens, logprobs, uniforms = rows[keep], tokens[keep], logprobs[keep], uniforms[keep]
                 token, padding = token[keep], padding[keep]
                 cache.batch_select_indices(keep)
-        if fixed is None:
-            logits = _forward(model, token, cache, padding, start + step)
-        else:
-            if renew:
-                fixed = None  # its memory first
-                fixed = _FixedSteps(model, cache, padding, start)
+        if records:
+            fixed = fixed or _FixedSteps(model, cache, padding, start, steps)
             logits = fixed(token, step)
+        else:
+            logits = _forward(model, token, cache, padding, start + step)
 
 
 def _prefill(model, prompts, owners):
@@ -320,11 +321,11 @@ class _FixedSteps:
     beforehand, of which what is not written yet is hidden. On a CPU the same steps run unrecorded.
     """
 
-    def __init__(self, model, cache, padding, start):
+    def __init__(self, model, cache, padding, start, steps):
         self.model, self.cache, self.start, self.padding = model, cache, start, padding[:, None]
         self.token, self.position = torch.zeros_like(self.padding), torch.zeros_like(self.padding)
         self.graph, self.logits, self.records = None, None, padding.device.type == "cuda"
-        cache.make_room(FIXED_STEPS)
+        cache.make_room(min(FIXED_STEPS, steps - cache.room))
 
     def __call__(self, token, step):
         """Float32 logits [row, vocabulary] after the tokens [row, 1] drawn in `step`; the next call overwrites them."""
@@ -340,14 +341,16 @@ class _FixedSteps:
 
     def _record(self):
         """Writing the step's keys and values twice changes nothing: the slot is the same."""
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries set up what they may not while a graph is recorded
-            self._step()
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self._step()
+        with torch.cuda.device(self.token.device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # libraries set up what they may not while a graph is recorded
+                self._step()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=aside):
+                self.logits = self._step()
+        self.graph = graph
 
     def _step(self):
         cache = {"past_key_values": self.cache, "shared": self.cache, "use_cache": True}
@@ -367,11 +370,16 @@ class _SharedPromptCache(Cache):
         columns = torch.arange(cache.get_seq_length(), device=padding.device)
         hidden = columns < padding[:, None]
         self.bias = torch.zeros(hidden.shape, device=padding.device).masked_fill(hidden, -torch.inf)[:, None, None]
-        self.drawn_bias = None  # [slot], with room for what is not drawn yet
+        self.drawn_bias, self.slot = None, None  # of `_FixedSteps`: [slot], with room for what is not drawn yet
         self._place(owners)
 
+    @property
+    def room(self):
+        """Drawn tokens of a row that have room beforehand."""
+        return 0 if self.drawn_bias is None else len(self.drawn_bias)
+
     def make_room(self, slots):
-        """For so many more drawn tokens than there were rooms for, and from now on no memory but that."""
+        """For so many more drawn tokens."""
         if self.drawn_bias is None:
             self.drawn_bias = self.bias.new_empty(0)
             self.slot = torch.zeros(1, dtype=torch.long, device=self.bias.device)
@@ -426,7 +434,7 @@ class _SharedPromptLayer(DynamicLayer):
         self.length, self.store, self.slot = 0, None, None
 
     def make_room(self, slots, rows, slot):
-        """So many more tokens fit; of which the next one belongs, says the tensor `slot`."""
+        """So many more tokens fit; where the next one belongs, says the tensor `slot`."""
         _, heads, _, features = self.prompt_keys.shape
         room = self.prompt_keys.new_zeros(2, rows, heads, slots, features)
         self.store = room if self.store is None else torch.cat((self.store, room), 3)
@@ -449,6 +457,7 @@ class _SharedPromptLayer(DynamicLayer):
         return self.prompt_keys.shape[2] + self.length
 
     def batch_select_indices(self, indices):
+        self.keys = self.values = None  # else their memory would wait for the next token
         self.store = self.store[:, indices]
 
     def select_prompts(self, indices):
@@ -486,6 +495,14 @@ AttentionMaskInterface.register("shared_prompt", sdpa_mask)
 def _shares_prompts(model) -> bool:
     layers = DynamicCache(config=model.config).layers
     return model.config.model_type in SHARED_PROMPT_MODELS and all(type(x) is DynamicLayer for x in layers)
+
+
+def _records(model) -> bool:
+    """Whether `_FixedSteps` can record the model: plain attention, and neither dynamic positions, which look at the
+    longest row, nor FSDP, which waits for other streams."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    return _shares_prompts(model) and rope.get("rope_type") != "dynamic" and not sharded
 
 
 @contextmanager

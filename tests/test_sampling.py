@@ -35,7 +35,7 @@ def tiny_model(kind="llama", **changes):
     if kind == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
     tokens = {"vocab_size": 34, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = AutoConfig.for_model(kind, **sizes, **tokens, initializer_range=0.3, **changes)
+    config = AutoConfig.for_model(kind, **sizes | tokens | {"initializer_range": 0.3} | changes)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -419,6 +419,28 @@ def test_steps_of_fixed_shapes_draw_the_same_samples(any_model, tokenizer, short
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
 
 
+def test_what_cannot_be_recorded_is_drawn_as_ever(tokenizer, monkeypatch):
+    """Positions that stretch with the longest row are a matter of numbers, which a graph cannot look at."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    stretching = tiny_model(rope_parameters=rope, max_position_embeddings=64)
+    monkeypatch.setattr(sampling, "_FixedSteps", None)
+    assert without_logprobs(draw(stretching, tokenizer, cuda_graphs=True)) == (
+        without_logprobs(draw(stretching, tokenizer))
+    )
+
+
+def test_room_is_made_for_what_is_drawn_and_no_more(model, short, monkeypatch):
+    made, make_room = [], sampling._SharedPromptCache.make_room
+
+    def making(cache, slots):
+        make_room(cache, slots)
+        made.append((cache.room, {layer.store.shape[3] for layer in cache.layers}))
+
+    monkeypatch.setattr(sampling._SharedPromptCache, "make_room", making)
+    sample_ids(model, [[1, 5]], 8, temperature=1.0, max_new_tokens=20, seed=0, cuda_graphs=True)
+    assert made == [(8, {8}), (16, {16}), (20, {20})]
+
+
 def test_steps_of_fixed_shapes_with_an_adapter_until_a_condition_holds(tokenizer, short):
     policy = get_peft_model(
         tiny_model(), LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
@@ -445,7 +467,7 @@ class Operations(TorchDispatchMode):
 def fixed_steps(model, rows=3):
     owners, padding = torch.tensor([0, 0, 1][:rows]), torch.tensor([0, 0, 1][:rows])
     _, cache, _ = sampling._prefill(model, [[1, 5, 6], [1, 7]], owners)
-    return sampling._FixedSteps(model, cache, padding, 3)
+    return sampling._FixedSteps(model, cache, padding, 3, 24)
 
 
 @pytest.mark.parametrize("kind", ["llama", "adapter"])
