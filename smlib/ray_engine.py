@@ -133,12 +133,10 @@ def score(
 
     The texts of a question go to one worker, which reads it once. Errors are those of `RayEngine.sample_ids`.
     """
-    asked: dict[str, tuple[Problem, dict[str, None]]] = {}
-    for problem, text in zip(problems, texts, strict=True):
-        asked.setdefault(problem.id, (problem, {}))[1][text] = None
+    asked = reward_model.by_question(problems, texts)
     rows = [
-        {"number": number, "problem": json.dumps(asdict(problem)), "texts": list(found)}
-        for number, (problem, found) in enumerate(asked.values())
+        {"number": number, "problem": json.dumps(asdict(problem)), "texts": found}
+        for number, (problem, found) in enumerate(asked)
     ]
     if not rows:
         return []
@@ -151,8 +149,8 @@ def score(
         if started:
             _stop()
     scores = {}
-    for name, row, found in zip(asked, rows, done, strict=True):
-        scores |= {(name, text): one for text, one in zip(row["texts"], found, strict=True)}
+    for (problem, different), found in zip(asked, done, strict=True):
+        scores |= {(problem.id, text): one for text, one in zip(different, found, strict=True)}
     return [scores[problem.id, text] for problem, text in zip(problems, texts, strict=True)]
 
 

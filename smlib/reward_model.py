@@ -155,6 +155,14 @@ def train_reward_model(
     return log
 
 
+def by_question(problems: Sequence[Problem], texts: Sequence[str]) -> list[tuple[Problem, list[str]]]:
+    """The questions, each once, with its different texts, in the order of their first places."""
+    asked: dict[str, tuple[Problem, dict[str, None]]] = {}
+    for problem, text in zip(problems, texts, strict=True):
+        asked.setdefault(problem.id, (problem, {}))[1][text] = None
+    return [(problem, list(found)) for problem, found in asked.values()]
+
+
 @torch.inference_mode()
 def score(
     model: PreTrainedModel,
@@ -168,12 +176,9 @@ def score(
     A question is read once for every four of its texts, and equal texts of one question, which a trained policy
     writes often, are scored once. tokens_per_batch: more do not fit a CPU core's cache and are slower there.
     """
-    asked: dict[str, tuple[Problem, dict[str, None]]] = {}
-    for problem, text in zip(problems, texts, strict=True):
-        asked.setdefault(problem.id, (problem, {}))[1][text] = None
     keys, groups = [], []
-    for problem, found in asked.values():
-        head, found = models.encode_prompt(tokenizer, prompts.open_prompt(problem)), list(found)
+    for problem, found in by_question(problems, texts):
+        head = models.encode_prompt(tokenizer, prompts.open_prompt(problem))
         for start in range(0, len(found), models.CONTINUATIONS_PER_ROW):
             some = found[start : start + models.CONTINUATIONS_PER_ROW]
             keys.append([(problem.id, text) for text in some])

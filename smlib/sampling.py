@@ -309,6 +309,10 @@ def _forward(model, ids, cache, padding, start):
         arguments = {"position_ids": positions, "attention_mask": (columns >= padding[:, None]).long()}
     else:
         arguments = {}
+    return _last_logits(model, ids, cache, **arguments)
+
+
+def _last_logits(model, ids, cache, **arguments):
     output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments)
     return output.logits[:, -1].float()
 
@@ -353,9 +357,7 @@ class _FixedSteps:
         self.graph = graph
 
     def _step(self):
-        cache = {"past_key_values": self.cache, "shared": self.cache, "use_cache": True}
-        output = self.model(input_ids=self.token, position_ids=self.position, logits_to_keep=1, **cache)
-        return output.logits[:, -1].float()
+        return _last_logits(self.model, self.token, self.cache, position_ids=self.position, shared=self.cache)
 
 
 class _SharedPromptCache(Cache):

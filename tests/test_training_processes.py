@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 from tiny_model import policy
-from trainings_in_processes import TRAININGS, run
+from trainings_in_processes import KINDS, TRAININGS, run
 
 from smlib import sft
 from smlib.__main__ import main
@@ -36,9 +36,8 @@ def difference(one, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(  # all weights of a reward model and by DPO: with the command, below
-    ("name", "kind"), [("sft", "whole"), *((name, "adapters") for name in TRAININGS)]
-)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TRAININGS)
 def test_two_processes_train_as_one(tmp_path, name, kind):
     """24 steps, the last of an epoch with fewer rows, which leave a process without any."""
     run(name, kind, tmp_path / "one")
