@@ -252,6 +252,7 @@ def stage(args) -> int:
             if main:
                 rows = ", ".join(f"{count:,} {file}" for file, count in manifest["counts"].items())
                 print(f"{run / name}: {rows}, {manifest['wall_seconds']:.1f} s{state}", flush=True)
+    pipeline.leave()
     return 0
 
 
@@ -276,6 +277,7 @@ def policy(args) -> int:
     stage = pipeline.train_policy(run, settings, args.method, args.reward, tracker=args.tracker)
     if pipeline.launched().is_main_process:
         print(f"{stage.folder}: model/ is the policy, training/log.csv its way there")
+    pipeline.leave()
     return 0
 
 

@@ -493,6 +493,17 @@ def launched() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())  # else it would take those on CPUs for one each
 
 
+def leave() -> None:
+    """End the group of the processes, after the last that they do together.
+
+    Gloo's threads may still hold tensors of Python's: one that lets go of them while the interpreter ends aborts the
+    process (torch's issue 190489). With the group they end, too, if no model that was trained in it is left.
+    """
+    if launched().num_processes > 1:
+        models.free_memory()
+        launched().destroy_process_group()
+
+
 def refuse_processes(names: Iterable[str]) -> None:
     """Raise ValueError in several processes for the first of these stages that they cannot share."""
     processes = launched().num_processes

@@ -4,6 +4,7 @@ KIND is one of test_ppo's, or as the presets of large models train: adapters of 
 key for every head ("large") or for two ("large, grouped").
 """
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from smlib import models, ppo
+from smlib import models, pipeline, ppo
 from smlib.roles import Adapters
 
 
@@ -63,6 +64,9 @@ def main(kind: str, wrapper: str, out: Path) -> None:
     roles = train(kind, out, accelerator)
     if wrapper == "fsdp":
         assert all(hasattr(weight, "full_tensor") for weight in roles.parameters())  # sharded to the end
+        os._exit(0)  # torch's caches keep the group of sharded weights: its threads outlive what pipeline.leave does
+    del roles, accelerator
+    pipeline.leave()
 
 
 if __name__ == "__main__":

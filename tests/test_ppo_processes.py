@@ -15,6 +15,7 @@ from smlib import pipeline
 from smlib.settings import preset
 
 SCRIPT = Path(__file__).parent / "ppo_in_processes.py"
+COMMAND = Path(__file__).parent / "command_in_processes.py"
 pytestmark = pytest.mark.slow
 
 
@@ -68,7 +69,7 @@ def test_the_command_line_trains_in_two_processes(tmp_path):
     for name in ("one", "two"):
         pipeline.before_policy(tmp_path / name, settings, progress=False)
     one = pipeline.train_policy(tmp_path / "one", settings, progress=False)
-    in_two_processes("-m", "smlib", "policy", "--preset", "smoke", "--task", "coin_flip", "--out", tmp_path / "two")
+    in_two_processes(COMMAND, "policy", "--preset", "smoke", "--task", "coin_flip", "--out", tmp_path / "two")
     two = pipeline.train_policy(tmp_path / "two", settings, progress=False)  # is done, and read
     for file in ("model.safetensors", "value/value.safetensors"):
         ours, theirs = (load_file(stage.path("model") / file) for stage in (one, two))

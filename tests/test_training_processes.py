@@ -17,6 +17,7 @@ from smlib import sft
 from smlib.__main__ import main
 
 SCRIPT = Path(__file__).parent / "trainings_in_processes.py"
+COMMAND = Path(__file__).parent / "command_in_processes.py"
 SMOKE = ["--preset", "smoke", "--task", "coin_flip", "--out"]
 NEEDED = ("06_exploration", "06_selection", "06_solutions", "03_second_sampling", "02_ranking", "01_sampling")
 SHARED = ("02_sft", "03_reward_model", "06_rft", "06_outcome_dpo", "06_step_dpo")
@@ -111,7 +112,7 @@ def test_the_command_shares_the_stages_that_train(finished, tmp_path):
     """Under torchrun, by a copy of the run in which they are missing."""
     shutil.copytree(finished, tmp_path / "two", ignore=shutil.ignore_patterns(*SHARED))
     options = [*SMOKE, tmp_path / "two", "--set", "explore.temperature=1.0"]
-    done = in_two_processes("-m", "smlib", "stage", *SHARED, *options)
+    done = in_two_processes(COMMAND, "stage", *SHARED, *options)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in SHARED:
         assert done.stdout.count(f"{tmp_path / 'two' / name}: ") == 1  # the main process alone prints

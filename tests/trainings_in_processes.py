@@ -15,7 +15,7 @@ from test_sft import PROBLEMS, ROWS
 from test_sft import QUICK as SFT_QUICK
 from tiny_model import policy, tokenizer
 
-from smlib import dpo, models, reward_model, sft
+from smlib import dpo, models, pipeline, reward_model, sft
 
 # Rows: of the last batch of four, three or one are left. So an idle row stands beside others, and alone.
 KINDS = {
@@ -52,3 +52,4 @@ def run(name: str, kind: str, out: Path, **options) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    pipeline.leave()
