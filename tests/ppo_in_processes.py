@@ -1,4 +1,4 @@
-"""A short PPO training, to be started in several processes by tests/test_ppo_processes.py: KIND WRAPPER OUT.
+"""Short PPO trainings, to be started in several processes by tests/test_ppo_processes.py: OUT KIND:WRAPPER ...
 
 KIND is one of test_ppo's, or as the presets of large models train: adapters of a bfloat16 base, its attention with a
 key for every head ("large") or for two ("large, grouped").
@@ -58,16 +58,17 @@ def train(kind: str, out: Path, accelerator: Accelerator | None = None):
     return roles
 
 
-def main(kind: str, wrapper: str, out: Path) -> None:
+def main(out: Path, *cases: str) -> None:
     torch.set_num_threads(1)
-    accelerator = (Sharding if wrapper == "fsdp" else Accelerator)(cpu=True)
-    roles = train(kind, out, accelerator)
-    if wrapper == "fsdp":
-        assert all(hasattr(weight, "full_tensor") for weight in roles.parameters())  # sharded to the end
-        os._exit(0)  # torch's caches keep the group of sharded weights: its threads outlive what pipeline.leave does
-    del roles, accelerator
+    for case in cases:
+        kind, wrapper = case.split(":")
+        roles = train(kind, out / case, (Sharding if wrapper == "fsdp" else Accelerator)(cpu=True))
+        if wrapper == "fsdp":
+            assert all(hasattr(weight, "full_tensor") for weight in roles.parameters())  # sharded to the end
+        del roles
     pipeline.leave()
+    os._exit(0)  # torch's caches keep the group of sharded weights, and so its threads, when all others let go
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

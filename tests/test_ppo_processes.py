@@ -35,25 +35,33 @@ def assert_close(one, other):
     assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5
 
 
-SMALL = [("model", "ddp"), ("adapters", "ddp"), ("head", "fsdp")]
-LARGE = [("large", "ddp"), ("large, grouped", "ddp"), ("large, grouped", "fsdp")]  # bfloat16, in micro batches
+SMALL = ["model:ddp", "adapters:ddp", "head:fsdp"]
+LARGE = ["large:ddp", "large, grouped:ddp", "large, grouped:fsdp"]  # bfloat16, in micro batches
 
 
-@pytest.mark.parametrize(("kind", "wrapper"), SMALL + LARGE)
-def test_two_processes_train_as_one(tmp_path, kind, wrapper):
-    ppo_in_processes.train(kind, tmp_path / "one")
-    in_two_processes(SCRIPT, kind, wrapper, tmp_path / "two")
-    assert_close(tmp_path / "one", tmp_path / "two")
-    logs = [(tmp_path / name / "log.csv").read_text().splitlines() for name in ("one", "two")]
+@pytest.fixture(scope="module")
+def trained_by_two(tmp_path_factory):
+    """All of them, in one start of two processes: to start them takes longer than to train."""
+    out = tmp_path_factory.mktemp("two")
+    in_two_processes(SCRIPT, out, *SMALL, *LARGE)
+    return out
+
+
+@pytest.mark.parametrize("case", SMALL + LARGE)
+def test_two_processes_train_as_one(tmp_path, trained_by_two, case):
+    ppo_in_processes.train(case.split(":")[0], tmp_path / "one")
+    assert_close(tmp_path / "one", trained_by_two / case)
+    logs = [(out / "log.csv").read_text().splitlines() for out in (tmp_path / "one", trained_by_two / case)]
     assert len(logs[0]) == len(logs[1]) == 1 + QUICK.updates
 
 
 def test_what_one_process_began_two_can_finish_sharded(tmp_path):
     run(tmp_path / "one", kind="adapters")
+    case = "adapters:fsdp"
     with pytest.raises(Killed):
-        run(tmp_path / "two", kind="adapters", reward=dies_at(2, Killed), checkpoint_every=2)
-    in_two_processes(SCRIPT, "adapters", "fsdp", tmp_path / "two")
-    assert_close(tmp_path / "one", tmp_path / "two")
+        run(tmp_path / case, kind="adapters", reward=dies_at(2, Killed), checkpoint_every=2)
+    in_two_processes(SCRIPT, tmp_path, case)
+    assert_close(tmp_path / "one", tmp_path / case)
 
 
 def test_the_steps_are_large_enough_to_tell(tmp_path):

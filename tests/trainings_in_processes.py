@@ -1,7 +1,8 @@
-"""A short training by TRL, to be started in several processes by tests/test_training_processes.py: NAME KIND OUT."""
+"""Short trainings by TRL, to be started in several processes by tests/test_training_processes.py: OUT."""
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ def run(name: str, kind: str, out: Path, **options) -> None:
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     log = TRAININGS[name](model, KINDS[kind]["rows"], KINDS[kind]["options"] | options)
     if PartialState().is_main_process:
-        out.mkdir()
+        out.mkdir(parents=True)
         save_file(
             {n: w.detach().clone() for n, w in model.named_parameters() if n in trained}, out / "weights.safetensors"
         )
@@ -51,5 +52,6 @@ def run(name: str, kind: str, out: Path, **options) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    for name, kind in product(TRAININGS, KINDS):
+        run(name, kind, Path(sys.argv[1]) / name / kind)
     pipeline.leave()
