@@ -19,6 +19,9 @@ test-ray: .venv-ray/.ready  ## the Ray engine's tests, in an environment of thei
 test-vllm: .venv-vllm/.ready  ## vLLM's tests, in an environment of its own (2.6 GB)
 	.venv-vllm/bin/pytest -q tests/test_vllm_engine.py tests/test_vllm_stages.py
 
+test-nf4: .venv-nf4/.ready  ## tests of 4-bit weights by bitsandbytes, in an environment of its own
+	.venv-nf4/bin/pytest -q tests/test_nf4.py
+
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
@@ -44,6 +47,12 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/pip install -q --no-deps -e .
 	@touch $@
 
+.venv-nf4/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv-nf4
+	.venv-nf4/bin/pip install -q -r requirements.lock
+	.venv-nf4/bin/pip install -q -e '.[gpu]'
+	@touch $@
+
 .venv-ray/.ready: requirements.lock requirements-ray.lock pyproject.toml
 	$(PYTHON) -m venv .venv-ray
 	.venv-ray/bin/pip install -q -r requirements.lock -r requirements-ray.lock
@@ -57,4 +66,4 @@ $(READY): requirements.lock pyproject.toml
 	.venv-vllm/bin/pip install -q --no-deps -e .
 	@touch $@
 
-.PHONY: run test test-ray test-vllm lab bench figures notebooks clean
+.PHONY: run test test-ray test-vllm test-nf4 lab bench figures notebooks clean

@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -77,11 +78,12 @@ def main(argv: list[str] | None = None) -> int:
         from smlib.pipeline import run_folder  # here, because they import torch
 
         settings = settings_of(args)  # refuses an unknown name before anything is written
-        from smlib import plan
+        from smlib import pipeline, plan
 
         if args.dry_run:
-            print(plan.describe(settings))
+            print(dry_run(settings))
             return 0
+        pipeline.refuse_processes(["a run of the notebooks"])
         plan.check(settings)
         out = run_folder(args.out or "", args.preset, args.task, args.seed).resolve()
         named, values = {"PRESET": args.preset, "TASK": args.task, "SEED": args.seed}, dict(args.set)
@@ -128,6 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--model", default="tiny", help="tiny (default), a model's folder or a hub id, with @REVISION")
     sample.add_argument("--shots", default="none", help="exemplars before the question: none (default), smlib or wei")
     sample.add_argument("--engine", default="native", help="native (default) or vllm")
+    precision = "of the model (default: float32; of vllm what the files have)"
+    sample.add_argument("--weights", choices=("float32", "bfloat16", "nf4"), help=precision)
+    sample.add_argument("--rows", type=int, help="samples that the native engine draws at once (default 512)")
+    bound = "tokens whose keys and values the native engine holds (default 0: no bound but the rows)"
+    sample.add_argument("--cache-tokens", type=int, default=0, help=bound)
     sample.add_argument("--workers", type=int, default=1, help="processes of Ray's that draw (default 1: without Ray)")
     sample.add_argument("--temperature", type=float, default=1.0)
     sample.add_argument("--top-p", type=float, default=1.0)
@@ -186,6 +193,18 @@ def settings_of(args):
     return preset(args.preset, args.task, args.seed, **overrides(args))
 
 
+def dry_run(settings) -> str:
+    """The plan; where the dataset's questions are not to be had, of the generated coin flips in their place."""
+    from smlib import plan
+    from smlib.problems import DatasetError
+
+    try:
+        return plan.describe(settings)
+    except DatasetError as error:
+        found = plan.describe(replace(settings, tasks=("coin_flip",)))
+        return f"{error}\nPlanned for the generated coin flips instead, whose questions are short:\n\n{found}"
+
+
 def show_data(datasets: list[str]) -> int:
     """Load every split of the datasets, fetching what is not there; 1 if one cannot be used."""
     from smlib.problems import PUBLISHED, DatasetError, load, splits
@@ -206,11 +225,13 @@ def show_data(datasets: list[str]) -> int:
 
 def sample(args) -> int:
     """Draw samples of a dataset's questions into a folder of shards (smlib.bulk)."""
-    from smlib import models, prompts
+    from smlib import models, pipeline, prompts
     from smlib.bulk import Bulk
     from smlib.engines import make_engine
     from smlib.problems import TASKS, generate, load
+    from smlib.sampling import MAX_BATCH
 
+    pipeline.refuse_processes(["a folder of samples"])
     if args.dataset in TASKS:
         problems = generate(args.dataset, args.questions or 1000, args.seed, split=args.split)
     else:
@@ -218,7 +239,11 @@ def sample(args) -> int:
     shots = prompts.shots(args.dataset, args.shots)
     questions = [(problem.id, prompts.open_prompt(problem, shots)) for problem in problems]
     source = {"base": args.model, "base_sha256": models.weights_sha256(args.model), "dataset": args.dataset}
-    bulk = Bulk(args.out, make_engine(args.engine, args.model, workers=args.workers), source, args.shard)
+    if args.weights not in (None, "float32"):
+        source["weights"] = args.weights
+    held = {"weights": args.weights, "rows": args.rows or MAX_BATCH, "cache_tokens": args.cache_tokens}
+    engine = make_engine(args.engine, args.model, workers=args.workers, **held)
+    bulk = Bulk(args.out, engine, source, args.shard)
     counts = bulk.draw(
         questions, args.samples, temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
         seed=args.seed, stop=prompts.stop(args.shots), progress=args.dataset,
@@ -242,8 +267,9 @@ def stage(args) -> int:
         raise ValueError(f"stage {unknown[0]!r} is unknown; choose from: {', '.join(stages)}")
     names = [name for name in stages if name in (args.names or pipeline.STAGES)]
     pipeline.refuse_processes(names)
-    plan.check(settings)
     run = pipeline.run_folder(args.out or "", args.preset, args.task, args.seed)
+    if missing := [name for name in names if not (run / name / MANIFEST).exists()]:
+        plan.check(settings, missing)
     main = pipeline.launched().is_main_process
     with _luck_warned_of_once():
         for name in names:
@@ -272,7 +298,8 @@ def policy(args) -> int:
     from smlib import pipeline, plan
 
     settings = settings_of(args)
-    plan.check(settings)
+    pipeline.launched()  # so that each process looks at its own GPU
+    plan.check(settings, ["04_ppo"])
     run = pipeline.run_folder(args.out or "", args.preset, args.task, args.seed)
     stage = pipeline.train_policy(run, settings, args.method, args.reward, tracker=args.tracker)
     if pipeline.launched().is_main_process:
@@ -287,7 +314,7 @@ def explore(args) -> int:
 
     settings = settings_of(args)
     pipeline.refuse_processes(explore_pipeline.BEFORE | explore_pipeline.STAGES)
-    plan.check(settings)
+    plan.check(settings, explore_pipeline.BEFORE | explore_pipeline.STAGES)
     run = pipeline.run_folder(args.out or "", args.preset, args.task, args.seed)
     with _luck_warned_of_once():
         explore_pipeline.run(run, settings)

@@ -88,11 +88,12 @@ class NativeEngine(Engine):
         self.model = None
 
 
-def chosen(name: str) -> str:
-    """The engine that a name stands for: "auto" is vLLM where it is installed, else the native one."""
+def chosen(name: str, weights: str | None = None) -> str:
+    """The engine that a name stands for: "auto" is vLLM where it is installed and holds such weights (nf4 it does not),
+    else the native one."""
     if name != "auto":
         return name
-    return "vllm" if find_spec("vllm") else "native"
+    return "vllm" if find_spec("vllm") and weights != "nf4" else "native"
 
 
 def make_engine(
@@ -110,7 +111,7 @@ def make_engine(
     lora_rank: of vLLM, the greatest rank of adapters to come (`VLLMEngine.load_adapter`). share: of a GPU that vLLM
         takes, 0 for nine tenths of what is free.
     """
-    name = chosen(name)
+    name = chosen(name, weights)
     if name not in ENGINES:
         raise ValueError(f"engine {name!r} is unknown; choose one of: {', '.join(ENGINES)}.")
     if workers < 1:

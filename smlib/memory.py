@@ -237,11 +237,15 @@ def choices_of(settings: Settings, prompt: int) -> Choices:
 # ---- weights and what goes with them -------------------------------------------------------------------------
 
 
-def widths(config: LlamaConfig) -> tuple[int, int, int, int, int]:
-    """(H, I, Q, K, V) of a Llama without biases, a Mistral or a Qwen2; others are refused, as their layers hold
-    something else."""
+def counts(config) -> bool:
+    """Whether the formulas are for such a model: a Llama without biases, a Mistral or a Qwen2."""
     biases = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
-    if config.model_type not in COUNTED or biases:
+    return config.model_type in COUNTED and not biases
+
+
+def widths(config: LlamaConfig) -> tuple[int, int, int, int, int]:
+    """(H, I, Q, K, V); models that do not count (`counts`) are refused, as their layers hold something else."""
+    if not counts(config):
         raise ValueError(
             f"a {config.model_type!r} with these options is not counted here; give a Llama's, Mistral's or Qwen2's "
             "config."
@@ -528,7 +532,7 @@ def peak(config: LlamaConfig, choices: Choices) -> tuple[str, float]:
 
 
 def _most(parts: dict[str, dict[str, float]]) -> tuple[str, float]:
-    return max(((name, total(found)) for name, found in parts.items()), key=lambda item: item[1])
+    return max(((name, total(found)) for name, found in parts.items()), key=lambda item: item[1], default=("none", 0.0))
 
 
 # ---- SFT, reward model and DPO -------------------------------------------------------------------------------
@@ -662,10 +666,8 @@ def setting_knobs(settings: Settings) -> dict[str, Settings]:
         "hardware.micro_batch": _with(settings, micro_batch=fewer),
         "lora.rank": replace(settings, lora=replace(settings.lora, rank=settings.lora.rank or 16)),
     }
-    if settings.lora.rank:
-        beside = "native" if less == "nf4" else hardware.rollout_engine  # vLLM would not round
-        rounded = _with(settings, weights=less, rollout_engine=beside)
-        turned["hardware.weights"] = replace(rounded, ppo=replace(ppo, precision="bfloat16"))
+    if settings.lora.rank and not (less == "nf4" and hardware.rollout_engine == "vllm"):  # which does not round
+        turned["hardware.weights"] = replace(_with(settings, weights=less), ppo=replace(ppo, precision="bfloat16"))
     return {name: found for name, found in turned.items() if attrgetter(name)(found) != attrgetter(name)(settings)}
 
 
@@ -703,21 +705,24 @@ def fit(config: LlamaConfig, choices: Choices, capacity: float) -> Fit:
     return _fit(partial(peak, config), knobs, choices, capacity)
 
 
-def fit_run(config: LlamaConfig, settings: Settings, capacity: float, *, prompt: int, shown: int) -> Fit:
-    """Whether all stages of a run fit into `capacity` bytes; lengths as of `stages`."""
-    return _fit(lambda some: _most(stages(config, some, prompt=prompt, shown=shown)), setting_knobs, settings, capacity)
+def fit_run(
+    config: LlamaConfig, settings: Settings, capacity: float, names: Iterable[str] = (), *, prompt: int, shown: int
+) -> Fit:
+    """Whether the stages with these names, or all of a run, fit into `capacity` bytes; lengths as of `stages`."""
+    wanted = set(names)
+
+    def needs(some: Settings) -> tuple[str, float]:
+        found = stages(config, some, prompt=prompt, shown=shown)
+        return _most({name: parts for name, parts in found.items() if not wanted or name in wanted})
+
+    return _fit(needs, setting_knobs, settings, capacity)
 
 
 def fit_stages(config: LlamaConfig, settings: Settings, capacity: float, *, prompt: int, shown: int) -> dict[str, Fit]:
     """The same for every stage by itself."""
 
-    def of(stage: str) -> Fit:
-        def needs(some: Settings) -> tuple[str, float]:
-            return stage, total(stages(config, some, prompt=prompt, shown=shown)[stage])
-
-        return _fit(needs, setting_knobs, settings, capacity)
-
-    return {stage: of(stage) for stage in stages(config, settings, prompt=prompt, shown=shown)}
+    read = {"prompt": prompt, "shown": shown}
+    return {name: fit_run(config, settings, capacity, [name], **read) for name in stages(config, settings, **read)}
 
 
 def _fit(needs: Callable, knobs: Callable, start, capacity: float) -> Fit:

@@ -269,6 +269,14 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: 
     return adapted
 
 
+def check_targets(config: PretrainedConfig, rank: int, targets: str) -> None:
+    """Raise ValueError where `add_lora` would find no such layer in a model of this shape. Nothing of one is loaded."""
+    if rank and targets != "all-linear":
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        add_lora(model, rank, 1, targets, base="")
+
+
 def _no_match(model: PreTrainedModel, targets: str) -> str:
     head = model.get_output_embeddings()
     linear = [

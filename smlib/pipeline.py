@@ -365,7 +365,7 @@ def make_roles(settings: Settings, tuned: Stage, rewarder: Stage) -> Roles:
 
 def rollout_engine(settings: Settings, tuned: Stage) -> Engine | None:
     """vLLM for PPO's rollouts, where the settings want it; None: our own sampler."""
-    if chosen(settings.hardware.rollout_engine) == "native":
+    if engine_name(settings, "rollout_engine") == "native":
         return None
     options = {"lora_rank": settings.lora.rank, "share": ROLLOUT_SHARE}
     return make_engine("vllm", str(tuned.path("model")), weights=settings.hardware.weights, **options)
@@ -603,8 +603,17 @@ def stage_keys(settings: Settings, *groups: str) -> dict:
 def engine_key(settings: Settings, who: str = "engine") -> dict:
     """What a stage that samples depends on too: who draws, unless it is the native engine. The number of workers
     is no key: the samples are the same."""
-    name = chosen(getattr(settings.hardware, who))
+    name = engine_name(settings, who)
     return {} if name == "native" else {"engine": name}
+
+
+def engine_name(settings: Settings, who: str = "engine") -> str:
+    """Who draws in the stages that only do that, or with "rollout_engine" in PPO: there "auto" is vLLM for what it can
+    take over, adapters in one process."""
+    name = getattr(settings.hardware, who)
+    if name == "auto" and who == "rollout_engine" and (not settings.lora.rank or launched().num_processes > 1):
+        return "native"
+    return chosen(name, settings.hardware.weights)
 
 
 def _drawing(settings: Settings) -> dict:

@@ -11,10 +11,11 @@ has to be assumed: the assumptions are the constants below, and `describe` print
 takes the speeds' place. notebooks/08_on_a_gpu.ipynb holds both to what was measured on a CPU.
 """
 
+import os
 import re
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, astuple, dataclass
 from statistics import mean
 
@@ -23,7 +24,7 @@ import torch
 from scipy.stats import betabinom
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from smlib import memory, models, pipeline, prompts, reward_model
+from smlib import memory, models, pipeline, ppo, prompts, reward_model, sft
 from smlib.engines import NativeEngine
 from smlib.settings import Settings
 
@@ -256,12 +257,13 @@ def _evaluation(stage: str, settings: Settings, found: Lengths, first: bool) -> 
 
 @dataclass(frozen=True)
 class Speeds:
-    """Tokens a second, by what is done with them as in `Work`."""
+    """Tokens a second, by what is done with them as in `Work`, and of those drawn in PPO, maybe by another engine."""
 
     read: float
     drawn: float
     scored: float
     trained: float
+    rolled: float
 
 
 def speeds(config, settings: Settings, card: Card, found: Lengths) -> Speeds:
@@ -275,20 +277,25 @@ def speeds(config, settings: Settings, card: Card, found: Lengths) -> Speeds:
     weights = counts["linear"] + (counts["head"] or counts["embedding"])
     forward, hardware = 2 * weights, settings.hardware
     backward = forward * (1 if settings.lora.rank else 2) + (forward if hardware.recompute else 0)
-    through_vllm = settings.hardware.engine == "vllm"
-    rows = VLLM_ROWS if through_vllm else hardware.rollout_rows
-    launch = 0.0 if through_vllm or hardware.cuda_graphs else LAUNCH * config.num_hidden_layers
-    moved = memory.model_bytes(config, hardware.weights) + (4 * counts["linear"] if hardware.weights == "nf4" else 0)
+    held = memory.model_bytes(config, hardware.weights) + (4 * counts["linear"] if hardware.weights == "nf4" else 0)
     cache = 2 * config.num_hidden_layers * memory.widths(config)[3] * (4 if hardware.weights == "float32" else 2)
-    moved += rows * cache * (found.question / settings.sampling.samples + found.solution / 2)
-    step = max(moved / card.bandwidth, forward * rows / card.operations) / DRAW_SHARE + launch
+
+    def drawn(engine: str) -> float:
+        rows = VLLM_ROWS if engine == "vllm" else hardware.rollout_rows
+        launch = 0.0 if engine == "vllm" or hardware.cuda_graphs else LAUNCH * config.num_hidden_layers
+        moved = held + rows * cache * (found.question / settings.sampling.samples + found.solution / 2)
+        step = max(moved / card.bandwidth, forward * rows / card.operations) / DRAW_SHARE + launch
+        return BUSY * rows / step
+
+    alone, beside = (drawn(pipeline.engine_name(settings, who)) for who in ("engine", "rollout_engine"))
     read = READ_SHARE * card.operations / forward
-    return Speeds(read, BUSY * rows / step, read, TRAIN_SHARE * card.operations / (forward + backward))
+    return Speeds(read, alone, read, TRAIN_SHARE * card.operations / (forward + backward), beside)
 
 
 def hours(done: Work, at: Speeds) -> float:
-    seconds = (tokens / speed for tokens, speed in zip(astuple(done)[2:], astuple(at), strict=True))
-    return sum(seconds) / 3600
+    drawing = at.rolled if done.stage == "04_ppo" else at.drawn
+    by_kind = (at.read, drawing, at.scored, at.trained)
+    return sum(tokens / speed for tokens, speed in zip(astuple(done)[2:], by_kind, strict=True)) / 3600
 
 
 def measure(settings: Settings, path: str, questions: int = 32) -> Speeds:
@@ -318,11 +325,13 @@ def measure(settings: Settings, path: str, questions: int = 32) -> Speeds:
     ]
     at_once = hardware.micro_batch or settings.sft.batch
     training, _ = _timed(lambda: _train(model, tokenizer, rows, at_once, hardware.recompute))
+    drawing_speed = sum(len(one.token_ids) for found in drawn for one in found) / (both - reading)
     return Speeds(
         read=sum(map(len, heads)) / reading,
-        drawn=sum(len(one.token_ids) for found in drawn for one in found) / (both - reading),
+        drawn=drawing_speed,
         scored=sum(len(head) / samples + len(tail) for head, [tail] in rows) / scoring,
         trained=sum(len(head) + len(tail) for head, [tail] in rows) / training,
+        rolled=drawing_speed,
     )
 
 
@@ -342,11 +351,16 @@ def _train(model, tokenizer, rows: list, at_once: int, recompute: bool) -> None:
 def _timed(action: Callable[[], object]) -> tuple[float, object]:
     """(seconds of the second time, what it gave)"""
     action()
-    started = time.perf_counter()
+    started = _clock()
     result = action()
+    return _clock() - started, result
+
+
+def _clock() -> float:
+    """Now, when the GPU has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started, result
+    return time.perf_counter()
 
 
 # ---- memory and disk -----------------------------------------------------------------------------------------
@@ -362,16 +376,20 @@ def peaks(settings: Settings, config, found: Lengths) -> dict[str, float]:
     return {stage: memory.total(sizes) for stage, sizes in parts.items()}
 
 
-def check(settings: Settings) -> None:
-    """Raise DoesNotFit where a stage needs more than this machine's GPU, or without one its memory, has free.
+def check(settings: Settings, names: Iterable[str] = ()) -> None:
+    """Raise DoesNotFit where one of the stages named, or any, needs more than this machine's GPU, or without one its
+    memory, has free; and ValueError where a later stage would find that a setting is not for this model.
 
-    Of a model that is no Llama, Mistral or Qwen2 nothing can be computed, and nothing is refused.
+    Of a model that does not count (`memory.counts`) nothing can be computed, and nothing is refused. The same where
+    accelerate shards the weights (FSDP, DeepSpeed): the table is of whole ones.
     """
-    config = config_of(settings.base)
-    if config.model_type not in memory.COUNTED:
+    names, config = list(names), config_of(settings.base)
+    _check_batches(settings, names)
+    models.check_targets(config, settings.lora.rank, settings.lora.targets)
+    if not memory.counts(config) or _sharded():
         return
     free, where = _free_memory()
-    result = fit(settings, config, lengths(settings), free)
+    result = fit(settings, config, lengths(settings), free, names)
     if result.fits:
         return
     if torch.cuda.is_available():
@@ -383,9 +401,24 @@ def check(settings: Settings) -> None:
     )
 
 
-def fit(settings: Settings, config, found: Lengths, capacity: float) -> memory.Fit:
-    """Whether every stage fits into so many bytes, and if not, which settings to turn."""
-    return memory.fit_run(config, settings, capacity, **found.prompts)
+def _check_batches(settings: Settings, names: list[str]) -> None:
+    """Raise ValueError where a batch of the stages named, or of any, does not come out even in micro batches."""
+    rows, processes = settings.hardware.micro_batch, pipeline.launched().num_processes
+    trainers = {"sft": ("02_sft", "06_rft"), "reward": ("03_reward_model",), "dpo": ("06_step_dpo", "06_outcome_dpo")}
+    for group, stages in trainers.items():
+        if not names or set(stages) & set(names):
+            sft.micro_batch_rows(getattr(settings, group).batch, rows, processes)
+    if not names or "04_ppo" in names:
+        ppo.check_micro_batch(settings.ppo, processes, rows)
+
+
+def _sharded() -> bool:
+    return any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+
+
+def fit(settings: Settings, config, found: Lengths, capacity: float, names: Iterable[str] = ()) -> memory.Fit:
+    """Whether the stages named, or all, fit into so many bytes, and if not, which settings to turn."""
+    return memory.fit_run(config, settings, capacity, names, **found.prompts)
 
 
 def _free_memory() -> tuple[float, str]:
@@ -429,8 +462,13 @@ def rows(settings: Settings, assumed: Assumed = Assumed()) -> list[dict]:
 
 
 def describe(settings: Settings, assumed: Assumed = Assumed()) -> str:
-    """The plan of a run on every card of CARDS: stages, samples, tokens, memory, hours, disk, and what was assumed."""
+    """The plan of a run on every card of CARDS: stages, samples, tokens, memory, hours, disk, and what was assumed.
+
+    Of a model that does not count (`memory.counts`) samples and tokens alone.
+    """
     config, found, done = config_of(settings.base), lengths(settings, assumed.solution), work(settings, assumed)
+    if not memory.counts(config):
+        return _describe_uncounted(settings, config, found, done, assumed)
     needed = peaks(settings, config, found)
     at = {name: speeds(config, settings, card, found) for name, card in CARDS.items()}
     lines = [*textwrap.wrap(_headline(settings, config), WIDTH), "", *_header()]
@@ -449,6 +487,21 @@ def describe(settings: Settings, assumed: Assumed = Assumed()) -> str:
     lines += ["", f"Disk: {sum(sizes.values()) / 1e9:.0f} GB"]
     lines += [f"  {size / 1e9:6.1f} GB  {what}" for what, size in sizes.items()]
     return "\n".join([*lines, "", *textwrap.wrap(_assumptions(settings, found, assumed), WIDTH)])
+
+
+def _describe_uncounted(settings: Settings, config, found: Lengths, done: list[Work], assumed: Assumed) -> str:
+    head = f"{settings.preset} on {', '.join(settings.tasks)}: {settings.base}, whose bytes and hours are not counted"
+    reason = (
+        "Memory, hours and disk are computed for Llama (without biases), Mistral and Qwen2, not for a "
+        f"{config.model_type!r} with these options. So no fit is checked: watch the first minutes of every stage, and "
+        "lower hardware.micro_batch or hardware.rollout_rows where its memory runs out; the stage goes on."
+    )
+    stages = [f"{'stage':19}{'samples':>8}" + "".join(f"{name:>9}" for name in ("read", "drawn", "scored", "trained"))]
+    for one in done:
+        stages.append(f"{one.stage:19}{one.samples:8,.0f}" + "".join(f"{n / 1e6:9.2f}" for n in astuple(one)[2:]))
+    texts = (head, reason, _assumptions(settings, found, assumed))
+    head, reason, told = ("\n".join(textwrap.wrap(text, WIDTH)) for text in texts)
+    return "\n".join([head, "", f"{'tokens, millions':>63}", *stages, "", reason, "", told])
 
 
 def _headline(settings: Settings, config) -> str:

@@ -147,7 +147,7 @@ class HardwareSettings:
     rollout_rows: int = MAX_BATCH  # completions that the native sampler draws at once
     cache_tokens: int = 0  # tokens whose keys and values it holds outside PPO; 0 = no bound but the rows
     cuda_graphs: bool = False  # whether it records its steps on a GPU, to launch each at once
-    engine: str = "native"  # who samples; "vllm", or "auto": vllm where it is installed
+    engine: str = "native"  # who samples; "vllm", or "auto": vllm where it is installed, and native for nf4
     rollout_engine: str = "native"  # who draws PPO's rollouts, the same; vllm is for adapters in one process
     workers: int = 1  # processes of Ray's that sample and score, on one machine or many; 1 = without Ray
 
@@ -185,10 +185,10 @@ class Settings:
                 f"hardware.weights = {self.hardware.weights!r} with lora.rank = 0 would train weights of three digits "
                 "or fewer, in which small updates are lost: give lora.rank from 1, or hardware.weights = 'float32'"
             )
-        if self.hardware.rollout_engine != "native" and (not self.lora.rank or self.hardware.weights == "nf4"):
+        if self.hardware.rollout_engine == "vllm" and (not self.lora.rank or self.hardware.weights == "nf4"):
             raise ValueError(
-                f"hardware.rollout_engine = {self.hardware.rollout_engine!r} takes over adapters of a base that is not "
-                "rounded to 4 bits: give lora.rank from 1 and other hardware.weights, or rollout_engine = 'native'"
+                "hardware.rollout_engine = 'vllm' takes over adapters of a base that is not rounded to 4 bits: give "
+                "lora.rank from 1 and other hardware.weights, or rollout_engine = 'native'"
             )
         if self.sampling.shots != "none" and "chain_arithmetic" in self.tasks:
             raise ValueError(
@@ -335,8 +335,11 @@ def preset(name: str, task: str = "all", seed: int = 0, **overrides) -> Settings
     tasks = TASKS if task == "all" else (task,)
     settings = Settings(**{"preset": name, "tasks": tasks, "seed": seed, "base": "tiny"} | PRESETS[name])
     if name in LARGE and task == "math":
-        longer = {"max_new_tokens": 1_024}  # its solutions are long
-        settings = _override(settings, {"sampling": longer, "ppo": longer}, "")
+        longer, hardware = 1_024, settings.hardware  # its solutions are long, and take the room of as many more rows
+        rows = hardware.rollout_rows * settings.sampling.max_new_tokens // longer
+        fewer = {"rollout_rows": rows, "micro_batch": hardware.micro_batch // 2}
+        lengths = {group: {"max_new_tokens": longer} for group in ("sampling", "ppo")}
+        settings = _override(settings, lengths | {"hardware": fewer}, "")
     return _override(settings, overrides, "")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from trl import SFTConfig, SFTTrainer
@@ -41,6 +41,18 @@ class Progress(TrainerCallback):
         self.bar.close()
 
 
+def micro_batch_rows(batch: int, micro_batch: int, processes: int) -> int:
+    """Rows per forward pass of one process; ValueError where the batch does not come out even."""
+    rows = micro_batch or batch // processes
+    if rows < 1 or batch % (rows * processes):
+        many = f" in each of {processes} processes" * (processes > 1)
+        raise ValueError(
+            f"a batch of {batch} cannot be made of micro batches of {rows}{many}: give a number that divides it, as "
+            "hardware.micro_batch or as the batch itself"
+        )
+    return rows
+
+
 def trainer_options(
     model: PreTrainedModel,
     epochs: float,
@@ -58,13 +70,7 @@ def trainer_options(
     batch's rows and its gradient depend on neither; it must come out even (ValueError).
     """
     processes = PartialState(cpu=model.device.type == "cpu").num_processes
-    rows = micro_batch or batch // processes
-    if rows < 1 or batch % (rows * processes):
-        many = f" in each of {processes} processes" * (processes > 1)
-        raise ValueError(
-            f"a batch of {batch} cannot be made of micro batches of {rows}{many}: give a number that divides it, as "
-            "hardware.micro_batch or as the batch itself"
-        )
+    rows = micro_batch_rows(batch, micro_batch, processes)
     return {
         "output_dir": out,
         "num_train_epochs": epochs,
@@ -121,12 +127,21 @@ class _SharedSampler(LengthGroupedSampler):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size) + [examples] * (len(self) - examples))
 
 
+def on_one_gpu(args: TrainingArguments) -> TrainingArguments:
+    """A process has one GPU, however many it sees: transformers takes all for DataParallel, which TRL refuses."""
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
 class SharedBatches:
     """Of a Trainer in several processes: the batches, one after the other, are those of one process.
 
     transformers would group by length what is one process's share. Its micro batches, dealt out in turns, it fills up
     with rows from the beginning, which then count twice.
     """
+
+    def __init__(self, *, args, **options):
+        super().__init__(args=on_one_gpu(args), **options)
 
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)

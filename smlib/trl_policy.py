@@ -44,7 +44,7 @@ from smlib.problems import Problem
 from smlib.progress import progress_bar
 from smlib.prompts import open_prompt
 from smlib.sampling import MAX_BATCH
-from smlib.sft import keep_adapters_exact
+from smlib.sft import keep_adapters_exact, on_one_gpu
 
 GRPO = {"scale_rewards": "group", "loss_type": "grpo"}  # 2402.03300; "none" and "dr_grpo" are 2503.20783
 CPU_ROWS = 4  # completions in one pass on a CPU: less padding, and they fit its cache
@@ -290,7 +290,7 @@ def _make_trainer(
     trainer = trainer_class(
         model=policy,
         reward_funcs=lambda trainer_state, **kwargs: trainer.shaped.tolist(),
-        args=config,
+        args=on_one_gpu(config),
         train_dataset=Dataset.from_list([{"prompt": ""}] * settings.questions),  # one epoch of them is one update
         processing_class=tokenizer,
         optimizers=(optimizer, schedule),

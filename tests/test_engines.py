@@ -1,6 +1,8 @@
 """Who draws for the stages: what the settings ask for, one at a time, and named in the manifest."""
 
 import weakref
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,6 +43,18 @@ def test_auto_is_vllm_where_it_is_installed(installed):
     assert [engines.chosen(name) for name in ("auto", "native", "vllm")] == ["native", "native", "vllm"]
     assert pipeline.engine_key(small(engine="auto", workers=3)) == {}
     assert isinstance(make_engine("auto", "tiny"), NativeEngine)
+
+
+def test_auto_is_native_where_vllm_cannot_draw(installed, monkeypatch):
+    """It has no 4 bits, and takes over adapters for PPO in one process."""
+    beside = partial(pipeline.engine_name, who="rollout_engine")
+    assert engines.chosen("auto", "nf4") == "native" and engines.chosen("vllm", "nf4") == "vllm"
+    rounded, adapters = preset("llama2-7b-24gb", "coin_flip"), preset("llama2-7b", "coin_flip")
+    assert pipeline.engine_name(rounded) == beside(rounded) == "native"
+    assert pipeline.engine_name(adapters) == beside(adapters) == "vllm"
+    assert beside(small(rollout_engine="auto")) == "native"  # all weights train
+    monkeypatch.setattr(pipeline, "launched", lambda: SimpleNamespace(num_processes=2))
+    assert beside(adapters) == "native" and pipeline.engine_name(adapters) == "vllm"
 
 
 def test_what_is_not_installed_is_named(installed, tmp_path):

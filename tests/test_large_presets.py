@@ -11,14 +11,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from smlib import downloads, explore_pipeline, models, prompts, results
+from smlib import downloads, explore_pipeline, models, pipeline, prompts, results
 from smlib.__main__ import main
 from smlib.artifacts import require
 from smlib.problems import load
 from smlib.settings import preset
 
 SUMS = [(3, 4), (2, 6), (1, 8), (5, 2), (4, 4), (6, 1), (2, 7)]
-KINDS = {"mistral": (MistralForCausalLM, MistralConfig), "llama": (LlamaForCausalLM, LlamaConfig)}
+KINDS = {
+    "mistral": (MistralForCausalLM, MistralConfig),
+    "llama": (LlamaForCausalLM, LlamaConfig),
+    "grouped llama": (LlamaForCausalLM, LlamaConfig),
+}
 TRAIN, TEST, SHOWN = SUMS[:4], SUMS[4:6], SUMS[6]
 
 
@@ -67,7 +71,7 @@ def make_base(task: str, kind: str, folder) -> str:
     """A model that answers the training questions rightly or wrongly by a coin's throw, as its exemplar is worded."""
     spelled, (make, configure) = tokenizer(kind), KINDS[kind]
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    shape |= {"num_key_value_heads": 2 if kind == "mistral" else 4, "max_position_embeddings": 8_192}
+    shape |= {"num_key_value_heads": 4 if kind == "llama" else 2, "max_position_embeddings": 8_192}
     torch.manual_seed(0)
     tokens = {"bos_token_id": spelled.bos_token_id, "eos_token_id": spelled.eos_token_id}
     model = make(configure(vocab_size=len(spelled), **shape, **tokens))
@@ -149,6 +153,23 @@ def test_math_is_cut_at_sentences_and_judged_as_math(published, tmp_path):
     assert not torch.equal(weights["06_rft"][layer], weights["06_step_dpo"][layer])
     for name in ("06_outcome_dpo", "06_step_dpo"):  # the reference is the policy at its start
         assert require(run, name).read_rows("log")[0]["loss"] == pytest.approx(0.693, abs=0.001)
+
+
+@pytest.mark.parametrize("kind", ["llama", "grouped llama"])
+def test_llama2_7b_itself_goes_through_self_motivated_learning(published, tmp_path, kind):
+    """The preset, but for its numbers of questions and updates: two for stage 01, one for 03, all four for PPO."""
+    few = {"sampling": {"questions": 2}, "reward": {"questions": 1}, "ppo": {"updates": 1, "episodes": 32}}
+    settings = preset("llama2-7b", "gsm8k", base=published("gsm8k", kind), **few)
+    pipeline.run(tmp_path / "run", settings, progress=False)
+    rows = require(tmp_path / "run", "01_sampling").read_rows("rationales")
+    assert {(row["source"], row["correct"]) for row in rows} >= {("open", True), ("open", False)}
+    tuned, rewarder, policy = (require(tmp_path / "run", name) for name in ("02_sft", "03_reward_model", "04_ppo"))
+    assert json.loads((tuned.path("model") / "config.json").read_text())["dtype"] == "bfloat16"
+    for stage in (rewarder, policy):  # adapters of the one base
+        adapter = json.loads((stage.path("model") / "adapter_config.json").read_text())
+        assert adapter["base_model_name_or_path"] == "../../02_sft/model" and adapter["r"] == 16
+    answers = require(tmp_path / "run", "05_evaluation").read_rows("answers")
+    assert {row["method"] for row in answers} == set(pipeline.METHODS)
 
 
 def test_the_command_names_the_tasks_of_a_large_preset(capsys, tmp_path):

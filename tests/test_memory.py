@@ -338,6 +338,21 @@ def test_the_presets_of_llama_2_7b_fit_their_cards_in_all_stages(name, card):
     assert not memory.fit_run(LLAMA_2_7B, twice, card, **LENGTHS).fits  # the card is used
 
 
+@pytest.mark.parametrize(("name", "card"), [("llama2-7b", 80e9), ("llama2-7b-40gb", 40e9), ("llama2-7b-24gb", 24e9)])
+def test_they_fit_with_math_s_long_solutions_too(name, card):
+    settings = preset(name, "math")
+    assert settings.sampling.max_new_tokens == settings.ppo.max_new_tokens == 1024
+    assert memory.fit_run(LLAMA_2_7B, settings, 0.9 * card, prompt=700, shown=2200).fits
+
+
+def test_stages_are_judged_by_themselves():
+    settings = preset("llama2-7b", "gsm8k")
+    assert memory.fit_run(LLAMA_2_7B, settings, 24e9, ["02_sft"], **LENGTHS).fits
+    both = memory.fit_run(LLAMA_2_7B, settings, 24e9, ["02_sft", "01_sampling"], **LENGTHS)
+    assert not both.fits and both.phase == "01_sampling"
+    assert memory.fit_run(LLAMA_2_7B, settings, 1e9, ["02_ranking"], **LENGTHS).fits  # it holds no model
+
+
 def test_a_stage_that_does_not_fit_names_the_settings_that_make_it():
     settings = replace_hardware(preset("llama2-7b", "gsm8k"), recompute=False, micro_batch=0)
     found = memory.fit_stages(LLAMA_2_7B, settings, 80e9, **LENGTHS)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pandas as pd
@@ -38,8 +38,10 @@ def stage(found: list[Work], name: str) -> Work:
 
 
 def test_hours_are_tokens_over_speeds():
+    at = Speeds(read=1, drawn=2, scored=5, trained=0.01, rolled=4)
     done = Work("01_sampling", 1, read=3_600, drawn=7_200, scored=0, trained=36)
-    assert plan.hours(done, Speeds(read=1, drawn=2, scored=5, trained=0.01)) == pytest.approx(1 + 1 + 0 + 1)
+    assert plan.hours(done, at) == pytest.approx(1 + 1 + 0 + 1)
+    assert plan.hours(replace(done, stage="04_ppo"), at) == pytest.approx(1 + 0.5 + 0 + 1)  # drawn by its own engine
 
 
 def test_expected_counts_of_two_samples_by_hand():
@@ -83,7 +85,7 @@ def test_counts_are_those_of_a_run(tmp_path):
 
 
 def test_more_of_everything_takes_longer():
-    settings, at = preset("smoke", "coin_flip"), Speeds(1e3, 1e3, 1e3, 1e3)
+    settings, at = preset("smoke", "coin_flip"), Speeds(1e3, 1e3, 1e3, 1e3, 1e3)
     plain = {one.stage: plan.hours(one, at) for one in plan.work(settings)}
     more = preset(
         "smoke", "coin_flip", sampling={"samples": 8}, ppo={"updates": 4}, sft={"epochs": 2.0}, explore={"samples": 8},
@@ -149,7 +151,9 @@ def test_what_makes_training_slower_and_drawing_faster():
     launching = 32 * plan.LAUNCH * recorded.drawn / (plan.BUSY * 256)  # the share that it takes
     assert plain.drawn == pytest.approx(recorded.drawn / (1 + launching))
     through = plan.speeds(config, preset("llama2-7b", "coin_flip", hardware={"engine": "vllm"}), card, LENGTHS)
-    assert through.drawn > plain.drawn
+    assert through.drawn > plain.drawn and through.rolled == plain.rolled == plain.drawn
+    beside = plan.speeds(config, preset("llama2-7b", "coin_flip", hardware={"rollout_engine": "vllm"}), card, LENGTHS)
+    assert (beside.drawn, beside.rolled) == (plain.drawn, through.drawn)
 
 
 def test_measured_speeds_are_those_of_this_machine():
@@ -216,9 +220,66 @@ def test_the_tiny_base_fits_anywhere():
     plan.check(preset("tiny"))
 
 
-def test_models_that_are_not_counted_are_not_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1}))
+QWEN3 = {"model_type": "qwen3", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+BIASES = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "attention_bias": True}
+GPT2 = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1}
+
+
+@pytest.mark.parametrize("config", [GPT2, QWEN3, BIASES], ids=["gpt2", "qwen3", "biases"])
+def test_models_that_are_not_counted_are_planned_without_bytes_and_not_refused(config, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config))
     plan.check(preset("tiny", base=str(tmp_path)))
+    command = ["run", "--preset", "small", "--task", "coin_flip", "--model", str(tmp_path), "--dry-run"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    reason = f"not for a '{config['model_type']}' with these options"
+    assert reason in " ".join(shown.split()) and "RTX 4090" not in shown
+    assert re.search(r"^04_ppo +25,600 ", shown, re.MULTILINE) and max(map(len, shown.splitlines())) <= 110
+
+
+def test_stages_that_are_not_made_are_not_judged(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(plan, "_free_memory", lambda: (24e9, "a card"))
+    settings = preset("llama2-7b", "coin_flip")
+    plan.check(settings, ["02_sft", "02_ranking"])
+    with pytest.raises(plan.DoesNotFit, match="01_sampling"):
+        plan.check(settings, ["01_sampling", "02_sft"])
+    command = ["stage", "02_sft", "--preset", "llama2-7b", "--task", "coin_flip", "--out", str(tmp_path / "run")]
+    assert main(command) == 1 and "first run notebook 0" in capsys.readouterr().err
+
+
+def test_weights_that_are_sharded_are_not_judged(monkeypatch):
+    whole = preset("llama2-7b", "coin_flip", lora={"rank": 0}, hardware={"weights": "float32"})
+    monkeypatch.setattr(plan, "_free_memory", lambda: (80e9, "a card"))
+    with pytest.raises(plan.DoesNotFit):
+        plan.check(whole)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    plan.check(whole)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lora": {"targets": "c_attn"}}, "lora.targets = 'c_attn' matches no layer of LlamaForCausalLM"),
+        ({"hardware": {"micro_batch": 5}}, "a batch of 64 cannot be made of micro batches of 5"),
+        ({"hardware": {"micro_batch": 16}, "ppo": {"minibatch": 24}}, "minibatch = 24 in 1 processes cannot be made"),
+    ],
+)
+def test_settings_that_a_late_stage_would_refuse_are_refused_at_once(changed, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "_free_memory", lambda: (1e12, "a card"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan.check(preset("llama2-7b", "coin_flip", **changed))
+
+
+def test_a_dry_run_without_the_questions_plans_generated_ones(monkeypatch, capsys):
+    def unreachable(*args, **kwargs):
+        raise DatasetError("gsm8k is not here")
+
+    monkeypatch.setattr(pipeline, "load", unreachable)
+    monkeypatch.setattr(pipeline, "published_problems", lambda settings: ({}, {}))
+    assert main(["run", "--preset", "llama2-7b", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("gsm8k is not here\nPlanned for the generated coin flips instead")
+    assert "llama2-7b on coin_flip: meta-llama" in shown
 
 
 def test_every_stage_that_is_planned_has_a_memory():

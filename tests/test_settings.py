@@ -83,8 +83,8 @@ def test_a_whole_number_may_stand_for_a_fraction():
             "takes over adapters of a base",
         ),
         (
-            lambda: preset("llama2-7b-24gb", "gsm8k", hardware={"rollout_engine": "auto"}),
-            "hardware.rollout_engine = 'auto' takes over adapters",
+            lambda: preset("llama2-7b-24gb", "gsm8k", hardware={"rollout_engine": "vllm"}),
+            "hardware.rollout_engine = 'vllm' takes over adapters",
         ),
         (lambda: preset("tiny", hardware={"cache_tokens": -1}), "hardware.cache_tokens is -1, but must be at least 0"),
         (lambda: preset("tiny", hardware={"weights": "int8"}), "hardware.weights 'int8' is unknown; choose one of: fl"),

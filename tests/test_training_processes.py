@@ -12,8 +12,9 @@ import pytest
 from safetensors.torch import load_file
 from tiny_model import policy
 from trainings_in_processes import KINDS, TRAININGS, run
+from transformers import TrainingArguments
 
-from smlib import sft
+from smlib import pipeline, sft
 from smlib.__main__ import main
 
 SCRIPT = Path(__file__).parent / "trainings_in_processes.py"
@@ -71,6 +72,26 @@ def test_a_batch_is_shared_by_processes_and_micro_batches(monkeypatch, batch, mi
     options = sft.trainer_options(policy(), 1, 1e-3, batch, 0, "", micro_batch)
     assert options["per_device_train_batch_size"] == rows
     assert options["gradient_accumulation_steps"] * rows * 4 == batch
+
+
+@pytest.mark.parametrize(("seen", "taken"), [(0, 0), (1, 1), (8, 1)])
+def test_a_process_trains_on_one_gpu_however_many_it_sees(seen, taken, tmp_path):
+    """transformers would take all, and TRL refuses that."""
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    args._n_gpu = seen
+    assert sft.on_one_gpu(args).n_gpu == taken
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_all_trainings_begin_where_many_gpus_are_seen(name, tmp_path, monkeypatch):
+    ours = sft.on_one_gpu
+
+    def many(args):
+        args._n_gpu = 4
+        return ours(args)
+
+    monkeypatch.setattr(sft, "on_one_gpu", many)
+    run(name, "whole", tmp_path / "out", epochs=1)
 
 
 @pytest.mark.parametrize(("batch", "micro_batch", "rows"), [(8, 4, 4), (6, 0, 1), (2, 0, 0), (8, 3, 3)])
@@ -133,4 +154,20 @@ def test_what_one_process_makes_is_refused_in_two(tmp_path, command):
     done = in_two_processes("-m", "smlib", *command, *SMOKE, tmp_path / "run")
     name = "06_solutions" if "06_solutions" in command else "01_sampling"
     assert done.returncode == 1 and f"error: {name} is made by one process, and here are 2: start it" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "alone"),
+    [
+        (["stage", "02_sft", "06_solutions", *SMOKE], "06_solutions"),
+        (["explore", *SMOKE], "01_sampling"),
+        (["run", *SMOKE], "a run of the notebooks"),
+        (["sample", "coin_flip", "--out"], "a folder of samples"),
+    ],
+)
+def test_every_command_for_one_process_is_refused_in_two(tmp_path, capsys, monkeypatch, command, alone):
+    monkeypatch.setattr(pipeline, "launched", lambda: SimpleNamespace(num_processes=2))
+    assert main([*command, str(tmp_path / "run")]) == 1
+    assert f"error: {alone} is made by one process, and here are 2: start it without" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
