@@ -229,12 +229,12 @@ GPT2 = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1}
 def test_models_that_are_not_counted_are_planned_without_bytes_and_not_refused(config, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config))
     plan.check(preset("tiny", base=str(tmp_path)))
-    command = ["run", "--preset", "small", "--task", "coin_flip", "--model", str(tmp_path), "--dry-run"]
+    command = ["run", "--preset", "smoke", "--task", "coin_flip", "--model", str(tmp_path), "--dry-run"]
     assert main(command) == 0
     shown = capsys.readouterr().out
     reason = f"not for a '{config['model_type']}' with these options"
     assert reason in " ".join(shown.split()) and "RTX 4090" not in shown
-    assert re.search(r"^04_ppo +25,600 ", shown, re.MULTILINE) and max(map(len, shown.splitlines())) <= 110
+    assert re.search(r"^04_ppo +32 ", shown, re.MULTILINE) and max(map(len, shown.splitlines())) <= 110
 
 
 def test_stages_that_are_not_made_are_not_judged(monkeypatch, tmp_path, capsys):
