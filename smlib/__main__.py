@@ -229,7 +229,6 @@ def sample(args) -> int:
     from smlib.bulk import Bulk
     from smlib.engines import make_engine
     from smlib.problems import TASKS, generate, load
-    from smlib.sampling import MAX_BATCH
 
     pipeline.refuse_processes(["a folder of samples"])
     if args.dataset in TASKS:
@@ -241,9 +240,10 @@ def sample(args) -> int:
     source = {"base": args.model, "base_sha256": models.weights_sha256(args.model), "dataset": args.dataset}
     if args.weights not in (None, "float32"):
         source["weights"] = args.weights
-    held = {"weights": args.weights, "rows": args.rows or MAX_BATCH, "cache_tokens": args.cache_tokens}
-    engine = make_engine(args.engine, args.model, workers=args.workers, **held)
-    bulk = Bulk(args.out, engine, source, args.shard)
+    held = {"weights": args.weights, "cache_tokens": args.cache_tokens, "workers": args.workers}
+    if args.rows is not None:
+        held["rows"] = args.rows
+    bulk = Bulk(args.out, make_engine(args.engine, args.model, **held), source, args.shard)
     counts = bulk.draw(
         questions, args.samples, temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
         seed=args.seed, stop=prompts.stop(args.shots), progress=args.dataset,
@@ -298,7 +298,6 @@ def policy(args) -> int:
     from smlib import pipeline, plan
 
     settings = settings_of(args)
-    pipeline.launched()  # so that each process looks at its own GPU
     plan.check(settings, ["04_ppo"])
     run = pipeline.run_folder(args.out or "", args.preset, args.task, args.seed)
     stage = pipeline.train_policy(run, settings, args.method, args.reward, tracker=args.tracker)

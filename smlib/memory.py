@@ -718,13 +718,6 @@ def fit_run(
     return _fit(needs, setting_knobs, settings, capacity)
 
 
-def fit_stages(config: LlamaConfig, settings: Settings, capacity: float, *, prompt: int, shown: int) -> dict[str, Fit]:
-    """The same for every stage by itself."""
-
-    read = {"prompt": prompt, "shown": shown}
-    return {name: fit_run(config, settings, capacity, [name], **read) for name in stages(config, settings, **read)}
-
-
 def _fit(needs: Callable, knobs: Callable, start, capacity: float) -> Fit:
     """needs: choices -> (phase, bytes); knobs: choices -> those with one knob turned.
 

@@ -384,7 +384,7 @@ def check(settings: Settings, names: Iterable[str] = ()) -> None:
     accelerate shards the weights (FSDP, DeepSpeed): the table is of whole ones.
     """
     names, config = list(names), config_of(settings.base)
-    _check_batches(settings, names)
+    _check_batches(settings, names, pipeline.launched().num_processes)  # from here on each looks at its own GPU
     models.check_targets(config, settings.lora.rank, settings.lora.targets)
     if not memory.counts(config) or _sharded():
         return
@@ -401,9 +401,9 @@ def check(settings: Settings, names: Iterable[str] = ()) -> None:
     )
 
 
-def _check_batches(settings: Settings, names: list[str]) -> None:
+def _check_batches(settings: Settings, names: list[str], processes: int) -> None:
     """Raise ValueError where a batch of the stages named, or of any, does not come out even in micro batches."""
-    rows, processes = settings.hardware.micro_batch, pipeline.launched().num_processes
+    rows = settings.hardware.micro_batch
     trainers = {"sft": ("02_sft", "06_rft"), "reward": ("03_reward_model",), "dpo": ("06_step_dpo", "06_outcome_dpo")}
     for group, stages in trainers.items():
         if not names or set(stages) & set(names):
@@ -460,6 +460,9 @@ def rows(settings: Settings, assumed: Assumed = Assumed()) -> list[dict]:
 
 # ---- the plan as a text --------------------------------------------------------------------------------------
 
+TOKENS = f"{'tokens, millions':>57}"  # above COUNTS, the columns that `_counts` fills
+COUNTS = f"{'stage':19}{'samples':>8}{'read':>7}{'drawn':>7}{'scored':>8}{'trained':>8}"
+
 
 def describe(settings: Settings, assumed: Assumed = Assumed()) -> str:
     """The plan of a run on every card of CARDS: stages, samples, tokens, memory, hours, disk, and what was assumed.
@@ -490,38 +493,39 @@ def describe(settings: Settings, assumed: Assumed = Assumed()) -> str:
 
 
 def _describe_uncounted(settings: Settings, config, found: Lengths, done: list[Work], assumed: Assumed) -> str:
-    head = f"{settings.preset} on {', '.join(settings.tasks)}: {settings.base}, whose bytes and hours are not counted"
     reason = (
         "Memory, hours and disk are computed for Llama (without biases), Mistral and Qwen2, not for a "
         f"{config.model_type!r} with these options. So no fit is checked: watch the first minutes of every stage, and "
         "lower hardware.micro_batch or hardware.rollout_rows where its memory runs out; the stage goes on."
     )
-    stages = [f"{'stage':19}{'samples':>8}" + "".join(f"{name:>9}" for name in ("read", "drawn", "scored", "trained"))]
-    for one in done:
-        stages.append(f"{one.stage:19}{one.samples:8,.0f}" + "".join(f"{n / 1e6:9.2f}" for n in astuple(one)[2:]))
-    texts = (head, reason, _assumptions(settings, found, assumed))
+    texts = (_headline(settings, config), reason, _assumptions(settings, found, assumed))
     head, reason, told = ("\n".join(textwrap.wrap(text, WIDTH)) for text in texts)
-    return "\n".join([head, "", f"{'tokens, millions':>63}", *stages, "", reason, "", told])
+    return "\n".join([head, "", TOKENS, COUNTS, *map(_counts, done), "", reason, "", told])
 
 
 def _headline(settings: Settings, config) -> str:
+    start = f"{settings.preset} on {', '.join(settings.tasks)}: {settings.base}"
+    if not memory.counts(config):
+        return f"{start}, whose bytes and hours are not counted"
     weights = sum(memory.parameters(config).values())
     size = f"{weights / 1e9:.2f} billion" if weights > 1e9 else f"{weights / 1e6:.1f} million"
     lora = f"LoRA of rank {settings.lora.rank}" if settings.lora.rank else "all weights trained"
-    model = f"{settings.base}, {size} weights in {settings.hardware.weights}, {lora}"
-    return f"{settings.preset} on {', '.join(settings.tasks)}: {model}"
+    return f"{start}, {size} weights in {settings.hardware.weights}, {lora}"
 
 
 def _header() -> list[str]:
-    columns = f"{'stage':19}{'samples':>8}{'read':>7}{'drawn':>7}{'scored':>8}{'trained':>8}{'GB':>7}"
     cards = "".join(f"{name:>11}" for name in CARDS)
-    return [f"{'tokens, millions':>57}{'':7}{'hours, computed':>{11 * len(CARDS)}}", columns + cards]
+    return [f"{TOKENS}{'':7}{'hours, computed':>{11 * len(CARDS)}}", f"{COUNTS}{'GB':>7}{cards}"]
+
+
+def _counts(one: Work) -> str:
+    tokens = "".join(f"{amount / 1e6:{width}.2f}" for amount, width in zip(astuple(one)[2:], (7, 7, 8, 8), strict=True))
+    return f"{one.stage:19}{one.samples:8,.0f}{tokens}"
 
 
 def _line(one: Work, needed: float, at: dict[str, Speeds]) -> str:
-    tokens = "".join(f"{amount / 1e6:{width}.2f}" for amount, width in zip(astuple(one)[2:], (7, 7, 8, 8), strict=True))
     cells = "".join(f"{hours(one, at[name]):11.2f}" if needed <= CARDS[name].memory else f"{'-':>11}" for name in CARDS)
-    return f"{one.stage:19}{one.samples:8,.0f}{tokens}{needed / 1e9:7.1f}{cells}"
+    return f"{_counts(one)}{needed / 1e9:7.1f}{cells}"
 
 
 def _assumptions(settings: Settings, found: Lengths, assumed: Assumed) -> str:

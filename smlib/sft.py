@@ -134,7 +134,7 @@ def on_one_gpu(args: TrainingArguments) -> TrainingArguments:
 
 
 class SharedBatches:
-    """Of a Trainer in several processes: the batches, one after the other, are those of one process.
+    """Of a Trainer, which has one GPU a process: in several the batches, one after the other, are those of one process.
 
     transformers would group by length what is one process's share. Its micro batches, dealt out in turns, it fills up
     with rows from the beginning, which then count twice.

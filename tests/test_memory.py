@@ -330,7 +330,10 @@ def test_one_card_suffices():
     assert memory.fit(LLAMA_2_7B, replace(recipe, frozen="nf4"), 24e9).fits
 
 
-@pytest.mark.parametrize(("name", "card"), [("llama2-7b", 80e9), ("llama2-7b-40gb", 40e9), ("llama2-7b-24gb", 24e9)])
+RECIPES = [("llama2-7b", 80e9), ("llama2-7b-40gb", 40e9), ("llama2-7b-24gb", 24e9)]
+
+
+@pytest.mark.parametrize(("name", "card"), RECIPES)
 def test_the_presets_of_llama_2_7b_fit_their_cards_in_all_stages(name, card):
     settings = preset(name, "gsm8k")
     assert memory.fit_run(LLAMA_2_7B, settings, 0.9 * card, **LENGTHS).fits
@@ -338,7 +341,7 @@ def test_the_presets_of_llama_2_7b_fit_their_cards_in_all_stages(name, card):
     assert not memory.fit_run(LLAMA_2_7B, twice, card, **LENGTHS).fits  # the card is used
 
 
-@pytest.mark.parametrize(("name", "card"), [("llama2-7b", 80e9), ("llama2-7b-40gb", 40e9), ("llama2-7b-24gb", 24e9)])
+@pytest.mark.parametrize(("name", "card"), RECIPES)
 def test_they_fit_with_math_s_long_solutions_too(name, card):
     settings = preset(name, "math")
     assert settings.sampling.max_new_tokens == settings.ppo.max_new_tokens == 1024
@@ -355,7 +358,8 @@ def test_stages_are_judged_by_themselves():
 
 def test_a_stage_that_does_not_fit_names_the_settings_that_make_it():
     settings = replace_hardware(preset("llama2-7b", "gsm8k"), recompute=False, micro_batch=0)
-    found = memory.fit_stages(LLAMA_2_7B, settings, 80e9, **LENGTHS)
+    names = memory.stages(LLAMA_2_7B, settings, **LENGTHS)
+    found = {name: memory.fit_run(LLAMA_2_7B, settings, 80e9, [name], **LENGTHS) for name in names}
     assert list(found) == list(memory.stages(LLAMA_2_7B, settings, **LENGTHS))
     assert {name for name, one in found.items() if not one.fits} == {
         "02_sft", "03_reward_model", "04_ppo", "06_rft", "06_step_dpo", "06_outcome_dpo"

@@ -1,13 +1,12 @@
 """PPO in two processes is PPO in one: with the weights whole in each (DDP), and sharded over them (FSDP)."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import ppo_in_processes
+import processes
 import pytest
+from processes import COMMAND
 from safetensors.torch import load_file
 from test_ppo import QUICK, Killed, dies_at, run
 
@@ -15,17 +14,11 @@ from smlib import pipeline
 from smlib.settings import preset
 
 SCRIPT = Path(__file__).parent / "ppo_in_processes.py"
-COMMAND = Path(__file__).parent / "command_in_processes.py"
 pytestmark = pytest.mark.slow
 
 
 def in_two_processes(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, *arguments],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = processes.in_two_processes(*arguments, timeout=300, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -1,14 +1,12 @@
 """SFT, the reward model and DPO in two processes are those of one; and `python -m smlib stage`, in one and in two."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from processes import COMMAND, in_two_processes
 from safetensors.torch import load_file
 from tiny_model import policy
 from trainings_in_processes import KINDS, TRAININGS, run
@@ -18,16 +16,9 @@ from smlib import pipeline, sft
 from smlib.__main__ import main
 
 SCRIPT = Path(__file__).parent / "trainings_in_processes.py"
-COMMAND = Path(__file__).parent / "command_in_processes.py"
 SMOKE = ["--preset", "smoke", "--task", "coin_flip", "--out"]
 NEEDED = ("06_exploration", "06_selection", "06_solutions", "03_second_sampling", "02_ranking", "01_sampling")
 SHARED = ("02_sft", "03_reward_model", "06_rft", "06_outcome_dpo", "06_step_dpo")
-
-
-def in_two_processes(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def difference(one, other):
