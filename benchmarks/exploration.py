@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from smlib import explore, explore_pipeline, models, pipeline, prompts
+from smlib import encoding, explore, explore_pipeline, models, pipeline, prompts
 from smlib.answers import grade
 from smlib.artifacts import replacing, require
 from smlib.engines import NativeEngine
@@ -47,7 +47,7 @@ def loop(model, tokenizer, rationales, settings, at_once: int, early_exit: bool 
                     output = model.generate(torch.tensor([start]), num_return_sequences=at_once, **drawing)
                 for ids in output[:, len(start) :].tolist():
                     ids = ids[: ids.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in ids else ids
-                    text = prompts.cut(models.decode(tokenizer, [*one.prefix(step), *ids]))
+                    text = prompts.cut(encoding.decode(tokenizer, [*one.prefix(step), *ids]))
                     found.append(grade(text, one.problem).correct)
                     lengths.append(len(ids))
             recovers.append(found)

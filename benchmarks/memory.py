@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smlib import dpo, memory, models, prompts, reward_model, sft
+from smlib import dpo, encoding, memory, models, prompts, reward_model, sft
 from smlib.memory import Choices, Sampling, Training
 from smlib.ppo import Batch, PPOSettings, collate, optimize, tabulate
 from smlib.problems import Problem
@@ -235,13 +235,13 @@ def stage_cases():
 
 def head() -> list[int]:
     """The question's tokens; the vocabularies here are larger than the tiny base's."""
-    return models.encode_prompt(models.load_tokenizer(), prompts.open_prompt(QUESTION))
+    return encoding.encode_prompt(models.load_tokenizer(), prompts.open_prompt(QUESTION))
 
 
 def text(word: str, tokens: int) -> str:
     """Of so many tokens, with the end."""
     found = word + " 7" * (tokens - 2)
-    assert len(models.encode_completion(models.load_tokenizer(), found)) == tokens
+    assert len(encoding.encode_completion(models.load_tokenizer(), found)) == tokens
     return found
 
 

@@ -68,25 +68,25 @@ def questions() -> list:
 
 def prompt_ids(name: str) -> list[list[int]]:
     """Token ids of the 16 prompts."""
-    from smlib import models, prompts
+    from smlib import encoding, models, prompts
 
     tokenizer = models.load_tokenizer(name)
-    return [models.encode_prompt(tokenizer, prompts.open_prompt(problem)) for problem in questions()]
+    return [encoding.encode_prompt(tokenizer, prompts.open_prompt(problem)) for problem in questions()]
 
 
 def make_reward(name: str, tokenizer, lengths: list):
     """A model with a random scalar head as a callable on texts; to `lengths` goes a list of theirs, in tokens."""
     import torch
 
-    from smlib import models, prompts
+    from smlib import encoding, models, prompts
 
     trunk = models.load_policy(name).get_decoder()
     head = torch.nn.Linear(trunk.config.hidden_size, 1, bias=False)
 
     @torch.inference_mode()
     def reward(problems, texts):
-        heads = [models.encode_prompt(tokenizer, prompts.open_prompt(problem)) for problem in problems]
-        tails = [models.encode_completion(tokenizer, text) for text in texts]
+        heads = [encoding.encode_prompt(tokenizer, prompts.open_prompt(problem)) for problem in problems]
+        tails = [encoding.encode_completion(tokenizer, text) for text in texts]
         lengths.append([len(tail) for tail in tails])
         rows = [prompt + tail for prompt, tail in zip(heads, tails, strict=True)]
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))

@@ -58,10 +58,10 @@ def by_engine(engine, asked, samples: int) -> list[int]:
 def by_generate(asked, samples: int, batch: int) -> list[int]:
     import torch
 
-    from smlib import models
+    from smlib import encoding, models
 
     model, tokenizer = models.load_policy("tiny"), models.load_tokenizer("tiny")
-    rows = sorted((models.encode_prompt(tokenizer, prompt) for _, prompt in asked), key=len)
+    rows = sorted((encoding.encode_prompt(tokenizer, prompt) for _, prompt in asked), key=len)
     rows = [row for row in rows for _ in range(samples)]
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": NEW_TOKENS}
     lengths = []
@@ -80,10 +80,10 @@ def by_generate_batch(asked, samples: int) -> list[int]:
     from transformers import GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-    from smlib import models
+    from smlib import encoding, models
 
     model, tokenizer = models.load_policy("tiny"), models.load_tokenizer("tiny")
-    rows = [models.encode_prompt(tokenizer, prompt) for _, prompt in asked for _ in range(samples)]
+    rows = [encoding.encode_prompt(tokenizer, prompt) for _, prompt in asked for _ in range(samples)]
     drawing = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, max_new_tokens=NEW_TOKENS,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,

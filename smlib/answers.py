@@ -124,6 +124,12 @@ def answer_start(text: str) -> int | None:
     return max(starts, default=None)
 
 
+def before_answer(text: str, problem: Problem) -> str:
+    from smlib.prompts import split_answer
+
+    return split_answer(text)[0].rstrip()
+
+
 def _answer_line(output: str) -> str:
     """The first line with a letter or digit after the last cue, at most 300 characters, without LaTeX."""
     text = before_next_question(output)

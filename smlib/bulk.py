@@ -28,7 +28,7 @@ from smlib.sampling import Sample, check_drawing
 
 
 class Bulk:
-    """Samples of one engine under one folder; as an engine it has `sample` alone, without `first` and `until`.
+    """Samples of one engine under one folder; as an engine it has `sample_ids` alone, without `first` and `until`.
 
     source: what besides the drawing decides the samples, such as the base and its SHA-256; kept in the manifest.
     shard: questions in one file: what a killed run loses, and what is in memory at a time.
@@ -38,11 +38,12 @@ class Bulk:
         if shard < 1:
             raise ValueError(f"shard is {shard}, but must be at least 1 question.")
         self.folder, self.engine, self.shard, self.name = Path(folder), engine, shard, engine.name
+        self.tokenizer = engine.tokenizer
         self.source = {"engine": engine.name, **source, "shard": shard}
 
     def draw(
         self,
-        questions: Iterable[tuple[str, str]],
+        questions: Iterable[tuple[str, str | list[int]]],
         n: int,
         *,
         temperature: float,
@@ -53,7 +54,7 @@ class Bulk:
         stop: Sequence[str] = (),
         progress: str | None = None,
     ) -> dict[str, int]:
-        """Draw what is missing of `n` samples for every (key, prompt) of `questions`.
+        """Draw what is missing of `n` samples for every (key, prompt) of `questions`; a prompt is text or token ids.
 
         questions: read once, in order, a shard at a time; keys are unique. The order is part of the run: shard i holds
             the questions from i * shard on. progress: label of a bar on standard output; it knows the time left where
@@ -74,9 +75,9 @@ class Bulk:
         except Timeout:
             raise StageError(f"{self.folder} is being written by another process: choose another folder.") from None
 
-    def sample(self, prompts: list[str], n: int, *, keys: list[str], **drawing) -> list[list[Sample]]:
+    def sample_ids(self, prompt_ids: list[list[int]], n: int, *, keys: list[str], **drawing) -> list[list[Sample]]:
         """`draw` and `read` in one: an engine whose samples are on disk, so that a killed run goes on."""
-        self.draw(list(zip(keys, prompts, strict=True)), n, **drawing)
+        self.draw(list(zip(keys, prompt_ids, strict=True)), n, **drawing)
         return [samples for _, samples in self.read(n)]
 
     def _draw(self, questions, n, drawing, progress):
@@ -93,7 +94,8 @@ class Bulk:
                     bar.write(f"{path.name} is damaged: its samples are drawn again.")
                     path.unlink()
                 for first, last in missing:
-                    samples = self.engine.sample(prompts, last - first, keys=keys, first=first, **drawing)
+                    draw = self.engine.sample if isinstance(prompts[0], str) else self.engine.sample_ids
+                    samples = draw(prompts, last - first, keys=keys, first=first, **drawing)
                     self._write({"shard": number, "first": first, "last": last}, drawing, block, samples)
                     tokens += sum(len(one.token_ids) for group in samples for one in group)
                 drawn = sum(last - first for first, last in missing) * len(block)
@@ -178,7 +180,7 @@ def _blocks(questions: Iterable, size: int) -> Iterator[list]:
         yield block
 
 
-def _digest(block: list[tuple[str, str]]) -> str:
+def _digest(block: list[tuple[str, str | list[int]]]) -> str:
     return hashlib.sha256(json.dumps(block).encode()).hexdigest()
 
 

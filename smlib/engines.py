@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from transformers import PreTrainedTokenizerBase
 
 from smlib import models, sampling
+from smlib.encoding import encode_prompt
 from smlib.sampling import MAX_BATCH, Sample, Until, check_prompts
 
 ENGINES = ("native", "vllm")
@@ -40,7 +41,7 @@ class Engine:
 
     def sample(self, prompts: list[str], n: int, *, keys: list[str], **drawing) -> list[list[Sample]]:
         check_prompts(prompts)
-        return self.sample_ids([models.encode_prompt(self.tokenizer, one) for one in prompts], n, keys=keys, **drawing)
+        return self.sample_ids([encode_prompt(self.tokenizer, one) for one in prompts], n, keys=keys, **drawing)
 
     def sample_ids(
         self,

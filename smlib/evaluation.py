@@ -14,8 +14,10 @@ from scipy import stats
 
 from smlib import prompts
 from smlib.answers import grade
+from smlib.encoding import encode_question, first_characters
 from smlib.engines import Engine
 from smlib.problems import Problem
+from smlib.sampling import Sample
 
 # Zero-shot chain-of-thought accuracy (percent) of text-davinci-002, the model the paper compares with, as
 # published by Kojima et al. 2022 (arXiv 2205.11916) with its outputs; the comment is the number of questions.
@@ -173,28 +175,30 @@ def evaluate(
     shots: whose exemplars come first, "none", "smlib" or "wei" (`prompts.few_shot`): few-shot chain of thought, for
     a model that was not trained on the bare question. Texts are cut as in training (`prompts.cut`).
 
-    Row: id, dataset, gold; greedy_text, greedy_answer, greedy_correct, greedy_invalid; sampled_texts,
-    sampled_answers, sampled_correct (lists of k) and sampled_invalid (a count). An invalid answer is None and
-    counts as wrong. progress: label of the progress bars (greedy, then samples), None for none.
+    Row: id, dataset, gold; greedy_text, greedy_answer, greedy_correct, greedy_invalid; sampled_texts, sampled_ids (the
+    tokens of these texts, as drawn), sampled_answers, sampled_correct (lists of k) and sampled_invalid (a count). An
+    invalid answer is None and counts as wrong. progress: label of the progress bars (greedy, then samples), None for
+    none.
     """
     common = {
-        "prompts": [prompts.open_prompt(problem, prompts.shots(problem.dataset, shots)) for problem in problems],
+        "prompt_ids": [encode_question(engine.tokenizer, problem, shots=shots) for problem in problems],
         "stop": prompts.stop(shots),
         "keys": [problem.id for problem in problems],
         "max_new_tokens": max_new_tokens,
         "seed": seed,
         "progress": progress,
     }
-    greedy = engine.sample(n=1, temperature=0.0, **common)
-    drawn = engine.sample(n=k, temperature=temperature, **common) if k else [[] for _ in problems]
+    greedy = engine.sample_ids(n=1, temperature=0.0, **common)
+    drawn = engine.sample_ids(n=k, temperature=temperature, **common) if k else [[] for _ in problems]
     return [
-        _row(problem, prompts.cut(first.text), [prompts.cut(one.text) for one in samples])
+        _row(engine.tokenizer, problem, prompts.cut(first.text), samples)
         for problem, [first], samples in zip(problems, greedy, drawn, strict=True)
     ]
 
 
-def _row(problem: Problem, greedy_text: str, sampled_texts: list[str]) -> dict:
+def _row(tokenizer, problem: Problem, greedy_text: str, samples: list[Sample]) -> dict:
     greedy = grade(greedy_text, problem)
+    sampled_texts = [prompts.cut(one.text) for one in samples]
     sampled = [grade(text, problem) for text in sampled_texts]
     return {
         "id": problem.id,
@@ -205,6 +209,10 @@ def _row(problem: Problem, greedy_text: str, sampled_texts: list[str]) -> dict:
         "greedy_correct": greedy.correct,
         "greedy_invalid": greedy.extracted is None,
         "sampled_texts": sampled_texts,
+        "sampled_ids": [
+            first_characters(tokenizer, one.token_ids, len(text))
+            for one, text in zip(samples, sampled_texts, strict=True)
+        ],
         "sampled_answers": [verdict.extracted for verdict in sampled],
         "sampled_correct": [verdict.correct for verdict in sampled],
         "sampled_invalid": sum(verdict.extracted is None for verdict in sampled),

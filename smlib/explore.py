@@ -25,7 +25,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from smlib import models, prompts
+from smlib import encoding, prompts
 from smlib.answers import answer_start, grade
 from smlib.evaluation import pass_at_k
 from smlib.problems import KINDS, TASKS, Problem
@@ -115,8 +115,8 @@ def split(
     tokenizer: PreTrainedTokenizerBase, problem: Problem, prompt_ids: Sequence[int], ids: Sequence[int]
 ) -> Rationale:
     """A rationale's tokens cut into steps. A token that holds characters of two steps belongs to the first."""
-    steps = step_texts(models.decode(tokenizer, ids), problem.dataset)
-    ends = {models.count_tokens(tokenizer, ids, end) for end in accumulate(map(len, steps))}
+    steps = step_texts(encoding.decode(tokenizer, ids), problem.dataset)
+    ends = {encoding.count_tokens(tokenizer, ids, end) for end in accumulate(map(len, steps))}
     return Rationale(problem, tuple(prompt_ids), tuple(ids), tuple(sorted(ends)))
 
 
@@ -192,7 +192,7 @@ def _complete(tokenizer, asked, draw: Draw, found: Found, numbers: range, progre
     )
     for (key, (rationale, start)), samples in zip(places.items(), drawn, strict=True):
         for sample in samples:
-            text = prompts.cut(models.decode(tokenizer, (*start, *sample.token_ids)))
+            text = prompts.cut(encoding.decode(tokenizer, (*start, *sample.token_ids)))
             found[key].append(Attempt(sample, grade(text, rationale.problem).correct))
 
 
@@ -265,15 +265,15 @@ def granular_pair(
         chosen = [*by_choice[choice], eos]
         lengths = {name: len(ids) + 1 for name, ids in by_choice.items()}
     rejected = list(rationale.ids[len(start) : rationale.ends[pit - 1]])
-    prefix = models.decode(tokenizer, start)
+    prefix = encoding.decode(tokenizer, start)
     return {
         "id": rationale.problem.id,
         "dataset": rationale.problem.dataset,
         "step": pit,
         "steps": len(rationale.ends),
         "prefix": prefix,
-        "chosen": models.decode(tokenizer, [*start, *chosen]).removeprefix(prefix),
-        "rejected": models.decode(tokenizer, [*start, *rejected]).removeprefix(prefix),
+        "chosen": encoding.decode(tokenizer, [*start, *chosen]).removeprefix(prefix),
+        "rejected": encoding.decode(tokenizer, [*start, *rejected]).removeprefix(prefix),
         "prompt_ids": [*rationale.prompt_ids, *start],
         "chosen_ids": chosen,
         "rejected_ids": rejected,
@@ -286,8 +286,10 @@ def _choose(tokenizer, start: Sequence[int], samples: Sequence[Sample], choice: 
     closed = []
     for one in samples:
         ids = [*start, *one.token_ids]
-        length = models.count_tokens(tokenizer, ids, len(prompts.cut(models.decode(tokenizer, ids))))
-        closed.append((ids[len(start) : length], sum(one.logprobs[: length - len(start)])))
+        found = encoding.first_characters(tokenizer, ids, len(prompts.cut(encoding.decode(tokenizer, ids))))[
+            len(start) :
+        ]
+        closed.append((found, sum(one.logprobs[: len(found)])))
     if choice == "random":
         return closed[0][0]
     return min(closed, key=lambda found: len(found[0]) if choice == "shortest" else -found[1])[0]
@@ -359,7 +361,7 @@ def wrong_step(tokenizer: PreTrainedTokenizerBase, rationale: Rationale) -> int 
     """The first wrong step, from 1; None if all steps are right, or of a dataset that the step checker knows not."""
     if not knows(rationale.problem.dataset):
         return None
-    wrong = first_wrong_step(rationale.problem, models.decode(tokenizer, rationale.prefix(len(rationale.ends))))
+    wrong = first_wrong_step(rationale.problem, encoding.decode(tokenizer, rationale.prefix(len(rationale.ends))))
     return wrong + 1 if wrong is not None and wrong < len(rationale.ends) else None
 
 

@@ -17,10 +17,10 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from smlib import dpo, evaluation, explore, models, pipeline, results, selection, sft
+from smlib import dpo, evaluation, explore, pipeline, results, selection, sft
 from smlib.artifacts import MANIFEST, Stage, require
 from smlib.engines import Engine
-from smlib.problems import TASKS, Problem, pinned_files
+from smlib.problems import TASKS, Problem, pinned_files, question_key
 from smlib.settings import Settings
 
 _FOLDERS = {"rft": "06_rft", "outcome_dpo": "06_outcome_dpo", "self_explore": "06_step_dpo"}
@@ -54,7 +54,7 @@ def select(run_dir: Path, settings: Settings) -> Stage:
     if stage.done:
         return stage
     with stage.recording():
-        rows, tokenizer = drawn.read_rows("solutions"), models.load_tokenizer(settings.base)
+        rows, tokenizer = drawn.read_rows("solutions"), pipeline.load_tokenizer(settings)
         rft, problems = selection.rft_set(rows, most), pipeline.training_problems(settings)
         pairs = selection.outcome_pairs(tokenizer, problems, rft, rows, most, settings.seed)
         if not pairs:
@@ -74,7 +74,7 @@ def train_rft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
     if stage.done:
         return stage
     with pipeline.recording_together(stage) as writes:
-        tokenizer, model = models.load_tokenizer(settings.base), pipeline.load_trainable(settings, settings.base)
+        tokenizer, model = pipeline.load_tokenizer(settings), pipeline.load_trainable(settings, settings.base)
         log = sft.train_sft(
             model, tokenizer, pipeline.training_problems(settings), selected.read_rows("rft"),
             epochs=settings.sft.epochs, learning_rate=settings.sft.learning_rate, batch=settings.sft.batch,
@@ -155,7 +155,7 @@ def report_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Sta
         return stage
     with stage.recording(), warnings.catch_warnings():
         warnings.simplefilter("ignore", explore.LuckWarning)  # of more completions than the report's k
-        tokenizer, shown, rows = models.load_tokenizer(settings.base), {}, []
+        tokenizer, shown, rows = pipeline.load_tokenizer(settings), {}, []
         problems = {problem.id: problem for problem in pipeline.training_problems(settings)}
         everything = wrong_rationales(tokenizer, problems, selected.read_rows("pairs"))
         for task in (task for task in settings.tasks if task in TASKS):
@@ -205,7 +205,7 @@ def _train_dpo(run_dir: Path, settings: Settings, name: str, paired: Stage, rate
     if stage.done:
         return stage
     with pipeline.recording_together(stage) as writes:
-        tokenizer, model = models.load_tokenizer(settings.base), pipeline.load_trainable(settings, tuned.path("model"))
+        tokenizer, model = pipeline.load_tokenizer(settings), pipeline.load_trainable(settings, tuned.path("model"))
         log = dpo.train_dpo(
             model, tokenizer, paired.read_rows("pairs"), beta=settings.dpo.beta, epochs=settings.dpo.epochs,
             learning_rate=rate, batch=settings.dpo.batch, **pipeline.fitting(settings),
@@ -250,10 +250,10 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
 
 
 def refuse_training_questions(sets: dict[str, list[Problem]], trained: list[Problem]) -> None:
-    """Raise ValueError for the first test set with a question of `trained`, whatever their ids."""
-    asked = {problem.question for problem in trained}
+    """Raise ValueError for the first test set with a question of `trained` (`question_key`), whatever their ids."""
+    asked = {question_key(problem.question) for problem in trained}
     for name, problems in sets.items():
-        if both := [problem.id for problem in problems if problem.question in asked]:
+        if both := [problem.id for problem in problems if question_key(problem.question) in asked]:
             raise ValueError(f"{len(both)} questions of test set {name} were trained on, such as {both[0]}")
 
 

@@ -1,15 +1,10 @@
-"""Loading and encoding: the tokenizer, the models.
-
-Tokens of a text are bos + tokens(prompt) + tokens(completion) + eos, prompt and completion tokenised apart
-and joined, here and nowhere else, so that sampling, training and scoring see the same boundary.
-"""
+"""Loading: the tokenizer, the models; rows of tokens, and what a model says of them."""
 
 import gc
 import hashlib
 import math
 import re
 import warnings
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -36,12 +31,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
+
+from smlib import encoding
 
 logging.disable_progress_bar()  # its bars about files of a few megabytes go to standard error
 
@@ -146,8 +144,19 @@ def load_config(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(place, revision=revision)
 
 
-def load_tokenizer(name: str = "tiny") -> PreTrainedTokenizerBase:
+def load_generation(name: str) -> GenerationConfig:
+    """The model's generation config, whose end tokens end its completions; of a model without one, its own config's."""
+    place, revision = locate(name)
+    try:
+        return GenerationConfig.from_pretrained(place, revision=revision)
+    except OSError:
+        return GenerationConfig.from_model_config(load_config(name))
+
+
+def load_tokenizer(name: str = "tiny", prompt: str = "plain") -> PreTrainedTokenizerBase:
     """The tokenizer, with a pad token that is not its end token (training would mask the ends away).
+
+    prompt: how it asks questions, "plain" or by the model's own "chat" template (`encoding.use_prompt`).
 
     Llama's, Mistral's, DeepSeek's and Qwen's have no such one: there the unknown token pads, where there is none the
     one that begins a text, and else the first other special token (<|im_start|>, say). No completion holds any of
@@ -156,6 +165,8 @@ def load_tokenizer(name: str = "tiny") -> PreTrainedTokenizerBase:
     place, revision = locate(name)
     with _explained(place, revision):
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
+    encoding.check_tokenizer(tokenizer, str(name))
+    encoding.use_prompt(tokenizer, prompt)
     special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
     for token in (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, *special):
         if token not in (None, tokenizer.eos_token):
@@ -302,32 +313,6 @@ def merged(adapted: PeftModel, base: str | Path) -> PreTrainedModel:
         adapted = add_lora(whole, config.r, config.lora_alpha, config.target_modules, base="")
         set_peft_model_state_dict(adapted, trained)
     return adapted.merge_and_unload()
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a prompt, with the tokenizer's beginning-of-sequence token if it has one."""
-    return tokenizer(prompt)["input_ids"]
-
-
-def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str, eos: bool = True) -> list[int]:
-    """Token ids of a completion, closed by end-of-sequence unless eos is False."""
-    ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
-    return [*ids, tokenizer.eos_token_id] if eos else ids
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of a completion's tokens as the sampler gives it, without special tokens."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def count_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], characters: int) -> int:
-    """How many of the tokens it takes to hold the first so many characters of their text.
-
-    So a text that a model drew is cut without being tokenised again, which might give other tokens. A token that holds
-    characters of both sides of the cut belongs to what is before it.
-    """
-    text = decode(tokenizer, ids)[:characters]
-    return bisect_left(range(len(ids)), True, key=lambda count: decode(tokenizer, ids[:count]).startswith(text))
 
 
 def pad_right(rows: list[list[int]], pad_id: int) -> torch.Tensor:

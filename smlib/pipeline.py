@@ -21,13 +21,25 @@ from accelerate import Accelerator, PartialState
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
 
 from smlib import evaluation, models, ppo, ranking, rationales, reward_model, sft, trl_policy
 from smlib.answers import Reward
 from smlib.artifacts import Stage, require
 from smlib.bulk import Bulk
+from smlib.encoding import use_prompt
 from smlib.engines import Engine, chosen, make_engine
-from smlib.problems import PUBLISHED, TASKS, TRAIN_SETS, DatasetError, Problem, generate, load, pinned_files
+from smlib.problems import (
+    PUBLISHED,
+    TASKS,
+    TRAIN_SETS,
+    DatasetError,
+    Problem,
+    generate,
+    load,
+    pinned_files,
+    question_key,
+)
 from smlib.roles import Adapters, Roles, SeparateModels
 from smlib.settings import Settings
 
@@ -140,10 +152,10 @@ def test_problems(settings: Settings) -> dict[str, list[Problem]]:
 
 def _train_split(dataset: str, seed: int) -> list[Problem]:
     """The train split of a published dataset, each question once and none of its test split (multiarith repeats some),
-    in an order that the seed decides."""
-    found = {problem.question: problem for problem in load(dataset, "train")}
+    in an order that the seed decides. Questions are equal by `problems.question_key`."""
+    found = {question_key(problem.question): problem for problem in load(dataset, "train")}
     for problem in load(dataset, "test"):
-        found.pop(problem.question, None)
+        found.pop(question_key(problem.question), None)
     return _shuffled(list(found.values()), f"{dataset}/{seed}")
 
 
@@ -225,7 +237,7 @@ def train_sft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
     if stage.done:
         return stage
     with recording_together(stage) as writes:
-        tokenizer, model = models.load_tokenizer(settings.base), load_trainable(settings, settings.base)
+        tokenizer, model = load_tokenizer(settings), load_trainable(settings, settings.base)
         rows = [row for row in ranked.read_rows("ranked") if settings.sft.source in ("both", row["source"])]
         log = sft.train_sft(
             model, tokenizer, training_problems(settings), rows,
@@ -276,7 +288,7 @@ def train_reward_model(run_dir: Path, settings: Settings, progress: bool = True)
     if stage.done:
         return stage
     with recording_together(stage) as writes:
-        tokenizer, model = models.load_tokenizer(settings.base), load_trainable(settings, tuned.path("model"))
+        tokenizer, model = load_tokenizer(settings), load_trainable(settings, tuned.path("model"))
         problems = training_problems(settings) + second_problems(settings)
         everything = ranked.read_rows("pairs") + second.read_rows("pairs")
         used = [
@@ -332,7 +344,7 @@ def train_policy(
             f"method {method!r} trains in one process here: start it without accelerate launch or torchrun."
         )
     with recording_together(stage) as writes:
-        tokenizer = models.load_tokenizer(settings.base)
+        tokenizer = load_tokenizer(settings)
         arguments = {
             "problems": ppo_problems(settings), "tokenizer": tokenizer, "settings": settings.ppo,
             "out": stage.folder / "training", "progress": method.upper() if progress else None,
@@ -375,12 +387,7 @@ def make_reward(formula: str, rewarder: Stage, tokenizer, roles: Roles | None = 
     """The reward of a formula (see `train_policy`); roles: where the reward model is one of their adapters."""
     rewards = {"checker": reward_model.checker_reward, "words": reward_model.word_count}
     if isinstance(roles, Adapters):
-
-        def learned(problems, texts):
-            with roles.using("reward") as model:
-                return reward_model.score(model, tokenizer, problems, texts)
-
-        rewards["learned"] = learned
+        rewards["learned"] = reward_model.LearnedReward(partial(roles.using, "reward"), tokenizer)
     elif "learned" in formula:
         weights = rewarder.settings.get("weights", "float32")
         judge = models.load_policy(rewarder.path("model"), weights).to(PartialState().device)
@@ -440,17 +447,17 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
 
 
 def _add_scores(settings: Settings, judge: Path, answered: list[tuple[Problem, dict]], progress: str | None) -> None:
-    """Add "scores", the reward of each sampled text by the model in a folder, to rows of `evaluation.evaluate`."""
-    asked = [problem for problem, row in answered for _ in row["sampled_texts"]]
-    texts = [text for _, row in answered for text in row["sampled_texts"]]
-    hardware = settings.hardware
+    """Add "scores", the reward of each sample by the model in a folder, to rows of `evaluation.evaluate`."""
+    tokenizer, hardware = load_tokenizer(settings), settings.hardware
+    asked = [problem for problem, row in answered for _ in row["sampled_ids"]]
+    drawn = [ids for _, row in answered for ids in row["sampled_ids"]]
     if hardware.workers > 1:
         from smlib import ray_engine
 
         ways = {"workers": hardware.workers, "weights": hardware.weights, "progress": progress}
-        scores = ray_engine.score(judge, asked, texts, **ways)
+        scores = ray_engine.score(judge, tokenizer, asked, drawn, **ways)
     else:
-        scores = reward_model.score(load_model(settings, judge), models.load_tokenizer(settings.base), asked, texts)
+        scores = reward_model.score(load_model(settings, judge), tokenizer, asked, drawn)
     found = iter(scores)
     for _, row in answered:
         row["scores"] = [next(found) for _ in row["sampled_texts"]]
@@ -525,6 +532,11 @@ def recording_together(stage: Stage) -> Iterator[bool]:
     processes.wait_for_everyone()
 
 
+def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, which asks questions as the settings want them asked."""
+    return models.load_tokenizer(settings.base, settings.sampling.prompt)
+
+
 def load_model(settings: Settings, path: str | Path):
     """The model in a folder, or of the hub, as the settings want it held."""
     models.free_memory()
@@ -536,7 +548,7 @@ def load_engine(settings: Settings, path: str | Path) -> Engine:
     a GPU."""
     models.free_memory()
     hardware = settings.hardware
-    return make_engine(
+    engine = make_engine(
         hardware.engine,
         str(path),
         weights=hardware.weights,
@@ -545,6 +557,8 @@ def load_engine(settings: Settings, path: str | Path) -> Engine:
         cuda_graphs=hardware.cuda_graphs,
         workers=hardware.workers,
     )
+    use_prompt(engine.tokenizer, settings.sampling.prompt)
+    return engine
 
 
 def load_trainable(settings: Settings, path: str | Path):

@@ -24,7 +24,7 @@ import torch
 from scipy.stats import betabinom
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from smlib import memory, models, pipeline, ppo, prompts, reward_model, sft
+from smlib import encoding, memory, models, pipeline, ppo, prompts, reward_model, sft
 from smlib.engines import NativeEngine
 from smlib.settings import Settings
 
@@ -120,11 +120,13 @@ class Lengths:
 
 def lengths(settings: Settings, solution: float = Assumed.solution) -> Lengths:
     """Lengths of the run's training questions: exact for a base whose tokenizer is in a folder, else estimated."""
+    problems = pipeline.training_problems(settings)
     count: Callable[[str], float] = estimated_tokens
+    asked = [count(prompts.open_prompt(problem)) for problem in problems]
     if models.weights_sha256(settings.base):
-        tokenizer = models.load_tokenizer(settings.base)
-        count = lambda text: len(models.encode_prompt(tokenizer, text))  # noqa: E731
-    asked = [count(prompts.open_prompt(problem)) for problem in pipeline.training_problems(settings)]
+        tokenizer = pipeline.load_tokenizer(settings)
+        asked = [len(encoding.encode_question(tokenizer, problem)) for problem in problems]
+        count = lambda text: len(encoding.encode_prompt(tokenizer, text))  # noqa: E731
     shots, tasks = settings.sampling.shots, settings.tasks
     return Lengths(
         mean(asked),
@@ -303,12 +305,12 @@ def measure(settings: Settings, path: str, questions: int = 32) -> Speeds:
 
     A minute on a GPU, seconds with the tiny base: each of the four runs once to warm up, and once with the clock.
     """
-    tokenizer, model = models.load_tokenizer(settings.base), pipeline.load_trainable(settings, path)
+    tokenizer, model = pipeline.load_tokenizer(settings), pipeline.load_trainable(settings, path)
     problems = pipeline.training_problems(settings)[:questions]
     hardware = settings.hardware
     engine = NativeEngine(model, tokenizer, hardware.rollout_rows, hardware.cache_tokens, hardware.cuda_graphs)
     drawing = {"keys": [one.id for one in problems], "temperature": 1.0, "seed": 0}
-    heads = [models.encode_prompt(tokenizer, prompts.open_prompt(problem)) for problem in problems]
+    heads = [encoding.encode_question(tokenizer, problem) for problem in problems]
 
     def draw(samples: int, tokens: int) -> list:
         return engine.sample_ids(heads, samples, max_new_tokens=tokens, **drawing)
@@ -319,7 +321,7 @@ def measure(settings: Settings, path: str, questions: int = 32) -> Speeds:
     texts = [(problem, one.text) for problem, found in zip(problems, drawn, strict=True) for one in found]
     scoring, _ = _timed(lambda: reward_model.score(model, tokenizer, *zip(*texts, strict=True)))
     rows = [
-        (head, [models.encode_completion(tokenizer, one.text)])
+        (head, [encoding.closed(tokenizer, one.token_ids)])
         for head, found in zip(heads, drawn, strict=True)
         for one in found
     ]

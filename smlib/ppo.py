@@ -43,10 +43,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 from smlib.answers import Reward, grade_many
 from smlib.artifacts import replacing
-from smlib.models import CONTINUATIONS_PER_ROW, encode_prompt, group_size, pack, pad_right
+from smlib.encoding import encode_question
+from smlib.models import CONTINUATIONS_PER_ROW, group_size, pack, pad_right
 from smlib.problems import Problem
 from smlib.progress import progress_bar
-from smlib.prompts import open_prompt
+from smlib.reward_model import score_samples
 from smlib.roles import Adapters, Roles, gathered
 from smlib.sampling import MAX_BATCH, Sample, sample_ids
 
@@ -339,7 +340,7 @@ def rollout(
 
     By our own sampler, at most `rows` at once, or by an engine that has been handed the policy.
     """
-    prompts = [encode_prompt(tokenizer, open_prompt(problem)) for problem in problems]
+    prompts = [encode_question(tokenizer, problem) for problem in problems]
     ways = {"tokenizer": tokenizer, "max_batch": rows, "cuda_graphs": cuda_graphs}
     draw = engine.sample_ids if engine else partial(sample_ids, policy, **ways)
     drawn = draw(
@@ -534,7 +535,7 @@ def experience(
 
     problems = [problem for problem in asked for _ in range(settings.samples_per_question)]
     texts = [drawn.text for drawn in samples]
-    scores = torch.tensor(gather_object(scored(reward, _mine(problems), _mine(texts))), device=accelerator.device)
+    scores = torch.tensor(gather_object(scored(reward, _mine(problems), _mine(samples))), device=accelerator.device)
     shaped, moments = shape(scores, samples, state.moments, settings)
     drawn = batch.logp
     with autocast(settings, accelerator.device):
@@ -582,8 +583,9 @@ def train(
 ) -> list[dict]:
     """Train policy and value of `roles` in place; return one row (dict) per update, as in out/log.csv.
 
-    reward: any callable(problems, completion texts) -> scores. The checker (`grade_many`) is called too, but
-        its accuracy goes to the log only and never into training.
+    reward: any callable(problems, completion texts) -> scores; one that has `of_samples`, as the reward model, reads
+        the drawn tokens. The checker (`grade_many`) is called too, but its accuracy goes to the log only and never into
+        training.
     problems: update number (from 0) -> `settings.questions` problems. A pure function, so that resuming is
         exact; fresh questions in every update keep the policy from learning them by heart.
     out: folder of log.csv, examples.jsonl and the newest checkpoint. A folder with a checkpoint of the same
@@ -900,13 +902,13 @@ def _check_shares(settings: PPOSettings, processes: int) -> None:
         )
 
 
-def scored(reward: Reward, problems: list[Problem], texts: list[str]) -> list[float]:
-    """The reward of each text, refused if it is not one finite number for each."""
-    scores = torch.tensor(reward(problems, texts), dtype=torch.float32)
-    if scores.shape != (len(texts),) or not scores.isfinite().all():
+def scored(reward: Reward, problems: list[Problem], samples: list[Sample]) -> list[float]:
+    """The reward of each completion, refused if it is not one finite number for each."""
+    scores = torch.tensor(score_samples(reward, problems, samples), dtype=torch.float32)
+    if scores.shape != (len(samples),) or not scores.isfinite().all():
         raise ValueError(
             f"the reward gave shape {tuple(scores.shape)} with {int(scores.isfinite().sum())} finite numbers "
-            f"for {len(texts)} completions; give one finite number for each."
+            f"for {len(samples)} completions; give one finite number for each."
         )
     return scores.tolist()
 

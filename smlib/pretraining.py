@@ -23,7 +23,7 @@ from tokenizers.models import BPE
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from smlib import models, prompts
+from smlib import encoding, models, prompts
 from smlib.engines import NativeEngine
 from smlib.evaluation import evaluate, summarise
 from smlib.problems import TASKS, Problem, generate
@@ -255,8 +255,8 @@ def _batches(
     rng = random.Random(f"batches/{seed}")
     encoded = []
     for prompt, completion in corpus(documents, seed):
-        head = models.encode_prompt(tokenizer, prompt)
-        encoded.append((head, models.encode_completion(tokenizer, completion)))
+        head = encoding.encode_prompt(tokenizer, prompt)
+        encoded.append((head, encoding.encode_completion(tokenizer, completion)))
     batches = []
     for start in range(0, documents, 4096):
         pool = sorted(encoded[start : start + 4096], key=lambda pair: len(pair[0]) + len(pair[1]))

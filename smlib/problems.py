@@ -9,6 +9,8 @@ whatever the seed, and a generated question that equals a published one is throw
 import hashlib
 import json
 import random
+import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,6 +22,7 @@ import numpy as np
 from smlib.downloads import FILES, DatasetError, read_pinned
 from smlib.generators import GENERATORS, LETTERS
 
+_WORDS = re.compile(r"[^\W_]+")
 TASKS = tuple(GENERATORS)
 KINDS = {
     "coin_flip": "yes_no",
@@ -57,6 +60,15 @@ class Problem:
 
 
 # ---------------------------------------------------------------------------------------------- generators
+
+
+def question_key(question: str) -> str:
+    """What two wordings of one question have in common: letters and digits, whatever their case, marks and blanks.
+
+    A split that promises "none of the test split" compares these: the published word problems repeat questions with
+    another comma, capital or blank.
+    """
+    return " ".join(_WORDS.findall(unicodedata.normalize("NFKC", question).casefold()))
 
 
 def _digest(question: str) -> str:

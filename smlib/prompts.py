@@ -17,8 +17,14 @@ from smlib.problems import KINDS, LETTERS, Problem, with_options
 
 ANSWER_LEAD = "The answer is"
 _ANSWER_LINE = re.compile(rf"^[ \t]*{ANSWER_LEAD}\b[^\n]*", re.MULTILINE)
-# The same as (?<!\w)Q: and thirty times faster, because it begins with letters to look for.
-_NEXT_QUESTION = re.compile(r"Q:(?<!\wQ:)")
+# What a model goes on with once it has answered, at the start of a line: "Q: ..." (no ratio, "Q:R = 2:3"), "Q. ...",
+# "Question 2: ..." or a turn of a chat. It is searched in "\n" + text: a pattern that begins with a letter is fast.
+_NEXT_QUESTION = re.compile(
+    r"\n[ \t>*#]*(?:Q(?::(?!\w{1,3} ?[:=])|\.\s)|(?:Next |New )?(?:Question|QUESTION)(?: \d+)?\*{0,2} ?[:.]"
+    r"|(?:User|USER|Human|Assistant|ASSISTANT|System)\*{0,2}:|#+ ?(?:Instruction|Response)\b)"
+)
+# Marks of chats and of documents, spelled out in a text.
+_MARKUP = re.compile(r"<\|[a-z_]+\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>")
 
 
 def show_answer(problem: Problem, answer: str) -> str:
@@ -49,7 +55,8 @@ def conditioned_prompt(problem: Problem, given: str, shots: str = "") -> str:
 def reanswer_prompt(problem: Problem, rationale: str, shots: str = "") -> str:
     """The question and a rationale without its answer sentence; the model writes the answer (stage 2).
 
-    With that answer it reads like any open document, so its shots are those of the open form.
+    With that answer it reads like any open document, so its shots are those of the open form. The pipeline asks by
+    `encoding.encode_reanswer`, from the tokens that were drawn; this is its text.
     """
     return f"{open_prompt(problem, shots)}{rationale}\n{ANSWER_LEAD}"
 
@@ -138,7 +145,27 @@ def shots(dataset: str, source: str, *, conditioned: bool = False) -> str:
 
 def stop(source: str) -> tuple[str, ...]:
     """Stop strings to sample with: shown exemplars, a model goes on with a next question. `cut` takes off the rest."""
-    return () if source == "none" else ("\nQ:",)
+    return () if source == "none" else ("\nQ: ",)
+
+
+def chat(problem: Problem, given: str | None = None, source: str = "none") -> list[dict[str, str]]:
+    """The turns of a chat that ask a question, for a chat template; the exemplars are turns that went before.
+
+    given: an answer to write a rationale for, or None. source: of the exemplars, as in `shots`.
+    """
+    turns = []
+    if source != "none":
+        shown = exemplars(problem.dataset, source=source)
+        shown = shown if given is None else exemplars(problem.dataset, wrong=True) + shown
+        for one in shown:
+            said = f"{one.rationale}\n{answer_sentence(one.problem, one.given)}"
+            turns += [_asked(one.problem, given and one.given), {"role": "assistant", "content": said}]
+    return [*turns, _asked(problem, given)]
+
+
+def _asked(problem: Problem, given: str | None) -> dict[str, str]:
+    hint = "" if given is None else f"\nGiven answer: {show_answer(problem, given)}"
+    return {"role": "user", "content": with_options(problem) + hint}
 
 
 def _document(one: Exemplar, form: str) -> str:
@@ -208,12 +235,17 @@ def _wei_exemplars(dataset: str) -> list[dict]:
 
 
 def before_next_question(text: str) -> str:
-    """The text before a next question: "Q:" that no word character precedes (not the end of "FAQ:").
+    """The text before a next question, or before the next turn of a chat.
 
-    A model goes on with one once it has answered. Sampling, training and judging all cut it off here.
+    A model goes on with one once it has answered. Sampling, training and judging all cut it off here. "Q:" counts at
+    the start of a line only: "Restating the Q: ..." goes on, and so does "P:Q:R = 2:3:4".
     """
-    found = _NEXT_QUESTION.search(text)
-    return text[: found.start()].rstrip() if found else text
+    found = _NEXT_QUESTION.search("\n" + text)
+    markup = _MARKUP.search(text) if "<" in text or "[" in text else None
+    if found is None and markup is None:
+        return text
+    ends = [max(found.start() - 1, 0)] if found else []
+    return text[: min([*ends, markup.start()] if markup else ends)].rstrip()
 
 
 def cut(text: str) -> str:

@@ -72,7 +72,8 @@ def pairs(rows: list[dict], max_per_question: int, seed: int) -> list[dict]:
 
     Each r- is rejected once, for the next r+ in turn; of a question at most `max_per_question` are drawn. So a
     question that the author mostly gets right gives few pairs, and that is wanted: what it mostly gets right is often
-    a habit that is right by luck (notebook 02 counts it). "source" of a pair is that of its rejected side.
+    a habit that is right by luck (notebook 02 counts it). "source" of a pair is that of its rejected side;
+    chosen_ids and rejected_ids are the sides' tokens as drawn, without end-of-sequence.
     """
     rng = random.Random(f"pairs/{seed}")
     groups: dict[tuple[str, str], dict[str, list[dict]]] = defaultdict(lambda: {"+": [], "-": []})
@@ -92,6 +93,8 @@ def pairs(rows: list[dict], max_per_question: int, seed: int) -> list[dict]:
                     "source": rejected["source"],
                     "chosen": chosen["text"],
                     "rejected": rejected["text"],
+                    "chosen_ids": chosen["token_ids"],
+                    "rejected_ids": rejected["token_ids"],
                     "held_out": held_out(chosen["id"]),
                 }
             )

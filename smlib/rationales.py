@@ -8,10 +8,11 @@ is taken away, and both verdicts.
 import random
 from collections.abc import Sequence
 
-from smlib import prompts
-from smlib.answers import grade
+from smlib import encoding, prompts
+from smlib.answers import before_answer, grade
 from smlib.engines import Engine
 from smlib.problems import Problem
+from smlib.sampling import Sample
 
 
 def sample_open(
@@ -32,8 +33,8 @@ def sample_open(
     shots: whose exemplars come before the question, "none", "smlib" or "wei" (`prompts.few_shot`); a model that has
     not read our documents needs them to know the form.
     """
-    drawn = engine.sample(
-        [prompts.open_prompt(problem, prompts.shots(problem.dataset, shots)) for problem in problems],
+    drawn = engine.sample_ids(
+        [encoding.encode_question(engine.tokenizer, problem, shots=shots) for problem in problems],
         n,
         stop=prompts.stop(shots),
         temperature=temperature,
@@ -44,7 +45,7 @@ def sample_open(
         progress=progress,
     )
     return [
-        _row(problem, one.text, source="open", author=author, given=None, index=index)
+        _row(engine.tokenizer, problem, one, source="open", author=author, given=None, index=index)
         for problem, samples in zip(problems, drawn, strict=True)
         for index, one in enumerate(samples)
     ]
@@ -75,11 +76,8 @@ def sample_conditioned(
         wrong = prompts.wrong_answers(problem, rng, problems)
         asked += [(problem, problem.answer, index) for index in range(n)]
         asked += [(problem, wrong[index % len(wrong)], index) for index in range(n) if wrong]
-    drawn = engine.sample(
-        [
-            prompts.conditioned_prompt(problem, given, prompts.shots(problem.dataset, shots, conditioned=True))
-            for problem, given, _ in asked
-        ],
+    drawn = engine.sample_ids(
+        [encoding.encode_question(engine.tokenizer, problem, given=given, shots=shots) for problem, given, _ in asked],
         1,
         stop=prompts.stop(shots),
         temperature=temperature,
@@ -90,13 +88,13 @@ def sample_conditioned(
         progress=progress,
     )
     return [
-        _row(problem, samples[0].text, source="conditioned", author=author, given=given, index=index)
-        for (problem, given, index), samples in zip(asked, drawn, strict=True)
+        _row(engine.tokenizer, problem, one, source="conditioned", author=author, given=given, index=index)
+        for (problem, given, index), [one] in zip(asked, drawn, strict=True)
     ]
 
 
-def _row(problem: Problem, text: str, *, source: str, author: str, given: str | None, index: int) -> dict:
-    text = prompts.cut(text)
+def _row(tokenizer, problem: Problem, one: Sample, *, source: str, author: str, given: str | None, index: int) -> dict:
+    text = prompts.cut(one.text)
     verdict = grade(text, problem)
     return {
         "id": problem.id,
@@ -106,6 +104,7 @@ def _row(problem: Problem, text: str, *, source: str, author: str, given: str | 
         "given": given,
         "index": index,
         "text": text,
+        "token_ids": encoding.first_characters(tokenizer, one.token_ids, len(text)),
         "answer": verdict.extracted,
         "correct": verdict.correct,
         "reason": verdict.reason,
@@ -123,35 +122,41 @@ def reanswer(
 ) -> list[dict]:
     """The rows with "reanswer" and "reanswer_correct" added (stage 2).
 
-    The rationale without its answer sentence goes back under its question, and the model, greedy, writes the
-    answer. Taking the sentence away is our choice: left in, the filter would only read the hint back. Equal
-    rationales of one question are answered once. Open rationales were given no answer that they could repeat:
+    The rationale without its answer goes back under its question, and the model, greedy, writes the answer. Taking
+    away all that the judge would read as an answer is our choice: left in, the filter would only read the hint back.
+    Equal rationales of one question are answered once. Open rationales were given no answer that they could repeat:
     what they state counts as what can be read off them.
     """
     by_id = {problem.id: problem for problem in problems}
-    asked = {(row["id"], prompts.split_answer(row["text"])[0]): None for row in rows if row["given"] is not None}
-    drawn = engine.sample(
-        [
-            prompts.reanswer_prompt(by_id[identity], rationale, prompts.shots(by_id[identity].dataset, shots))
-            for identity, rationale in asked
-        ],
+    keys = [
+        (row["id"], _without_answer(engine.tokenizer, by_id[row["id"]], row)) if row["given"] is not None else None
+        for row in rows
+    ]
+    asked = list(dict.fromkeys(key for key in keys if key))
+    drawn = engine.sample_ids(
+        [encoding.encode_reanswer(engine.tokenizer, by_id[identity], ids, shots) for identity, ids in asked],
         1,
         stop=prompts.stop(shots),
         temperature=0.0,
         max_new_tokens=16,
         seed=seed,
-        keys=[f"{identity}|{rationale}" for identity, rationale in asked],
+        keys=[f"{identity}|{' '.join(map(str, ids))}" for identity, ids in asked],
         progress=progress,
     )
     verdicts = {
-        key: grade(prompts.cut(prompts.ANSWER_LEAD + samples[0].text), by_id[key[0]])
-        for key, samples in zip(asked, drawn, strict=True)
+        key: grade(prompts.cut(prompts.ANSWER_LEAD + one.text), by_id[key[0]])
+        for key, [one] in zip(asked, drawn, strict=True)
     }
     answered = []
-    for row in rows:
+    for row, key in zip(rows, keys, strict=True):
         read, right = row["answer"], row["correct"]
-        if row["given"] is not None:
-            verdict = verdicts[row["id"], prompts.split_answer(row["text"])[0]]
-            read, right = verdict.extracted, verdict.correct
+        if key:
+            read, right = verdicts[key].extracted, verdicts[key].correct
         answered.append(row | {"reanswer": read, "reanswer_correct": right})
     return answered
+
+
+def _without_answer(tokenizer, problem: Problem, row: dict) -> tuple[int, ...]:
+    """Token ids of a rationale before anything that the judge would read as its answer."""
+    rationale = before_answer(row["text"], problem)
+    return tuple(encoding.first_characters(tokenizer, row["token_ids"], len(rationale)))

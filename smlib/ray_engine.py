@@ -9,7 +9,6 @@ another one, which does that batch anew: the same samples, since their random nu
 only, and the same scores, up to rounding.
 """
 
-import json
 import logging
 import os
 import warnings
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from smlib import models, reward_model
 from smlib.engines import ENGINES, Engine, make_engine
@@ -126,32 +126,29 @@ class RayEngine(Engine):
 
 
 def score(
-    path: str | Path, problems: Sequence[Problem], texts: Sequence[str], *, workers: int, weights: str = "float32",
-    progress: str | None = None,
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem],
+    rationales: Sequence[str | Sequence[int]], *, workers: int, weights: str = "float32", progress: str | None = None,
 ) -> list[float]:  # fmt: skip
     """`reward_model.score` of the model in a folder, on so many workers; they load it anew for every call.
 
-    The texts of a question go to one worker, which reads it once. Errors are those of `RayEngine.sample_ids`.
+    The rationales of a question go to one worker, which reads it once. Errors are those of `RayEngine.sample_ids`.
     """
-    asked = reward_model.by_question(problems, texts)
-    rows = [
-        {"number": number, "problem": json.dumps(asdict(problem)), "texts": found}
-        for number, (problem, found) in enumerate(asked)
-    ]
+    questions, keys = reward_model.by_question(tokenizer, problems, rationales)
+    rows = [{"number": number, "head": head, "tails": tails} for number, (_, (head, tails)) in enumerate(questions)]
     if not rows:
         return []
     started = start(workers)
     try:
         size = min(SCORED_QUESTIONS, -(-len(rows) // workers))
-        arguments = (str(path), weights, workers)
+        arguments = (str(path), weights, workers, tokenizer.pad_token_id)
         done = _spread(_Scorer, arguments, rows, size, itemgetter("scores"), workers, progress, "question")
     finally:
         if started:
             _stop()
     scores = {}
-    for (problem, different), found in zip(asked, done, strict=True):
-        scores |= {(problem.id, text): one for text, one in zip(different, found, strict=True)}
-    return [scores[problem.id, text] for problem, text in zip(problems, texts, strict=True)]
+    for (identity, (_, tails)), found in zip(questions, done, strict=True):
+        scores |= {(identity, tuple(tail)): one for tail, one in zip(tails, found, strict=True)}
+    return [scores[key] for key in keys]
 
 
 def start(workers: int) -> bool:
@@ -251,16 +248,13 @@ class _Worker:
 class _Scorer:
     """A reward model in a process of its own; scores one batch of questions after the other."""
 
-    def __init__(self, path: str, weights: str, workers: int):
+    def __init__(self, path: str, weights: str, workers: int, pad_id: int):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-        self.model, self.tokenizer = models.load_policy(path, weights), models.load_tokenizer(path)
+        self.model, self.pad_id = models.load_policy(path, weights), pad_id
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Columns number, problem (JSON), texts -> number, scores."""
-        fields = [json.loads(one) for one in batch["problem"].to_pylist()]
-        problems = [Problem(**one | {"choices": tuple(one["choices"])}) for one in fields]
-        texts = batch["texts"].to_pylist()
-        asked = [problem for problem, some in zip(problems, texts, strict=True) for _ in some]
-        found = iter(reward_model.score(self.model, self.tokenizer, asked, [text for some in texts for text in some]))
-        scores = [[next(found) for _ in some] for some in texts]
-        return pa.table({"number": batch["number"], "scores": scores})
+        """Columns number, head (ids of the question), tails (of its rationales) -> number, scores."""
+        questions = list(zip(batch["head"].to_pylist(), batch["tails"].to_pylist(), strict=True))
+        return pa.table(
+            {"number": batch["number"], "scores": reward_model.score_ids(self.model, questions, self.pad_id)}
+        )

@@ -20,7 +20,8 @@ the two differ, is added (iterative RPO, 2404.19733, eq. 1, adds the same term o
 import math
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -29,16 +30,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 from trl.models.utils import _ForwardRedirection
 
-from smlib import models, prompts
+from smlib import encoding, models
 from smlib.answers import Reward, grade
 from smlib.problems import Problem
+from smlib.sampling import Sample
 from smlib.sft import SharedBatches, dataset, fit, trainer_options
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, problem: Problem, text: str) -> list[int]:
-    """Token ids of a question and a rationale as the reward model reads them, end-of-sequence last."""
-    head = models.encode_prompt(tokenizer, prompts.open_prompt(problem))
-    return head + models.encode_completion(tokenizer, text)
+def encode(tokenizer: PreTrainedTokenizerBase, problem: Problem, rationale: str | Sequence[int]) -> list[int]:
+    """Token ids of a question and a rationale (a text, or the ids it was drawn as) as the reward model reads them.
+
+    End-of-sequence is last.
+    """
+    return [*encoding.encode_question(tokenizer, problem), *encoding.closed(tokenizer, rationale)]
 
 
 def pair_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
@@ -120,13 +124,14 @@ def train_reward_model(
     progress: str | None = "reward model",
 ) -> list[dict]:
     """Fit `model` in place on the pairs that are not held out; returns the log (loss, its parts pair_loss and
-    chosen_nll, accuracy). micro_batch, recompute: `settings.HardwareSettings`."""
+    chosen_nll, accuracy). A side is its tokens as drawn, "chosen_ids" and "rejected_ids", or where a pair has none its
+    text. micro_batch, recompute: `settings.HardwareSettings`."""
     by_id = {problem.id: problem for problem in problems}
     examples = []
     for pair in pairs:
         if not pair["held_out"]:
-            chosen = encode(tokenizer, by_id[pair["id"]], pair["chosen"])
-            rejected = encode(tokenizer, by_id[pair["id"]], pair["rejected"])
+            problem = by_id[pair["id"]]
+            chosen, rejected = (encode(tokenizer, problem, side(pair, name)) for name in ("chosen", "rejected"))
             prefix, sides = shared_prefix(chosen, rejected)
             length = len(prefix) + sum(map(len, sides))
             examples.append({"chosen_ids": chosen, "rejected_ids": rejected, "length": length})
@@ -155,60 +160,117 @@ def train_reward_model(
     return log
 
 
-def by_question(problems: Sequence[Problem], texts: Sequence[str]) -> list[tuple[Problem, list[str]]]:
-    """The questions, each once, with its different texts, in the order of their first places."""
-    asked: dict[str, tuple[Problem, dict[str, None]]] = {}
-    for problem, text in zip(problems, texts, strict=True):
-        asked.setdefault(problem.id, (problem, {}))[1][text] = None
-    return [(problem, list(found)) for problem, found in asked.values()]
+def side(pair: dict, name: str) -> str | list[int]:
+    """What a side of a pair ("chosen" or "rejected") is read as: its tokens as drawn, or its text where it has none."""
+    return pair.get(f"{name}_ids", pair[name])
 
 
-@torch.inference_mode()
+def by_question(
+    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], rationales: Sequence[str | Sequence[int]]
+) -> tuple[list[tuple[str, tuple[list[int], list[list[int]]]]], list[tuple[str, tuple[int, ...]]]]:
+    """(every question once, as its id and the arguments of `score_ids`; a key of every rationale: question, ids).
+
+    The questions, and the different rationales of each, are in the order of their first places.
+    """
+    asked: dict[str, Problem] = {}
+    found: dict[str, dict[tuple[int, ...], None]] = {}
+    keys = []
+    for problem, rationale in zip(problems, rationales, strict=True):
+        keys.append((problem.id, tuple(encoding.closed(tokenizer, rationale))))
+        asked.setdefault(problem.id, problem)
+        found.setdefault(problem.id, {})[keys[-1][1]] = None
+    heads = {identity: encoding.encode_question(tokenizer, problem) for identity, problem in asked.items()}
+    return [(identity, (heads[identity], [list(ids) for ids in found[identity]])) for identity in asked], keys
+
+
 def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
-    texts: Sequence[str],
-    tokens_per_batch: int = 2_048,
+    rationales: Sequence[str | Sequence[int]],
 ) -> list[float]:
-    """R / beta of every (problem, text), in nats, batched by length; the higher, the better the rationale.
+    """R / beta of every (problem, rationale), in nats, batched by length; the higher, the better the rationale.
 
-    A question is read once for every four of its texts, and equal texts of one question, which a trained policy
-    writes often, are scored once. tokens_per_batch: more do not fit a CPU core's cache and are slower there.
+    rationales: token ids as drawn, or texts, which are encoded. Equal ones of one question, which a trained policy
+    writes often, are scored once.
     """
-    keys, groups = [], []
-    for problem, found in by_question(problems, texts):
-        head = models.encode_prompt(tokenizer, prompts.open_prompt(problem))
-        for start in range(0, len(found), models.CONTINUATIONS_PER_ROW):
-            some = found[start : start + models.CONTINUATIONS_PER_ROW]
-            keys.append([(problem.id, text) for text in some])
-            groups.append((head, [models.encode_completion(tokenizer, text) for text in some]))
-    lengths = [len(head) + sum(map(len, tails)) for head, tails in groups]
-    order = sorted(range(len(groups)), key=lambda row: -lengths[row])
+    questions, keys = by_question(tokenizer, problems, rationales)
+    found = score_ids(model, [ids for _, ids in questions], tokenizer.pad_token_id)
     scores = {}
+    for (identity, (_, tails)), values in zip(questions, found, strict=True):
+        scores |= {(identity, tuple(tail)): value for tail, value in zip(tails, values, strict=True)}
+    return [scores[key] for key in keys]
+
+
+@torch.inference_mode()
+def score_ids(
+    model: PreTrainedModel,
+    questions: Sequence[tuple[list[int], list[list[int]]]],
+    pad_id: int,
+    tokens_per_batch: int = 2_048,
+) -> list[list[float]]:
+    """R / beta of the rationales of every question, [question][rationale]; questions: (its ids, [rationale's ids]).
+
+    A question is read once for every four of its rationales. tokens_per_batch: more do not fit a CPU core's cache and
+    are slower there.
+    """
+    groups = [
+        (number, start, head, tails[start : start + models.CONTINUATIONS_PER_ROW])
+        for number, (head, tails) in enumerate(questions)
+        for start in range(0, len(tails), models.CONTINUATIONS_PER_ROW)
+    ]
+    lengths = [len(head) + sum(map(len, tails)) for *_, head, tails in groups]
+    order = sorted(range(len(groups)), key=lambda row: -lengths[row])
+    scores = [[0.0] * len(tails) for _, tails in questions]
     while order:
         count = max(1, tokens_per_batch // lengths[order[0]])
-        taken, order = order[:count], order[count:]
-        packed = models.pack([groups[row] for row in taken], tokenizer.pad_token_id, model.device)
-        sums = models.sum_rows(models.packed_logprobs(model, packed), packed["rows"])
-        scores |= zip([key for row in taken for key in keys[row]], sums.tolist(), strict=True)
-    return [scores[problem.id, text] for problem, text in zip(problems, texts, strict=True)]
+        taken, order = [groups[row] for row in order[:count]], order[count:]
+        packed = models.pack([(head, tails) for *_, head, tails in taken], pad_id, model.device)
+        sums = iter(models.sum_rows(models.packed_logprobs(model, packed), packed["rows"]).tolist())
+        for number, start, _, tails in taken:
+            scores[number][start : start + len(tails)] = [next(sums) for _ in tails]
+    return scores
 
 
 @torch.inference_mode()
 def token_scores(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problem: Problem, text: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problem: Problem, rationale: str | Sequence[int]
 ) -> tuple[list[str], list[float]]:
     """What each token of a rationale adds to its score, in nats: (tokens, values), as many; they sum to the score."""
-    head = models.encode_prompt(tokenizer, prompts.open_prompt(problem))
-    tail = models.encode_completion(tokenizer, text)
+    head, tail = encoding.encode_question(tokenizer, problem), encoding.closed(tokenizer, rationale)
     values = models.packed_logprobs(model, models.pack([(head, [tail])], tokenizer.pad_token_id, model.device))
     return [tokenizer.decode([token]) for token in tail], values.tolist()
 
 
-def learned_reward(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Reward:
-    """The reward model as a plain callable."""
-    return lambda problems, texts: score(model, tokenizer, problems, texts)
+class LearnedReward:
+    """The reward model as a plain callable, which PPO lets score the very tokens that a policy drew.
+
+    using: gives the model for the time of a `with` block, as `roles.Adapters` lends its adapter.
+    """
+
+    def __init__(
+        self, using: Callable[[], AbstractContextManager[PreTrainedModel]], tokenizer: PreTrainedTokenizerBase
+    ):
+        self.using, self.tokenizer = using, tokenizer
+
+    def __call__(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
+        with self.using() as model:
+            return score(model, self.tokenizer, problems, texts)
+
+    def of_samples(self, problems: Sequence[Problem], samples: Sequence[Sample]) -> list[float]:
+        return self(problems, [drawn.token_ids for drawn in samples])
+
+
+def learned_reward(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LearnedReward:
+    """The reward of a model that is there for good."""
+    return LearnedReward(lambda: nullcontext(model), tokenizer)
+
+
+def score_samples(reward: Reward, problems: Sequence[Problem], samples: Sequence[Sample]) -> list[float]:
+    """What a reward says of drawn samples: of their tokens where it reads tokens, else of their texts."""
+    if hasattr(reward, "of_samples"):
+        return reward.of_samples(problems, samples)
+    return reward(problems, [drawn.text for drawn in samples])
 
 
 def checker_reward(problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
@@ -234,13 +296,24 @@ def weighted_sum(formula: str, rewards: dict[str, Reward]) -> Reward:
         raise ValueError(f"reward {formula!r} is not a sum such as 'learned + 5*checker'.")
     if unknown := [term[3] for term in terms if term[3] not in rewards]:
         raise ValueError(f"reward {unknown[0]!r} in {formula!r} is unknown; choose from: {', '.join(rewards)}.")
-    weights = [(float(term[1] + (term[2] or "1")), rewards[term[3]]) for term in terms]
+    return _Sum([(float(term[1] + (term[2] or "1")), rewards[term[3]]) for term in terms])
 
-    def total(problems, texts):
-        columns = [[weight * score for score in reward(problems, texts)] for weight, reward in weights]
+
+class _Sum:
+    """A weighted sum of rewards: a reward, too."""
+
+    def __init__(self, terms: list[tuple[float, Reward]]):
+        self.terms = terms
+
+    def __call__(self, problems, texts):
+        return self._total(lambda reward: reward(problems, texts))
+
+    def of_samples(self, problems, samples):
+        return self._total(lambda reward: score_samples(reward, problems, samples))
+
+    def _total(self, scores_of) -> list[float]:
+        columns = [[weight * score for score in scores_of(reward)] for weight, reward in self.terms]
         return [sum(row) for row in zip(*columns, strict=True)]
-
-    return total
 
 
 def pair_accuracy(
@@ -249,8 +322,9 @@ def pair_accuracy(
     """The pairs with both scores and "ranked_right" added."""
     by_id = {problem.id: problem for problem in problems}
     asked = [by_id[pair["id"]] for pair in pairs]
-    chosen = score(model, tokenizer, asked, [pair["chosen"] for pair in pairs])
-    rejected = score(model, tokenizer, asked, [pair["rejected"] for pair in pairs])
+    chosen, rejected = (
+        score(model, tokenizer, asked, [side(pair, name) for pair in pairs]) for name in ("chosen", "rejected")
+    )
     return [
         pair | {"chosen_score": good, "rejected_score": bad, "ranked_right": good > bad}
         for pair, good, bad in zip(pairs, chosen, rejected, strict=True)

@@ -29,6 +29,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from smlib.encoding import decode, encode_prompt, ends
 from smlib.progress import progress_bar
 
 MAX_BATCH = 512  # rows that step together
@@ -43,11 +44,11 @@ class Sample:
     """One completion.
 
     text:          decoded completion without special tokens, cut before the first stop string.
-    token_ids:     the drawn tokens, with the end-of-sequence token if it was drawn, and with the tokens of the
-                   stop string that ended the sample.
+    token_ids:     the drawn tokens, with the special token that ended the sample if one was drawn, and with the tokens
+                   of the stop string that did.
     logprobs:      log p of each drawn token, in nats, under the model itself: no temperature, no truncation. It
                    is what a training forward pass gives.
-    finish_reason: "stop" (end-of-sequence token or stop string) or "length" (`max_new_tokens` drawn).
+    finish_reason: "stop" (special token or stop string) or "length" (`max_new_tokens` drawn).
     """
 
     text: str
@@ -104,7 +105,7 @@ def sample(
     check_prompts(prompts)
     return sample_ids(
         model,
-        [tokenizer(prompt)["input_ids"] for prompt in prompts],
+        [encode_prompt(tokenizer, prompt) for prompt in prompts],
         n,
         temperature=temperature,
         max_new_tokens=max_new_tokens,
@@ -145,8 +146,9 @@ def sample_ids(
 ) -> list[list[Sample]]:
     """`sample` for prompts that are token ids already (with <bos>, if the model wants one).
 
-    So a partial rationale is continued: its ids are those of the prompt plus those of the part. Without a tokenizer,
-    `text` is "" and the end-of-sequence token is the one of `model.generation_config`. Default keys are the token
+    So a partial rationale is continued: its ids are those of the prompt plus those of the part. A sample ends with an
+    end token of `model.generation_config` or any special token (`encoding.ends`). Without a tokenizer, `text` is "" and
+    only the former end it. Default keys are the token
     ids, joined by blanks.
     """
     if keys is None:
@@ -162,10 +164,8 @@ def sample_ids(
             return [found for [found] in sample_ids(model, ids, 1, keys=names, first=number, **options)]
 
         return draw_until(draw, len(prompt_ids), range(first, first + n), until, progress)
-    eos = model.generation_config.eos_token_id if tokenizer is None else tokenizer.eos_token_id
-    eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     draw = partial(_draw, temperature=temperature, top_k=top_k, top_p=top_p)
-    ending = Ending(eos, tuple(stop), tokenizer)
+    ending = Ending(ends(tokenizer, model.generation_config), tuple(stop), tokenizer)
 
     # Prompts of similar length share a block, so that little is padded; the longest come first, so that a lack of
     # memory shows at once.
@@ -587,7 +587,7 @@ class Ending:
     def _text(self, ids):
         if self.tokenizer is None:
             return ""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decode(self.tokenizer, ids)
 
     def _stopped(self, text):
         return any(s in text for s in self.stop)

@@ -14,10 +14,11 @@ from itertools import cycle
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from smlib import models, prompts
+from smlib import encoding, prompts
 from smlib.answers import grade
 from smlib.engines import Engine
 from smlib.problems import Problem
+from smlib.sampling import Sample
 
 # "9 + 4 = 13", "$5 * (3 + 2) = $25": an arithmetic expression, "=" and a number.
 _EQUATION = re.compile(r"[($€£]*\d[\d .,()$€£%+\-*/×÷x]*= *[-$€£]*\d[\d,.]*")
@@ -40,8 +41,8 @@ def draw_solutions(
     Row: id, dataset, index, text (up to the answer sentence), token_ids (of that text, as drawn, without
     end-of-sequence), answer (None: invalid), correct.
     """
-    drawn = engine.sample(
-        [prompts.open_prompt(problem) for problem in problems],
+    drawn = engine.sample_ids(
+        [encoding.encode_question(tokenizer, problem) for problem in problems],
         n,
         keys=[problem.id for problem in problems],
         temperature=temperature,
@@ -50,17 +51,17 @@ def draw_solutions(
         progress=progress,
     )
     return [
-        _row(tokenizer, problem, index, one.token_ids)
+        _row(tokenizer, problem, index, one)
         for problem, samples in zip(problems, drawn, strict=True)
         for index, one in enumerate(samples)
     ]
 
 
-def _row(tokenizer, problem: Problem, index: int, ids: Sequence[int]) -> dict:
-    ids = ids[: models.count_tokens(tokenizer, ids, len(prompts.cut(models.decode(tokenizer, ids))))]
-    text = prompts.cut(models.decode(tokenizer, ids))
+def _row(tokenizer, problem: Problem, index: int, one: Sample) -> dict:
+    text = prompts.cut(one.text)
+    ids = encoding.first_characters(tokenizer, one.token_ids, len(text))
     verdict = grade(text, problem)
-    row = {"id": problem.id, "dataset": problem.dataset, "index": index, "text": text, "token_ids": list(ids)}
+    row = {"id": problem.id, "dataset": problem.dataset, "index": index, "text": text, "token_ids": ids}
     return row | {"answer": verdict.extracted, "correct": verdict.correct}
 
 
@@ -138,7 +139,7 @@ def outcome_pairs(
     for problem in problems:
         texts = {row["text"]: row for row in sorted(wrong[problem.id], key=lambda row: row["token_ids"], reverse=True)}
         unused = random.Random(f"outcome/{seed}/{problem.id}").sample(sorted(texts), len(texts))
-        head = models.encode_prompt(tokenizer, prompts.open_prompt(problem))
+        head = encoding.encode_question(tokenizer, problem)
         for chosen, text in zip(cycle(right[problem.id]), unused[:most]):
             pair = {"id": problem.id, "dataset": problem.dataset, "chosen": chosen["text"], "rejected": text}
             ids = {"prompt_ids": head, "chosen_ids": chosen["token_ids"], "rejected_ids": texts[text]["token_ids"]}

@@ -12,6 +12,7 @@ settings = preset("llama2-7b", task="gsm8k", base="some/model@revision")
 
 from dataclasses import dataclass, fields, is_dataclass, replace
 
+from smlib.encoding import PROMPTS
 from smlib.explore import CHOICES
 from smlib.ppo import PPOSettings
 from smlib.problems import TASKS, TRAIN_SETS
@@ -36,9 +37,13 @@ class SamplingSettings:
     top_p: float = 1.0
     max_new_tokens: int = 128
     shots: str = "none"  # exemplars before the base's questions: "none", "smlib" (ours) or "wei" (Wei et al.)
+    prompt: str = (
+        "plain"  # how every stage asks: "plain" ("Q: ... A:") or, for instruct models, "chat" (their template)
+    )
 
     def __post_init__(self):
         _check("sampling.shots", self.shots, ("none", *SOURCES))
+        _check("sampling.prompt", self.prompt, PROMPTS)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from trl import SFTConfig, SFTTrainer
 
-from smlib import models, prompts
+from smlib import encoding, models
 from smlib.problems import Problem
 from smlib.progress import progress_bar
 
@@ -184,15 +184,16 @@ def train_sft(
 ) -> list[dict]:
     """Fine-tune `model` in place on the r+ among `rows`; returns the training log.
 
-    Each example is the question-only prompt and the rationale, whatever prompt drew it; the loss is on the
-    completion and its end-of-sequence alone (our choice). micro_batch, recompute: `settings.HardwareSettings`.
+    Each example is the question-only prompt and the rationale, whatever prompt drew it: its "token_ids" as drawn, or
+    where a row has none its "text". The loss is on the completion and its end-of-sequence alone (our choice).
+    micro_batch, recompute: `settings.HardwareSettings`.
     """
     by_id = {problem.id: problem for problem in problems}
     examples = []
     for row in rows:
         if row["side"] == "+":
-            head = models.encode_prompt(tokenizer, prompts.open_prompt(by_id[row["id"]]))
-            tail = models.encode_completion(tokenizer, row["text"])
+            head = encoding.encode_question(tokenizer, by_id[row["id"]])
+            tail = encoding.closed(tokenizer, row.get("token_ids", row["text"]))
             mask = [0] * len(head) + [1] * len(tail)
             examples.append({"input_ids": head + tail, "completion_mask": mask, "length": len(mask)})
     if not examples:

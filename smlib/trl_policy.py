@@ -76,7 +76,7 @@ class _Ours:
 
         self.asked = [problem for problem in asked for _ in range(plan.samples_per_question)]
         self.texts = [one.text for one in self.samples]
-        self.scores = torch.tensor(ppo.scored(self.reward, self.asked, self.texts))
+        self.scores = torch.tensor(ppo.scored(self.reward, self.asked, self.samples))
         self.shaped, self.moments = ppo.shape(self.scores, self.samples, self.so_far.moments, plan)
         everything = torch.arange(len(self.samples))
         with torch.no_grad():

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from smlib import models
+from smlib import encoding, models
 from smlib.engines import Engine
 from smlib.progress import progress_bar
 from smlib.sampling import Ending, Sample, check_drawing, check_lengths, draw_until
@@ -46,7 +46,7 @@ class VLLMEngine(Engine):
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        self.tokenizer = models.load_tokenizer(base)
+        self.tokenizer, self.generation = models.load_tokenizer(base), models.load_generation(base)
         self.lora, self.loaded = None, 0
         if lora_rank:
             options = {"enable_lora": True, "max_lora_rank": _lora_rank(lora_rank)} | options
@@ -128,10 +128,9 @@ class VLLMEngine(Engine):
         """n samples per prompt, with the vLLM seeds seed, seed + 1, ... of the prompt."""
         from vllm import SamplingParams
 
-        eos = self.tokenizer.eos_token_id
-        # The tokenizer's end token ends a sample, as in our own sampler; those that a generation config adds do not.
-        ends = {"ignore_eos": True, "stop_token_ids": [eos], "stop": list(stop), "detokenize": bool(stop)}
-        parameters = [SamplingParams(n=n, seed=seed, logprobs=0, **ends, **drawing) for seed in seeds]
+        ends = encoding.ends(self.tokenizer, self.generation)  # as in our own sampler, whatever vLLM makes of them
+        stops = {"ignore_eos": True, "stop_token_ids": list(ends), "stop": list(stop), "detokenize": bool(stop)}
+        parameters = [SamplingParams(n=n, seed=seed, logprobs=0, **stops, **drawing) for seed in seeds]
         prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
         bar = progress_bar(progress, n * len(prompts), "sample")
         requests = self.llm.enqueue(prompts, parameters, lora_request=self.lora, use_tqdm=False)
@@ -142,7 +141,7 @@ class VLLMEngine(Engine):
             raise
         finally:
             bar.close()
-        ending = Ending((eos,), tuple(stop), self.tokenizer)
+        ending = Ending(ends, tuple(stop), self.tokenizer)
         return [[_to_sample(one, ending) for one in output.outputs] for output in outputs]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from smlib import models, pipeline, prompts
+from smlib import encoding, models, pipeline, prompts
 from smlib.downloads import read_pinned
 from smlib.problems import Problem
 from smlib.settings import Settings
@@ -49,8 +49,8 @@ def make_base(settings: Settings, folder: Path, epochs: int = 30) -> str:
     problems += [problem for group in pipeline.test_problems(settings).values() for problem in group]
     rows = [
         (
-            models.encode_prompt(tokenizer, prompts.open_prompt(problem)),
-            [models.encode_completion(tokenizer, text) for text in solutions(problem)],
+            encoding.encode_prompt(tokenizer, prompts.open_prompt(problem)),
+            [encoding.encode_completion(tokenizer, text) for text in solutions(problem)],
         )
         for problem in problems
     ]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_model import policy, tokenizer
 
-from smlib import dpo, models, prompts
+from smlib import dpo, encoding, models, prompts
 from smlib.problems import generate
 from smlib.steps import worked_solution
 
@@ -15,11 +15,11 @@ QUICK = {"beta": 0.1, "epochs": 1, "learning_rate": 3e-3, "batch": 4, "seed": 0,
 def pair(problem):
     """As Self-Explore makes them: after a right step, the rest is chosen, and one wrong step rejected."""
     lines, answer = worked_solution(problem)
-    head = models.encode_prompt(tokenizer(), prompts.open_prompt(problem))
-    head += models.encode_completion(tokenizer(), f" {lines[0]}\n", eos=False)
+    head = encoding.encode_prompt(tokenizer(), prompts.open_prompt(problem))
+    head += encoding.encode_completion(tokenizer(), f" {lines[0]}\n", eos=False)
     chosen = "\n".join([*lines[1:], prompts.answer_sentence(problem, answer)])
-    ids = {"prompt_ids": head, "chosen_ids": models.encode_completion(tokenizer(), chosen)}
-    return {"id": problem.id} | ids | {"rejected_ids": models.encode_completion(tokenizer(), "Ann: 0.\n", eos=False)}
+    ids = {"prompt_ids": head, "chosen_ids": encoding.encode_completion(tokenizer(), chosen)}
+    return {"id": problem.id} | ids | {"rejected_ids": encoding.encode_completion(tokenizer(), "Ann: 0.\n", eos=False)}
 
 
 PAIRS = [pair(problem) for problem in generate("chain_arithmetic", 6, seed=0) + generate("coin_flip", 6, seed=0)]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from smlib import engines, explore_pipeline, models, pipeline
+from smlib import encoding, engines, explore_pipeline, models, pipeline
 from smlib.artifacts import StageMismatch, require
 from smlib.engines import NativeEngine, make_engine
 from smlib.problems import generate
@@ -80,7 +80,7 @@ def test_texts_and_their_tokens_give_the_same_samples():
     texts = [open_prompt(problem) for problem in generate("coin_flip", 3, seed=0)]
     drawing = {"keys": ["a", "b", "c"], "temperature": 1.0, "max_new_tokens": 12, "seed": 0, "first": 2}
     with make_engine("native", "tiny") as engine:
-        ids = [models.encode_prompt(engine.tokenizer, text) for text in texts]
+        ids = [encoding.encode_prompt(engine.tokenizer, text) for text in texts]
         assert engine.sample(texts, 2, **drawing) == engine.sample_ids(ids, 2, **drawing)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import policy, tokenizer
 
-from smlib import evaluation, explore, models, prompts, sampling
+from smlib import encoding, evaluation, explore, prompts, sampling
 from smlib.engines import NativeEngine
 from smlib.problems import Problem, generate
 from smlib.sampling import Sample, sample_ids
@@ -22,11 +22,11 @@ FIVE = Problem("q/1", "gsm8k", "What is 2 + 3?\nSay it in digits.", "5", "number
 
 
 def ids(text, eos=False):
-    return models.encode_completion(tokenizer(), text, eos=eos)
+    return encoding.encode_completion(tokenizer(), text, eos=eos)
 
 
 def rationale(problem, text):
-    head = models.encode_prompt(tokenizer(), prompts.open_prompt(problem))
+    head = encoding.encode_prompt(tokenizer(), prompts.open_prompt(problem))
     return explore.split(tokenizer(), problem, head, ids(text, eos=True))
 
 
@@ -54,7 +54,7 @@ class Script:
         results = []
         for prompt, key in zip(prompt_ids, keys, strict=True):
             problem = next(one for one in [*PROBLEMS, FIVE] if one.id == key.partition("|")[0])
-            start = models.decode(tokenizer(), prompt).removeprefix(prompts.open_prompt(problem))
+            start = encoding.decode(tokenizer(), prompt).removeprefix(prompts.open_prompt(problem))
             self.drawn += [(key, number) for number in range(first, first + n)]
             answers = [problem.answer if self.recovers(start, j) else "-7" for j in range(first, first + n)]
             results.append([sample(self.right.format(answer)) for answer in answers])
@@ -144,7 +144,7 @@ def test_tokens_are_counted_up_to_a_character(pieces, characters):
     expected = next(
         t for t in range(len(pieces) + 1) if len("".join(pieces[:t])) >= min(characters, len("".join(pieces)))
     )
-    assert models.count_tokens(Pieces(*pieces), range(len(pieces)), characters) == expected
+    assert encoding.count_tokens(Pieces(*pieces), range(len(pieces)), characters) == expected
 
 
 def test_a_token_of_two_steps_belongs_to_the_first():
@@ -159,10 +159,10 @@ def test_the_prompt_is_the_same_in_evaluation_exploration_and_training(index, at
     problem = PROBLEMS[index % len(PROBLEMS)]
     one, script = wrong(problem, at), Script(chance(0.5))
     found = explore.explore(tokenizer(), [one], script, 2)
-    asked = models.encode_prompt(tokenizer(), prompts.open_prompt(problem))  # as `evaluation.evaluate` asks
+    asked = encoding.encode_prompt(tokenizer(), prompts.open_prompt(problem))  # as `evaluation.evaluate` asks
     for prompt in script.prompts:
         assert prompt[: len(asked)] == asked
-        rest = models.decode(tokenizer(), prompt[len(asked) :])
+        rest = encoding.decode(tokenizer(), prompt[len(asked) :])
         assert rest.endswith(".\n") and tuple(prompt[len(asked) :]) in [
             one.prefix(i) for i in range(1, len(one.ends) + 1)
         ]
@@ -183,7 +183,7 @@ def test_evaluation_reads_these_very_tokens(monkeypatch):
     monkeypatch.setattr(sampling, "sample_ids", draw)
     evaluation.evaluate(NativeEngine(None, tokenizer()), [FIVE], k=0, temperature=1.0, max_new_tokens=8, seed=0)
     assert asked == [list(rationale(FIVE, " 2 + 3 = 6.\nThe answer is 6.").prompt_ids)]
-    assert models.decode(tokenizer(), asked[0]) == "Q: What is 2 + 3?\nSay it in digits.\nA:"
+    assert encoding.decode(tokenizer(), asked[0]) == "Q: What is 2 + 3?\nSay it in digits.\nA:"
 
 
 # ------------------------------------------------------------------------------------------------ exploration
@@ -317,7 +317,7 @@ def test_a_pit_at_the_first_step_rejects_it_beside_the_right_solution():
     found = {one.key(1): [attempt("The answer is 6.", correct=False)]}
     pair = explore.granular_pair(tokenizer(), one, found, solution, "shortest")
     assert (pair["step"], pair["steps"], pair["prefix"], pair["rejected"]) == (1, 2, "", " 2 + 3 = 6.\n")
-    assert pair["prompt_ids"] == models.encode_prompt(tokenizer(), prompts.open_prompt(FIVE))
+    assert pair["prompt_ids"] == encoding.encode_prompt(tokenizer(), prompts.open_prompt(FIVE))
     assert pair["chosen_ids"] == solution and pair["lengths"] is None
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from smlib import ablations, dpo, explore_pipeline, models, pipeline, prompts, results, sft
+from smlib import ablations, dpo, encoding, explore_pipeline, models, pipeline, prompts, results, sft
 from smlib.__main__ import main
 from smlib.answers import grade
 from smlib.artifacts import Stage, StageError, StageMismatch, require
@@ -75,13 +75,14 @@ def test_exploration_follows_its_settings(finished):
 def test_training_reads_the_prompt_that_evaluation_asks(finished):
     tokenizer = models.load_tokenizer()
     asked = {
-        one.id: models.encode_prompt(tokenizer, prompts.open_prompt(one)) for one in pipeline.training_problems(small())
+        one.id: encoding.encode_prompt(tokenizer, prompts.open_prompt(one))
+        for one in pipeline.training_problems(small())
     }
     for name in ("06_selection", "06_exploration"):
         for pair in require(finished, name).read_rows("pairs"):
             head = asked[pair["id"]]
             assert pair["prompt_ids"][: len(head)] == head
-            assert models.decode(tokenizer, pair["prompt_ids"][len(head) :]) == pair.get("prefix", "")
+            assert encoding.decode(tokenizer, pair["prompt_ids"][len(head) :]) == pair.get("prefix", "")
             assert pair["chosen_ids"][-1] == tokenizer.eos_token_id
             assert (pair["rejected_ids"][-1] == tokenizer.eos_token_id) == (name == "06_selection")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from smlib import downloads, explore_pipeline, models, pipeline, prompts, results
+from smlib import downloads, encoding, explore_pipeline, models, pipeline, prompts, results
 from smlib.__main__ import main
 from smlib.artifacts import require
 from smlib.problems import load
@@ -80,9 +80,9 @@ def make_base(task: str, kind: str, folder) -> str:
         for shots in ("none", "smlib"):
             for total in (a + b, a + b + 1):
                 answer = prompts.answer_sentence(problem, str(total))
-                head = models.encode_prompt(spelled, prompts.open_prompt(problem, prompts.shots(task, shots)))
+                head = encoding.encode_prompt(spelled, prompts.open_prompt(problem, prompts.shots(task, shots)))
                 told = " " + "\n".join([*steps(task, a, b, total), answer])
-                documents.append(head + models.encode_completion(spelled, told))
+                documents.append(head + encoding.encode_completion(spelled, told))
     ids = models.pad_right(documents, -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(60):

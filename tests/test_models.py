@@ -11,7 +11,7 @@ from tiny_model import policy, tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import hub
 
-from smlib import models, prompts, sft
+from smlib import encoding, models, prompts, sft
 from smlib.problems import TASKS, generate
 from smlib.steps import worked_solution
 
@@ -21,18 +21,18 @@ SPECIALS = ("<pad>", "<bos>", "<eos>")
 @given(st.text() | st.text(alphabet=" \n\r\tAa1.\"'é–\u00a0\u2028😀"))
 def test_any_text_comes_back_from_its_tokens(text):
     if not any(special in text for special in SPECIALS):
-        ids = models.encode_completion(tokenizer(), text)
+        ids = encoding.encode_completion(tokenizer(), text)
         assert tokenizer().decode(ids, skip_special_tokens=True) == text
 
 
 @pytest.mark.parametrize("name", ["Whitney", "Felipe", "Xo", "Zzyzx"])
 def test_names_are_spelled_letter_by_letter(name):
-    pieces = [tokenizer().decode([i]) for i in models.encode_completion(tokenizer(), f" {name}", eos=False)]
+    pieces = [tokenizer().decode([i]) for i in encoding.encode_completion(tokenizer(), f" {name}", eos=False)]
     assert pieces == [" ", *name]
 
 
 def test_common_words_are_one_token_and_digits_are_apart():
-    pieces = [tokenizer().decode([i]) for i in models.encode_completion(tokenizer(), " flips the 42", eos=False)]
+    pieces = [tokenizer().decode([i]) for i in encoding.encode_completion(tokenizer(), " flips the 42", eos=False)]
     assert pieces[:2] == [" flips", " the"]
     assert "".join(pieces[2:]) == " 42" and pieces[-1] == "2"
 
@@ -45,11 +45,11 @@ def test_special_tokens_differ_and_no_text_of_the_corpus_holds_them():
 
 def test_bos_comes_once_and_eos_only_when_asked():
     bos, eos = tokenizer().bos_token_id, tokenizer().eos_token_id
-    prompt = models.encode_prompt(tokenizer(), "Q: How many?\nA:")
-    closed = models.encode_completion(tokenizer(), " 3 nuts.\nThe answer is 3.")
+    prompt = encoding.encode_prompt(tokenizer(), "Q: How many?\nA:")
+    closed = encoding.encode_completion(tokenizer(), " 3 nuts.\nThe answer is 3.")
     assert prompt[0] == bos and prompt.count(bos) == 1 and eos not in prompt
     assert closed[-1] == eos and closed.count(eos) == 1 and bos not in closed
-    assert models.encode_completion(tokenizer(), " 3 nuts.\nThe answer is 3.", eos=False) == closed[:-1]
+    assert encoding.encode_completion(tokenizer(), " 3 nuts.\nThe answer is 3.", eos=False) == closed[:-1]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -64,8 +64,8 @@ def test_prompt_and_completion_join_without_a_seam(task):
             (prompts.conditioned_prompt(problem, problem.answer), completion),
             (prompts.reanswer_prompt(problem, rationale), said),
         ):
-            apart = models.encode_prompt(tokenizer(), head) + models.encode_completion(tokenizer(), tail, eos=False)
-            assert apart == models.encode_prompt(tokenizer(), head + tail)
+            apart = encoding.encode_prompt(tokenizer(), head) + encoding.encode_completion(tokenizer(), tail, eos=False)
+            assert apart == encoding.encode_prompt(tokenizer(), head + tail)
 
 
 def test_pad_right():
@@ -74,7 +74,7 @@ def test_pad_right():
 
 @torch.inference_mode()
 def test_pads_on_the_right_do_not_change_the_logits_of_real_tokens():
-    model, row = policy(), models.encode_prompt(tokenizer(), "Q: How many nuts?\nA: three")
+    model, row = policy(), encoding.encode_prompt(tokenizer(), "Q: How many nuts?\nA: three")
     alone = model(input_ids=torch.tensor([row])).logits[0]
     padded = model(input_ids=models.pad_right([row, row * 3], tokenizer().pad_token_id)).logits[0, : len(row)]
     torch.testing.assert_close(padded, alone)
@@ -161,7 +161,9 @@ def test_where_the_pad_is_the_end_or_missing_another_special_token_pads(tmp_path
 def test_a_saved_tokenizer_gives_the_same_ids(tmp_path):
     tokenizer().save_pretrained(tmp_path)
     text = 'Q: Take the last letters of each words in "Whitney Tj" and concatenate them.\nA:'
-    assert models.encode_prompt(models.load_tokenizer(str(tmp_path)), text) == models.encode_prompt(tokenizer(), text)
+    assert encoding.encode_prompt(models.load_tokenizer(str(tmp_path)), text) == encoding.encode_prompt(
+        tokenizer(), text
+    )
 
 
 def test_without_the_tiny_base_the_error_says_how_to_make_it(monkeypatch, tmp_path):
@@ -317,7 +319,7 @@ def test_gpt2_whose_layers_are_no_linear_ones_trains_an_adapter(recwarn):
     rows = [{"id": one.id, "side": "+", "text": f" Yes.\nThe answer is {one.answer}."} for one in problems]
     training = {"epochs": 1.0, "learning_rate": 1e-2, "batch": 2, "seed": 0, "progress": None}
     sft.train_sft(adapted, tokenizer(), problems, rows, **training)
-    ids = torch.tensor([models.encode_prompt(tokenizer(), "Q: How many nuts?\nA: three")])
+    ids = torch.tensor([encoding.encode_prompt(tokenizer(), "Q: How many nuts?\nA: three")])
     with torch.no_grad():
         logits = adapted(input_ids=ids).logits
         merged = models.merged(adapted, "nowhere")  # the base of an ordinary model is at hand

@@ -7,7 +7,7 @@ import torch
 from tiny_model import tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smlib import dpo, models, pipeline, sft
+from smlib import dpo, encoding, models, pipeline, sft
 from smlib.artifacts import require
 from smlib.problems import generate
 from smlib.prompts import open_prompt
@@ -21,7 +21,7 @@ PROBLEMS = generate("coin_flip", 8, seed=0)
 ROWS = [{"id": one.id, "side": "+", "text": f" It is easy.\nThe answer is {one.answer}."} for one in PROBLEMS]
 TRAINING = {"epochs": 20, "learning_rate": 5e-3, "batch": 4, "seed": 0, "progress": None}
 GROUPS = [
-    (models.encode_prompt(tokenizer(), open_prompt(one)), [models.encode_completion(tokenizer(), row["text"])])
+    (encoding.encode_prompt(tokenizer(), open_prompt(one)), [encoding.encode_completion(tokenizer(), row["text"])])
     for one, row in zip(PROBLEMS, ROWS, strict=True)
 ]
 
@@ -152,9 +152,9 @@ def test_roles_are_adapters_of_it(base, tmp_path):
 
 
 def test_dpo_learns_on_it_and_its_base_is_the_reference(base):
-    model, ids = with_adapter(base), models.encode_completion(tokenizer(), " The answer is yes.")
-    prompt = models.encode_prompt(tokenizer(), "Q: Is it?\nA:")
-    wrong = models.encode_completion(tokenizer(), " The answer is no.")
+    model, ids = with_adapter(base), encoding.encode_completion(tokenizer(), " The answer is yes.")
+    prompt = encoding.encode_prompt(tokenizer(), "Q: Is it?\nA:")
+    wrong = encoding.encode_completion(tokenizer(), " The answer is no.")
     pair = {"id": "a", "prompt_ids": prompt, "chosen_ids": ids, "rejected_ids": wrong}
     log = dpo.train_dpo(model, tokenizer(), [pair] * 4, beta=0.5, **TRAINING, micro_batch=2)
     assert log[0]["loss"] == pytest.approx(0.693, abs=0.001) and log[-1]["loss"] < 0.3

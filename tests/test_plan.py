@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smlib import memory, models, pipeline, plan, prompts
+from smlib import encoding, memory, models, pipeline, plan, prompts
 from smlib.__main__ import main
 from smlib.plan import Assumed, Card, Lengths, Speeds, Work
 from smlib.problems import DatasetError, load
@@ -78,7 +78,7 @@ def test_counts_are_those_of_a_run(tmp_path):
     made = pipeline.sample_rationales(tmp_path, settings, progress=False)
     rows = [row for row in made.read_rows("rationales") if row["source"] == "open"]
     tokenizer = models.load_tokenizer("tiny")
-    drawn = [len(models.encode_completion(tokenizer, row["text"])) for row in rows]
+    drawn = [len(encoding.encode_completion(tokenizer, row["text"])) for row in rows]
     found = stage(plan.work(settings, Assumed(solution=sum(drawn) / len(drawn))), "01_sampling")
     assert found.samples == 64 + 16 + 16 and len(rows) == 64
     assert found.drawn == pytest.approx(sum(drawn) * 80 / 64 + 256, rel=0.1)
@@ -107,7 +107,7 @@ def test_lengths_of_a_base_with_a_tokenizer_are_counted():
     settings = preset("smoke", "coin_flip")
     tokenizer = models.load_tokenizer("tiny")
     ids = [
-        len(models.encode_prompt(tokenizer, prompts.open_prompt(one))) for one in pipeline.training_problems(settings)
+        len(encoding.encode_prompt(tokenizer, prompts.open_prompt(one))) for one in pipeline.training_problems(settings)
     ]
     found = plan.lengths(settings, 500)
     assert (found.question, found.longest, found.shown) == (sum(ids) / len(ids), max(ids), 0)

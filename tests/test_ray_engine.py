@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from smlib import models, pipeline, ray_engine, reward_model
+from smlib import encoding, pipeline, ray_engine, reward_model
 from smlib.artifacts import require
 from smlib.engines import make_engine
 from smlib.problems import generate
@@ -115,7 +115,7 @@ def test_two_workers_draw_what_one_process_draws(engine, expected, monkeypatch):
 
 def test_beginnings_go_to_the_workers_as_tokens(lone_engine, native):
     start = native.sample(PROMPTS[:3], 1, **DRAWING | {"keys": DRAWING["keys"][:3], "max_new_tokens": 7})
-    asked = [models.encode_prompt(native.tokenizer, text) for text in PROMPTS[:3]]
+    asked = [encoding.encode_prompt(native.tokenizer, text) for text in PROMPTS[:3]]
     asked = [[*ids, *one.token_ids] for ids, [one] in zip(asked, start, strict=True)]
     drawing = {"keys": DRAWING["keys"][:3], "temperature": 0.8, "max_new_tokens": 40, "seed": 3, "first": 2}
     assert_same(lone_engine.sample_ids(asked, 3, **drawing), native.sample_ids(asked, 3, **drawing))

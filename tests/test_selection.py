@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import tokenizer
 
-from smlib import dpo, explore, explore_pipeline, models, prompts, selection
+from smlib import dpo, encoding, explore, explore_pipeline, prompts, selection
 from smlib.problems import Problem, generate
 from smlib.sampling import Sample
 
@@ -18,7 +18,7 @@ SHOP = Problem("shop/0", "gsm8k", "How much?", "1000", "number")
 
 
 def row(text, correct=True, answer="18", identity="q/1"):
-    ids = models.encode_completion(tokenizer(), text, eos=False)
+    ids = encoding.encode_completion(tokenizer(), text, eos=False)
     return {"id": identity, "dataset": "gsm8k", "text": text, "token_ids": ids, "answer": answer, "correct": correct}
 
 
@@ -31,7 +31,7 @@ class Engine:
         self.texts = texts
 
     def sample(self, prompts, n, **drawing):
-        ids = [tuple(models.encode_completion(tokenizer(), text)) for text in self.texts]
+        ids = [tuple(encoding.encode_completion(tokenizer(), text)) for text in self.texts]
         return [[Sample("", found, (0.0,) * len(found), "stop") for found in ids[:n]] for _ in prompts]
 
 
@@ -44,7 +44,7 @@ def drawn(problem, *texts):
 def test_a_solution_ends_with_its_answer_and_keeps_the_tokens_drawn():
     [found] = drawn(SHOP, " Ann: 990 + 10 = 1000.\nThe answer is 1000.\nQ: And then?\nA: The answer is 3.")
     assert found["text"] == " Ann: 990 + 10 = 1000.\nThe answer is 1000."
-    assert models.decode(tokenizer(), found["token_ids"]) == found["text"]
+    assert encoding.decode(tokenizer(), found["token_ids"]) == found["text"]
     assert tokenizer().eos_token_id not in found["token_ids"]
 
 
@@ -125,10 +125,10 @@ def test_every_wrong_solution_is_used_once_and_the_right_ones_in_turn():
     assert len(selection.outcome_pairs(tokenizer(), [problem], right, wrong, 3, seed=0)) == 3
     assert selection.outcome_pairs(tokenizer(), [problem], [], wrong, 8, seed=0) == []
     for pair in pairs:
-        assert pair["prompt_ids"] == models.encode_prompt(tokenizer(), prompts.open_prompt(problem))
+        assert pair["prompt_ids"] == encoding.encode_prompt(tokenizer(), prompts.open_prompt(problem))
         for side in ("chosen", "rejected"):
             assert pair[f"{side}_ids"][-1] == tokenizer().eos_token_id
-            assert models.decode(tokenizer(), pair[f"{side}_ids"]) == pair[side]
+            assert encoding.decode(tokenizer(), pair[f"{side}_ids"]) == pair[side]
 
 
 def test_more_than_a_thousand_questions_are_all_read():

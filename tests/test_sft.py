@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_model import policy, tokenizer
 
-from smlib import models, prompts, sft
+from smlib import encoding, models, prompts, sft
 from smlib.problems import generate
 from smlib.steps import worked_solution
 
@@ -32,8 +32,8 @@ def trainer(monkeypatch):
 
 def test_the_loss_is_on_the_completion_and_its_end_only(trainer):
     expected = {
-        tuple(models.encode_prompt(tokenizer(), prompts.open_prompt(problem))): (
-            models.encode_completion(tokenizer(), row["text"])
+        tuple(encoding.encode_prompt(tokenizer(), prompts.open_prompt(problem))): (
+            encoding.encode_completion(tokenizer(), row["text"])
         )
         for problem, row in zip(PROBLEMS, ROWS, strict=True)
     }
@@ -63,8 +63,8 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_completion_tokens(trainer):
 def completion_loss(model):
     losses = []
     for problem, row in zip(PROBLEMS, ROWS, strict=True):
-        head = models.encode_prompt(tokenizer(), prompts.open_prompt(problem))
-        ids = torch.tensor([head + models.encode_completion(tokenizer(), row["text"])])
+        head = encoding.encode_prompt(tokenizer(), prompts.open_prompt(problem))
+        ids = torch.tensor([head + encoding.encode_completion(tokenizer(), row["text"])])
         with torch.inference_mode():
             logits = model(input_ids=ids).logits[0, len(head) - 1 : -1]
         losses.append(torch.nn.functional.cross_entropy(logits, ids[0, len(head) :]))

@@ -15,7 +15,7 @@ from test_ppo import Killed, dies_at, make_policy, make_tokenizer, questions, sa
 
 from smlib import ppo, trl_policy
 from smlib.artifacts import StageMismatch
-from smlib.models import encode_prompt
+from smlib.encoding import encode_prompt
 from smlib.ppo import PPOSettings
 from smlib.prompts import open_prompt
 

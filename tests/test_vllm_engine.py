@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from processes import children
 from scipy.stats import chisquare
 
-from smlib import models, sampling
+from smlib import encoding, models, sampling
 from smlib.engines import NativeEngine, make_engine
 from smlib.vllm_engine import VLLMEngine, _base_seed
 
@@ -57,7 +57,7 @@ def flat(results):
 @torch.no_grad()
 def next_logits(model, tokenizer, prompt, token_ids=()):
     """Logits [token, vocabulary] from which the tokens after the prompt are drawn."""
-    ids = models.encode_prompt(tokenizer, prompt)
+    ids = encoding.encode_prompt(tokenizer, prompt)
     return model(torch.tensor([[*ids, *token_ids]])).logits[0, len(ids) - 1 :]
 
 
@@ -229,7 +229,7 @@ def test_a_closed_engine_leaves_no_process():
 def test_a_beginning_is_continued_by_its_tokens(engine, native):
     """Exploration: from a prefix of a sample, by token ids; a longer start of the greedy text gives the same end."""
     ((whole,),) = draw(native, PROMPTS[:1], 1, temperature=0)
-    prompt = models.encode_prompt(native.tokenizer, PROMPTS[0])
+    prompt = encoding.encode_prompt(native.tokenizer, PROMPTS[0])
     for cut in (1, 5, 9):
         start, asked = whole.token_ids[:cut], {"keys": ["x"], "temperature": 0.0, "max_new_tokens": 32 - cut, "seed": 0}
         ((rest,),) = engine.sample_ids([[*prompt, *start]], 1, **asked)

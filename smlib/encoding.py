@@ -1,0 +1,224 @@
+"""Text and tokens: one exact way from each to the other, for every kind of tokenizer.
+
+What a model reads is the tokens of a prompt and, after them, the tokens that it draws. Prompt and completion are
+tokenised apart and joined, here and nowhere else, so that sampling, training and scoring see the same boundary. A
+completion that a model has drawn is never tokenised again: its token ids go from stage to stage, and its text is for
+people and for the judge.
+
+A completion is the inside of a document, and tokenizers treat the beginning of a document in their own ways: those of
+the SentencePiece family put a blank before a text and take it away when they decode, so that a drawn " 18." reads
+"18.". Here completions are encoded and decoded by a copy of the tokenizer that adds and takes nothing (`_inside`).
+
+Special tokens (ends of sequence, padding, marks of a chat's turns) are no text. A text in which one is spelled out,
+such as "</s>", has the tokens of these letters; a special token that a model draws ends its completion.
+"""
+
+import copy
+import json
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from tokenizers import Tokenizer
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from smlib import prompts
+from smlib.problems import Problem
+
+PROMPTS = ("plain", "chat")  # how a question is asked: as a document "Q: ... A:", or in the model's chat template
+
+
+@dataclass(frozen=True)
+class _Exact:
+    """What this module knows of a tokenizer.
+
+    size: its vocabulary's. lead: the ids that it puts before a text, such as bos. inside: a copy of it for a text in
+    the middle of a document, which takes special tokens that are spelled out for text. special: the ids that are no
+    text.
+    """
+
+    size: int
+    lead: tuple[int, ...]
+    inside: Tokenizer
+    special: frozenset[int]
+
+
+_known: WeakKeyDictionary[PreTrainedTokenizerBase, _Exact] = WeakKeyDictionary()
+
+
+def _exact(tokenizer: PreTrainedTokenizerBase) -> _Exact:
+    known = _known.get(tokenizer)
+    if known is None or known.size != len(tokenizer):  # tokens were added since
+        spec = json.loads(tokenizer.backend_tokenizer.to_str())
+        inside = Tokenizer.from_str(json.dumps(spec | _inside(spec)))
+        inside.encode_special_tokens = True
+        plain, framed = (tokenizer("1", add_special_tokens=framed)["input_ids"] for framed in (False, True))
+        lead = next(place for place in range(len(framed)) if framed[place : place + len(plain)] == plain)
+        special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        known = _Exact(
+            len(tokenizer), tuple(framed[:lead]), inside, frozenset(special.union(tokenizer.all_special_ids))
+        )
+        _known[tokenizer] = known
+    return known
+
+
+def _inside(spec: dict) -> dict:
+    """What differs in a tokenizer (the parts of its tokenizer.json) for a text that begins no document.
+
+    Blanks before a text come from the normalizer Prepend, the pre-tokenizers Metaspace ("first" and "always") and
+    ByteLevel; the decoders Metaspace and Strip take them away again.
+    """
+    parts = {name: _without_blank(copy.deepcopy(spec[name])) for name in ("normalizer", "pre_tokenizer", "decoder")}
+    return parts | {"post_processor": None, "truncation": None, "padding": None}
+
+
+def _without_blank(part: dict | None) -> dict | None:
+    match part:
+        case {"type": "Prepend"} | {"type": "Strip", "content": " "}:
+            return None
+        case {"type": "Metaspace"}:
+            return part | {"prepend_scheme": "never"}
+        case {"type": "ByteLevel"}:
+            return part | {"add_prefix_space": False}
+        case {"type": "Sequence"}:
+            name = next(key for key in part if key != "type")  # normalizers, pretokenizers or decoders
+            return part | {name: [found for one in part[name] if (found := _without_blank(one))]}
+    return part
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a text that begins a document, after the tokenizer's own beginning (bos) if it has one.
+
+    No end-of-sequence follows, whatever `add_eos_token` says: the text goes on.
+    """
+    ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [*_exact(tokenizer).lead, *ids]
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str, eos: bool = True) -> list[int]:
+    """Token ids of a text that somebody wrote to follow a prompt, closed by end-of-sequence unless eos is False."""
+    ids = _exact(tokenizer).inside.encode(completion, add_special_tokens=False).ids
+    return [*ids, tokenizer.eos_token_id] if eos else ids
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of a completion's tokens as it follows its prompt, every blank in it; special tokens are no text."""
+    return _exact(tokenizer).inside.decode(list(ids), skip_special_tokens=True)
+
+
+def closed(tokenizer: PreTrainedTokenizerBase, completion: str | Sequence[int]) -> list[int]:
+    """A completion's token ids with their end: as drawn where it is token ids, encoded where it is a text."""
+    if isinstance(completion, str):
+        return encode_completion(tokenizer, completion)
+    ids = list(completion)
+    return ids if ids and ids[-1] in _exact(tokenizer).special else [*ids, tokenizer.eos_token_id]
+
+
+def ends(tokenizer: PreTrainedTokenizerBase | None, generation: GenerationConfig) -> tuple[int, ...]:
+    """The tokens that end a completion: the ends that the generation config names, and every special token.
+
+    tokenizer: None where there is none, and then nothing says which tokens are special.
+    """
+    named = generation.eos_token_id
+    named = [] if named is None else [named] if isinstance(named, int) else named
+    return tuple(sorted((_exact(tokenizer).special if tokenizer else frozenset()).union(named)))
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], characters: int) -> int:
+    """How many of the tokens it takes to hold the first so many characters of their text.
+
+    A token that holds characters of both sides of the cut belongs to what is before it.
+    """
+    text = decode(tokenizer, ids)[:characters]
+    return bisect_left(range(len(ids)), True, key=lambda count: decode(tokenizer, ids[:count]).startswith(text))
+
+
+def first_characters(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], characters: int) -> list[int]:
+    """Token ids of exactly the first so many characters of a completion: its own ones, as far as they go.
+
+    A token that also holds what comes after the cut, such as ".\\n\\n", is the only one to be encoded anew. Special
+    tokens, which hold no character, are left out.
+    """
+    special = _exact(tokenizer).special
+    ids = [token for token in ids if token not in special]
+    text = decode(tokenizer, ids)
+    if characters >= len(text):
+        return ids
+    text = text[:characters]
+    count = count_tokens(tokenizer, ids, characters)
+    while count and not text.startswith(decode(tokenizer, ids[:count])):
+        count -= 1
+    rest = text[len(decode(tokenizer, ids[:count])) :]
+    return ids[:count] + (encode_completion(tokenizer, rest, eos=False) if rest else [])
+
+
+# ----------------------------------------------------------------------------------------------- questions
+
+
+def use_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+    """Ask questions "plain", or in the model's own "chat" template, wherever this tokenizer goes from now on.
+
+    The same choice holds for sampling, SFT, reward model, PPO and evaluation, since all of them ask by
+    `encode_question`. In a chat the token that ends the assistant's turn becomes the tokenizer's end-of-sequence.
+    Raises ValueError for another name, and for "chat" where the tokenizer has no chat template.
+    """
+    if prompt not in PROMPTS:
+        raise ValueError(f"sampling.prompt {prompt!r} is unknown; choose one of: {', '.join(PROMPTS)}.")
+    if prompt == "chat":
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template: choose an instruct "
+                "model, or sampling.prompt = 'plain'."
+            )
+        if (end := _end_of_turn(tokenizer)) is not None:
+            tokenizer.eos_token = end
+    tokenizer.smlib_prompt = prompt
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The special token that follows what an assistant has said; None where the template puts none there."""
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "R51"}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("R51")[2].lstrip()
+    specials = (tokenizer.convert_ids_to_tokens(token) for token in _exact(tokenizer).special)
+    return max((token for token in specials if after.startswith(token)), key=len, default=None)
+
+
+def encode_question(
+    tokenizer: PreTrainedTokenizerBase, problem: Problem, *, given: str | None = None, shots: str = "none"
+) -> list[int]:
+    """Token ids of a question as every stage asks it, up to where the model goes on; see `use_prompt`.
+
+    given: an answer to write a rationale for (`prompts.conditioned_prompt`), None for the question alone. shots: whose
+    exemplars come first, "none", "smlib" or "wei"; with a given answer those with given answers.
+    """
+    if getattr(tokenizer, "smlib_prompt", "plain") == "chat":
+        turns = prompts.chat(problem, given, shots)
+        # The template writes bos where the model wants one.
+        return tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+        )
+    shown = prompts.shots(problem.dataset, shots, conditioned=given is not None)
+    text = prompts.open_prompt(problem, shown) if given is None else prompts.conditioned_prompt(problem, given, shown)
+    return encode_prompt(tokenizer, text)
+
+
+def encode_reanswer(
+    tokenizer: PreTrainedTokenizerBase, problem: Problem, rationale: Sequence[int], shots: str = "none"
+) -> list[int]:
+    """Token ids of a question and a rationale without its answer, both followed by "The answer is" (stage 2)."""
+    lead = encode_completion(tokenizer, f"\n{prompts.ANSWER_LEAD}", eos=False)
+    return [*encode_question(tokenizer, problem, shots=shots), *rationale, *lead]
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise ValueError for a tokenizer that does not give back what is encoded, on which the pipeline cannot stand."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{name} has a tokenizer without a fast version (tokenizer.json): choose another model.")
+    for text in (" 18.", "18.", " Ann: 2 + 2 = 4.\nBob has 5.", "\nThe answer is"):
+        found = decode(tokenizer, encode_completion(tokenizer, text, eos=False))
+        if found != text:
+            raise ValueError(
+                f"the tokenizer of {name} changes texts: {text!r} comes back as {found!r}, so that prompts and answers "
+                "would not be what they seem: choose another model."
+            )
