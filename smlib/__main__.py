@@ -27,6 +27,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import psutil
+from jupyter_client.kernelspec import NoSuchKernel
 from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from papermill.engines import NBClientEngine, papermill_engines
@@ -490,6 +491,13 @@ def _execute(source: Path, target: Path, values: dict, watch: "_Watch") -> None:
             f"notebook {source.stem}: its Python process died at cell {watch.cell}, having used up to "
             f"{watch.peak:.0f} MiB. If memory ran out, close other programs or choose a smaller preset."
         ) from None
+    except (RuntimeError, NoSuchKernel) as error:
+        if not str(error).startswith(("Kernel d", "No such kernel")):  # jupyter_client has no class of its own for it
+            raise
+        raise RunError(
+            f"notebook {source.stem}: its Python process did not start ({error}). If the machine is busy, give the "
+            f"same command again; else look for the cause with: {sys.executable} -m ipykernel_launcher"
+        ) from error
     finally:
         if target.exists():
             page, _ = HTMLExporter().from_filename(str(target))
