@@ -17,6 +17,7 @@ import shutil
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,11 +27,13 @@ from pathlib import Path
 import nbformat
 import papermill
 import psutil
+from jupyter_client.kernelspec import NoSuchKernel
 from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from papermill.engines import NBClientEngine, papermill_engines
 
-from smlib.artifacts import MANIFEST, StageError, code_version, replacing
+from smlib.artifacts import MANIFEST, code_version, replacing
+from smlib.errors import UsageError, UserError
 
 ROOT = Path(__file__).parents[1]
 KERNEL_ENVIRONMENT = {
@@ -43,67 +46,79 @@ KERNEL_ENVIRONMENT = {
 }
 
 
-class RunError(Exception):
+class RunError(UserError):
     """A run that cannot start or go on; the message names the fault and the way out."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Exit code 0, or 1 after an error (a message, no traceback), or 130 after Ctrl-C."""
+    """Run one command. Exit code 0, or 1 after an error that its user can put right, or 130 after Ctrl-C.
+
+    Such an error is one message, with --debug after its traceback. Any other exception is a bug and goes on.
+    """
     argv = sys.argv[1:] if argv is None else argv
+    for stream, instead in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows another, and the run goes on
+            stream.reconfigure(errors=instead)
     try:
-        if argv[:1] == ["pretrain"]:  # it reads its own options
-            from smlib import pretraining
-
-            return pretraining.main(argv[1:]) or 0
-        args = _parser().parse_args(argv)
-        if getattr(args, "task", "") is None:
-            from smlib.settings import default_task
-
-            args.task = default_task(args.preset)
-        if args.command == "results":
-            from smlib import results
-
-            results.main(args.runs, ROOT / "results")
-            return 0
-        if args.command == "data":
-            return show_data(args.datasets)
-        if args.command == "sample":
-            return sample(args)
-        if args.command == "stage":
-            return stage(args)
-        if args.command == "policy":
-            return policy(args)
-        if args.command == "explore":
-            return explore(args)
-        from smlib.pipeline import run_folder  # here, because they import torch
-
-        settings = settings_of(args)  # refuses an unknown name before anything is written
-        from smlib import pipeline, plan
-
-        if args.dry_run:
-            print(dry_run(settings))
-            return 0
-        pipeline.refuse_processes(["a run of the notebooks"])
-        plan.check(settings)
-        out = run_folder(args.out or "", args.preset, args.task, args.seed).resolve()
-        named, values = {"PRESET": args.preset, "TASK": args.task, "SEED": args.seed}, dict(args.set)
-        named |= {name: value for name, value in values.items() if "." not in name}
-        if changed := overrides(args):
-            named["OVERRIDES"] = changed
-        run(ROOT / "notebooks", out, named, first=args.first, last=args.last)
-        if args.publish:
-            publish(out, ROOT)
-        if args.refresh:
-            refresh(out, ROOT / "notebooks")
-        print(f"Open {out / 'index.html'}")
-        return 0
-    except (RunError, StageError, ValueError, OSError, ModuleNotFoundError) as error:
+        return _run_command([argument for argument in argv if argument != "--debug"])
+    except (UserError, OSError) as error:  # OSError: a file that is missing or may not be written, a full disk
+        if "--debug" in argv:
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         logging.getLogger("asyncio").disabled = True  # at exit it would print the traceback of the interrupted cell
         print("\nStopped. The same command goes on from here.", file=sys.stderr)
         return 130
+
+
+def _run_command(argv: list[str]) -> int:
+    if argv[:1] == ["pretrain"]:  # it reads its own options
+        from smlib import pretraining
+
+        return pretraining.main(argv[1:]) or 0
+    args = _parser().parse_args(argv)
+    if getattr(args, "task", "") is None:
+        from smlib.settings import default_task
+
+        args.task = default_task(args.preset)
+    if args.command == "results":
+        from smlib import results
+
+        results.main(args.runs, ROOT / "results")
+        return 0
+    if args.command == "data":
+        return show_data(args.datasets)
+    if args.command == "sample":
+        return sample(args)
+    if args.command == "stage":
+        return stage(args)
+    if args.command == "policy":
+        return policy(args)
+    if args.command == "explore":
+        return explore(args)
+    from smlib.pipeline import run_folder  # here, because they import torch
+
+    settings = settings_of(args)  # refuses an unknown name before anything is written
+    from smlib import pipeline, plan
+
+    if args.dry_run:
+        print(dry_run(settings))
+        return 0
+    pipeline.refuse_processes(["a run of the notebooks"])
+    plan.check(settings)
+    out = run_folder(args.out or "", args.preset, args.task, args.seed).resolve()
+    named, values = {"PRESET": args.preset, "TASK": args.task, "SEED": args.seed}, dict(args.set)
+    named |= {name: value for name, value in values.items() if "." not in name}
+    if changed := overrides(args):
+        named["OVERRIDES"] = changed
+    run(ROOT / "notebooks", out, named, first=args.first, last=args.last)
+    if args.publish:
+        publish(out, ROOT)
+    if args.refresh:
+        refresh(out, ROOT / "notebooks")
+    print(f"Open {out / 'index.html'}")
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -158,6 +173,8 @@ def _parser() -> argparse.ArgumentParser:
     there = "run folder; stages 01 and 02 are made where missing (default: runs/PRESET-TASK-seedSEED)"
     _add_settings(explore, there)
     commands.add_parser("pretrain", help="make the tiny base model again; see pretrain --help")
+    for one in (parser, *commands.choices.values()):  # `main` takes it out, so that its place does not matter
+        one.add_argument("--debug", action="store_true", help="with any command: show the traceback of an error too")
     return parser
 
 
@@ -187,7 +204,7 @@ def settings_of(args):
     from smlib.settings import preset
 
     if args.command != "run" and (names := [name for name, _ in args.set if "." not in name]):
-        raise ValueError(
+        raise UsageError(
             f"{names[0]} is no setting, such as ppo.updates; notebooks' parameters are for the command run"
         )
     return preset(args.preset, args.task, args.seed, **overrides(args))
@@ -264,7 +281,7 @@ def stage(args) -> int:
 
     settings, stages = settings_of(args), pipeline.STAGES | explore_pipeline.STAGES
     if unknown := [name for name in args.names if name not in stages]:
-        raise ValueError(f"stage {unknown[0]!r} is unknown; choose from: {', '.join(stages)}")
+        raise UsageError(f"stage {unknown[0]!r} is unknown; choose from: {', '.join(stages)}")
     names = [name for name in stages if name in (args.names or pipeline.STAGES)]
     pipeline.refuse_processes(names)
     run = pipeline.run_folder(args.out or "", args.preset, args.task, args.seed)
@@ -474,6 +491,13 @@ def _execute(source: Path, target: Path, values: dict, watch: "_Watch") -> None:
             f"notebook {source.stem}: its Python process died at cell {watch.cell}, having used up to "
             f"{watch.peak:.0f} MiB. If memory ran out, close other programs or choose a smaller preset."
         ) from None
+    except (RuntimeError, NoSuchKernel) as error:
+        if not str(error).startswith(("Kernel d", "No such kernel")):  # jupyter_client has no class of its own for it
+            raise
+        raise RunError(
+            f"notebook {source.stem}: its Python process did not start ({error}). If the machine is busy, give the "
+            f"same command again; else look for the cause with: {sys.executable} -m ipykernel_launcher"
+        ) from error
     finally:
         if target.exists():
             page, _ = HTMLExporter().from_filename(str(target))

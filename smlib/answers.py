@@ -14,6 +14,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from smlib import math_answers
+from smlib.errors import UsageError
 from smlib.math_answers import Invalid as _Invalid
 from smlib.problems import LETTERS, Problem
 from smlib.prompts import before_next_question
@@ -54,7 +55,7 @@ def grade(output: str, problem: Problem) -> Verdict:
 def _grade_math(output: str, problem: Problem) -> Verdict:
     """Two formulas may be equal and yet differ as strings; see `smlib.math_answers` for what counts as equal."""
     if not math_answers.normalise(problem.answer):
-        raise ValueError(f"{problem.id}: the gold answer {problem.answer!r} is empty; correct the problem")
+        raise UsageError(f"{problem.id}: the gold answer {problem.answer!r} is empty; correct the problem")
     try:
         said = math_answers.extract(output)
     except _Invalid as invalid:
@@ -84,7 +85,7 @@ def _read(output: str, problem: Problem) -> str:
 
 def _reader(problem: Problem) -> Callable[[str, Problem], str]:
     if problem.kind not in _READERS:
-        raise ValueError(
+        raise UsageError(
             f"{problem.id}: answers of kind {problem.kind!r} cannot be judged: allowed are {', '.join(_READERS)} "
             "and math; choose a dataset of one of those kinds"
         )
@@ -96,7 +97,7 @@ def _gold(problem: Problem) -> str:
     try:
         return _reader(problem)(_answer_line(f"The answer is {problem.answer}"), problem)
     except _Invalid as invalid:
-        raise ValueError(
+        raise UsageError(
             f"{problem.id}: the gold answer {problem.answer!r} cannot be read as kind {problem.kind!r}: {invalid}; "
             f"allowed is {_GOLD[problem.kind]}; correct the problem"
         ) from None

@@ -25,6 +25,8 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+from smlib.errors import UserError
+
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"  # what a stage that has begun and not ended was asked to do
 LESS_MEMORY = (
@@ -34,7 +36,7 @@ LESS_MEMORY = (
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets")
 
 
-class StageError(RuntimeError):
+class StageError(UserError, RuntimeError):
     """A stage that is missing, damaged or could not be written; the message names the way out."""
 
 

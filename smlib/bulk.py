@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from smlib.artifacts import MANIFEST, StageError, StageMismatch, refuse_difference, replacing
 from smlib.engines import Engine
+from smlib.errors import UsageError
 from smlib.progress import progress_bar
 from smlib.sampling import Sample, check_drawing
 
@@ -36,7 +37,7 @@ class Bulk:
 
     def __init__(self, folder: str | Path, engine: Engine, source: dict, shard: int = 64):
         if shard < 1:
-            raise ValueError(f"shard is {shard}, but must be at least 1 question.")
+            raise UsageError(f"shard is {shard}, but must be at least 1 question.")
         self.folder, self.engine, self.shard, self.name = Path(folder), engine, shard, engine.name
         self.tokenizer = engine.tokenizer
         self.source = {"engine": engine.name, **source, "shard": shard}
@@ -88,7 +89,7 @@ class Bulk:
                 keys, prompts = map(list, zip(*block, strict=True))
                 seen.update(keys)
                 if len(seen) < number * self.shard + len(block):
-                    raise ValueError(f"a key of shard {number} was given before; give every question a key of its own.")
+                    raise UsageError(f"a key of shard {number} was given before; give every question a key of its own.")
                 missing, damaged = self._missing(number, block, n)
                 for path in damaged:
                     bar.write(f"{path.name} is damaged: its samples are drawn again.")

@@ -16,10 +16,11 @@ from urllib.error import HTTPError
 
 from filelock import FileLock
 
+from smlib.errors import UserError
 from smlib.progress import progress_bar
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError, ValueError):
     """A dataset file is missing, truncated, altered, or cannot be fetched, or holds a row that cannot be used."""
 
 

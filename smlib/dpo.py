@@ -16,6 +16,7 @@ from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
+from smlib.errors import UsageError
 from smlib.sft import SharedBatches, dataset, fit, trainer_options
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -75,12 +76,12 @@ def train_dpo(
     from which the policy would not learn to stop.
     """
     if not pairs:
-        raise ValueError("DPO needs at least one pair, got none: sample more, or explore with a smaller k")
+        raise UsageError("DPO needs at least one pair, got none: sample more, or explore with a smaller k")
     for pair in pairs:
         if empty := [name for name in COLUMNS if not pair[name]]:
-            raise ValueError(f"a pair of {pair['id']} has an empty side: {', '.join(empty)}")
+            raise UsageError(f"a pair of {pair['id']} has an empty side: {', '.join(empty)}")
         if pair["chosen_ids"][-1] != tokenizer.eos_token_id:
-            raise ValueError(f"the chosen side of a pair of {pair['id']} does not end with end-of-sequence")
+            raise UsageError(f"the chosen side of a pair of {pair['id']} does not end with end-of-sequence")
     examples = []
     for pair in pairs:
         ids = {name: list(pair[name]) for name in COLUMNS}

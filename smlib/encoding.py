@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from smlib import prompts
+from smlib.errors import UsageError
 from smlib.problems import Problem
 
 PROMPTS = ("plain", "chat")  # how a question is asked: as a document "Q: ... A:", or in the model's chat template
@@ -164,10 +165,10 @@ def use_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
     Raises ValueError for another name, and for "chat" where the tokenizer has no chat template.
     """
     if prompt not in PROMPTS:
-        raise ValueError(f"sampling.prompt {prompt!r} is unknown; choose one of: {', '.join(PROMPTS)}.")
+        raise UsageError(f"sampling.prompt {prompt!r} is unknown; choose one of: {', '.join(PROMPTS)}.")
     if prompt == "chat":
         if not tokenizer.chat_template:
-            raise ValueError(
+            raise UsageError(
                 f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template: choose an instruct "
                 "model, or sampling.prompt = 'plain'."
             )
@@ -214,11 +215,11 @@ def encode_reanswer(
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Raise ValueError for a tokenizer that does not give back what is encoded, on which the pipeline cannot stand."""
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{name} has a tokenizer without a fast version (tokenizer.json): choose another model.")
+        raise UsageError(f"{name} has a tokenizer without a fast version (tokenizer.json): choose another model.")
     for text in (" 18.", "18.", " Ann: 2 + 2 = 4.\nBob has 5.", "\nThe answer is"):
         found = decode(tokenizer, encode_completion(tokenizer, text, eos=False))
         if found != text:
-            raise ValueError(
+            raise UsageError(
                 f"the tokenizer of {name} changes texts: {text!r} comes back as {found!r}, so that prompts and answers "
                 "would not be what they seem: choose another model."
             )

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smlib import models, sampling
 from smlib.encoding import encode_prompt
+from smlib.errors import MissingLibrary, UsageError
 from smlib.sampling import MAX_BATCH, Sample, Until, check_prompts
 
 ENGINES = ("native", "vllm")
@@ -114,9 +115,9 @@ def make_engine(
     """
     name = chosen(name, weights)
     if name not in ENGINES:
-        raise ValueError(f"engine {name!r} is unknown; choose one of: {', '.join(ENGINES)}.")
+        raise UsageError(f"engine {name!r} is unknown; choose one of: {', '.join(ENGINES)}.")
     if workers < 1:
-        raise ValueError(f"workers is {workers}, but must be at least 1.")
+        raise UsageError(f"workers is {workers}, but must be at least 1.")
     if name == "vllm":
         _require("vllm")
     if workers > 1:
@@ -142,7 +143,7 @@ def make_engine(
 
 def _require(library: str) -> None:
     if find_spec(library) is None:
-        raise ModuleNotFoundError(
+        raise MissingLibrary(
             f"this engine needs {library}, which is not installed: {INSTALL[library]}; or choose the engine 'native' "
             "with one worker."
         )

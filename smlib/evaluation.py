@@ -16,6 +16,7 @@ from smlib import prompts
 from smlib.answers import grade
 from smlib.encoding import encode_question, first_characters
 from smlib.engines import Engine
+from smlib.errors import UsageError
 from smlib.problems import Problem
 from smlib.sampling import Sample
 
@@ -55,7 +56,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     and an interval over all samples would be too narrow.
     """
     if len(values) < 2:
-        raise ValueError(f"an interval needs at least 2 values, got {len(values)}: evaluate more questions")
+        raise UsageError(f"an interval needs at least 2 values, got {len(values)}: evaluate more questions")
     values = np.asarray(values, dtype=float)
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
     return float(values.mean() - half), float(values.mean() + half)
@@ -90,7 +91,7 @@ def best_of_n(scores: Sequence[float], correct: Sequence[bool], n: int | None = 
     total = len(scores)
     n = total if n is None else n
     if len(correct) != total or not 1 <= n <= total or any(map(math.isnan, scores)):
-        raise ValueError(
+        raise UsageError(
             f"best of n={n} from {total} scores and {len(correct)} verdicts is undefined: give one score, no "
             "NaN, per verdict, and 1 <= n <= their number"
         )

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smlib import encoding, prompts
 from smlib.answers import answer_start, grade
+from smlib.errors import UsageError
 from smlib.evaluation import pass_at_k
 from smlib.problems import KINDS, TASKS, Problem
 from smlib.sampling import Sample
@@ -223,7 +224,7 @@ def luck(problem: Problem, k: int) -> float:
 
 def _check(rationales: Sequence[Rationale], k: int) -> None:
     if k < 1:
-        raise ValueError(f"k is {k}, but a prefix needs at least 1 completion")
+        raise UsageError(f"k is {k}, but a prefix needs at least 1 completion")
     lucky = {one.problem.dataset: one.problem for one in rationales if luck(one.problem, k) >= 0.5}
     for dataset, problem in lucky.items():
         answers = len(problem.choices) or 2
@@ -252,7 +253,7 @@ def granular_pair(
     chosen_ids and rejected_ids, and lengths: tokens of the chosen side by choice, if there was one to make.
     """
     if choice not in CHOICES:
-        raise ValueError(f"choice {choice!r} is unknown; choose one of: {', '.join(CHOICES)}")
+        raise UsageError(f"choice {choice!r} is unknown; choose one of: {', '.join(CHOICES)}")
     pit = first_pit(outcomes(rationale, found))
     if pit is None:
         return None
@@ -349,11 +350,11 @@ def pit_report(
         if wrong := wrong_step(tokenizer, one):
             cases.append((wrong, [one.key(step) for step in range(1, len(one.ends) + 1)]))
     if not cases:
-        raise ValueError("none of the rationales has a wrong step: give some that do")
+        raise UsageError("none of the rationales has a wrong step: give some that do")
     recovers = {key: [attempt.correct for attempt in found[key]] for _, keys in cases for key in keys}
     most, n = max(ks), min(map(len, recovers.values()))
     if n < 2 * most:
-        raise ValueError(f"{n} completions of a prefix are too few for k = {most}: draw at least {2 * most}")
+        raise UsageError(f"{n} completions of a prefix are too few for k = {most}: draw at least {2 * most}")
     return [_pit_row(cases, recovers, k, most) for k in ks]
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from smlib import dpo, evaluation, explore, pipeline, results, selection, sft
 from smlib.artifacts import MANIFEST, Stage, require
 from smlib.engines import Engine
+from smlib.errors import UsageError
 from smlib.problems import TASKS, Problem, pinned_files, question_key
 from smlib.settings import Settings
 
@@ -58,7 +59,7 @@ def select(run_dir: Path, settings: Settings) -> Stage:
         rft, problems = selection.rft_set(rows, most), pipeline.training_problems(settings)
         pairs = selection.outcome_pairs(tokenizer, problems, rft, rows, most, settings.seed)
         if not pairs:
-            raise ValueError(
+            raise UsageError(
                 "no question has a right and a wrong solution, of which a pair could be made: raise explore.samples or "
                 "explore.temperature, or begin with another base"
             )
@@ -254,7 +255,7 @@ def refuse_training_questions(sets: dict[str, list[Problem]], trained: list[Prob
     asked = {question_key(problem.question) for problem in trained}
     for name, problems in sets.items():
         if both := [problem.id for problem in problems if question_key(problem.question) in asked]:
-            raise ValueError(f"{len(both)} questions of test set {name} were trained on, such as {both[0]}")
+            raise UsageError(f"{len(both)} questions of test set {name} were trained on, such as {both[0]}")
 
 
 def run(run_dir: Path, settings: Settings, progress: bool = True) -> None:

@@ -29,6 +29,7 @@ from operator import attrgetter
 
 from transformers import LlamaConfig
 
+from smlib.errors import UsageError
 from smlib.models import CONTINUATIONS_PER_ROW, group_size
 from smlib.sampling import MAX_BATCH, MAX_PROMPTS, rows_at_once
 from smlib.settings import Settings
@@ -78,16 +79,16 @@ class Choices:
     def __post_init__(self):
         for name, allowed in ALLOWED.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of: {', '.join(allowed)}.")
+                raise UsageError(f"{name} {getattr(self, name)!r} is unknown; choose one of: {', '.join(allowed)}.")
         for name in ("rank", "minibatch", "rollout_rows", "samples", "prompt", "completion"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} is not allowed; give at least 1.")
+                raise UsageError(f"{name} = {getattr(self, name)} is not allowed; give at least 1.")
         if self.rollout_rows > MAX_BATCH:
-            raise ValueError(f"rollout_rows = {self.rollout_rows}, but the sampler draws {MAX_BATCH} at most at once.")
+            raise UsageError(f"rollout_rows = {self.rollout_rows}, but the sampler draws {MAX_BATCH} at most at once.")
         if self.reward == "adapter" and self.layout != "adapters":
-            raise ValueError("reward 'adapter' needs layout 'adapters': separate models have no base to adapt.")
+            raise UsageError("reward 'adapter' needs layout 'adapters': separate models have no base to adapt.")
         if self.frozen != "float32" and self.precision == "float32":
-            raise ValueError(f"frozen {self.frozen!r} needs precision 'bfloat16': the base computes in that.")
+            raise UsageError(f"frozen {self.frozen!r} needs precision 'bfloat16': the base computes in that.")
 
     @property
     def lora(self) -> bool:
@@ -150,9 +151,9 @@ class Training:
 
     def __post_init__(self):
         if self.kind not in TRAINED:
-            raise ValueError(f"kind {self.kind!r} is unknown; choose one of: {', '.join(TRAINED)}.")
+            raise UsageError(f"kind {self.kind!r} is unknown; choose one of: {', '.join(TRAINED)}.")
         if self.frozen != "float32" and not self.rank:
-            raise ValueError(f"frozen {self.frozen!r} needs a rank: weights that train are float32.")
+            raise UsageError(f"frozen {self.frozen!r} needs a rank: weights that train are float32.")
 
     @property
     def lora(self) -> bool:
@@ -246,7 +247,7 @@ def counts(config) -> bool:
 def widths(config: LlamaConfig) -> tuple[int, int, int, int, int]:
     """(H, I, Q, K, V); models that do not count (`counts`) are refused, as their layers hold something else."""
     if not counts(config):
-        raise ValueError(
+        raise UsageError(
             f"a {config.model_type!r} with these options is not counted here; give a Llama's, Mistral's or Qwen2's "
             "config."
         )

@@ -40,6 +40,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from smlib import encoding
+from smlib.errors import MissingLibrary, UsageError, UserError
 
 logging.disable_progress_bar()  # its bars about files of a few megabytes go to standard error
 
@@ -54,7 +55,7 @@ RECOMPUTING = (
 TINY_BASE = Path(__file__).parent / "tiny_base"
 
 
-class ModelError(OSError):
+class ModelError(UserError, OSError):
     """A model that cannot be loaded; the message names the way out."""
 
 
@@ -172,7 +173,7 @@ def load_tokenizer(name: str = "tiny", prompt: str = "plain") -> PreTrainedToken
         if token not in (None, tokenizer.eos_token):
             tokenizer.pad_token = token
             return tokenizer
-    raise ValueError(
+    raise UsageError(
         f"tokenizer {name!r}: pad token {tokenizer.pad_token!r} must exist and differ from the end token "
         f"{tokenizer.eos_token!r}; add one with tokenizer.add_special_tokens({{'pad_token': '<pad>'}})"
     )
@@ -223,7 +224,7 @@ def _nf4() -> dict:
     """Arguments of from_pretrained for QLoRA's base (2305.14314): all linear layers but the output head in 4-bit
     NormalFloat with double quantisation, about 0.516 bytes a weight; computations, and all else, in bfloat16."""
     if find_spec("bitsandbytes") is None:
-        raise ModuleNotFoundError(
+        raise MissingLibrary(
             "weights in 'nf4' need bitsandbytes, which is not installed: pip install 'smlib[gpu]', or choose "
             "hardware.weights = 'bfloat16'"
         )
@@ -262,7 +263,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: 
     saved adapter names as its base. Raises ValueError where targets match no layer, and for a model with an adapter.
     """
     if any(isinstance(layer, BaseTunerLayer) for layer in model.modules()):  # peft would begin that one anew
-        raise ValueError(
+        raise UsageError(
             "the model has an adapter, beside a base in 4 bits: save it as load_policy(folder, 'bfloat16') merges it, "
             "and begin from there"
         )
@@ -273,7 +274,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: 
         try:
             adapted = get_peft_model(model, config)
         except (NoMatchingPeftModuleError, re.error):
-            raise ValueError(_no_match(model, targets)) from None
+            raise UsageError(_no_match(model, targets)) from None
     config.base_model_name_or_path = base
     # peft would look into the base, where saving is, for a vocabulary that training does not change
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)

@@ -29,6 +29,7 @@ from smlib.artifacts import Stage, require
 from smlib.bulk import Bulk
 from smlib.encoding import use_prompt
 from smlib.engines import Engine, chosen, make_engine
+from smlib.errors import UsageError
 from smlib.problems import (
     PUBLISHED,
     TASKS,
@@ -80,7 +81,7 @@ def second_problems(settings: Settings) -> list[Problem]:
     if settings.tasks[0] in TRAIN_SETS:
         questions = _train_split(settings.tasks[0], seed)
         if n and not questions[used:]:
-            raise ValueError(
+            raise UsageError(
                 f"{settings.tasks[0]} has {len(questions):,} train questions, and stage 01 takes all of them: lower "
                 f"sampling.questions = {used:,}, so that stage 03 has fresh ones"
             )
@@ -96,7 +97,7 @@ def ppo_problems(settings: Settings):
     """
     each, odd = divmod(settings.ppo.questions, len(settings.tasks))
     if odd:
-        raise ValueError(
+        raise UsageError(
             f"PPO asks {settings.ppo.questions} questions per update, no multiple of the {len(settings.tasks)} tasks; "
             "change ppo.episodes or ppo.samples_per_question"
         )
@@ -111,7 +112,7 @@ def ppo_problems(settings: Settings):
 def _in_rounds(pool: list[Problem], each: int, name: str):
     """Update number -> `each` different questions: the pool in a random order, then in another one, and so on."""
     if len(pool) < each:
-        raise ValueError(f"PPO asks {each} questions per update, and there are {len(pool)}: lower ppo.episodes")
+        raise UsageError(f"PPO asks {each} questions per update, and there are {len(pool)}: lower ppo.episodes")
 
     def asked(update: int) -> list[Problem]:
         number, place = divmod(update, len(pool) // each)
@@ -132,7 +133,7 @@ def fresh_problems(settings: Settings, n: int) -> list[Problem]:
     if settings.tasks[0] in TRAIN_SETS:
         pools = [_train_split(settings.tasks[0], settings.seed)]
         if all(problem.id in seen for problem in pools[0]):
-            raise ValueError(
+            raise UsageError(
                 f"the run's stages use all {len(pools[0]):,} train questions of {settings.tasks[0]}: lower "
                 "sampling.questions, reward.questions or ppo.updates"
             )
@@ -329,7 +330,7 @@ def train_policy(
     goes on from its last checkpoint. Under `accelerate launch` or `torchrun` PPO's processes share the work.
     """
     if method not in POLICY_METHODS:
-        raise ValueError(f"method {method!r} is unknown; choose one of: {', '.join(POLICY_METHODS)}.")
+        raise UsageError(f"method {method!r} is unknown; choose one of: {', '.join(POLICY_METHODS)}.")
     reward_model.weighted_sum(reward, dict.fromkeys(REWARDS))  # refuses an unknown one before anything is loaded
     tuned, rewarder = require(run_dir, "02_sft"), require(run_dir, "03_reward_model")
     keys = stage_keys(settings, "ppo") | {"reward": reward}
@@ -340,7 +341,7 @@ def train_policy(
         return stage
     accelerator = make_accelerator(tracker, stage.folder / "training")
     if accelerator.num_processes > 1 and method != "ppo":
-        raise ValueError(
+        raise UsageError(
             f"method {method!r} trains in one process here: start it without accelerate launch or torchrun."
         )
     with recording_together(stage) as writes:
@@ -400,7 +401,7 @@ def make_accelerator(tracker: str, folder: Path) -> Accelerator:
     try:
         return Accelerator(log_with=tracker or None, project_dir=folder)
     except ValueError as error:
-        raise ValueError(
+        raise UsageError(
             f"tracker {tracker!r} cannot be used: {error}; install it, or choose 'tensorboard'."
         ) from error
 
@@ -516,7 +517,7 @@ def refuse_processes(names: Iterable[str]) -> None:
     processes = launched().num_processes
     alone = [name for name in names if name not in TRAINING]
     if processes > 1 and alone:
-        raise ValueError(
+        raise UsageError(
             f"{alone[0]} is made by one process, and here are {processes}: start it without accelerate launch or "
             "torchrun, and where it samples, with --set hardware.workers=N for Ray's processes"
         )

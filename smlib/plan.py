@@ -26,6 +26,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from smlib import encoding, memory, models, pipeline, ppo, prompts, reward_model, sft
 from smlib.engines import NativeEngine
+from smlib.errors import UsageError
 from smlib.settings import Settings
 
 # ---- what is assumed -----------------------------------------------------------------------------------------
@@ -165,7 +166,7 @@ def work(settings: Settings, assumed: Assumed = Assumed()) -> list[Work]:
     found = lengths(settings, assumed.solution)
     try:
         fresh = len(pipeline.second_problems(settings))
-    except ValueError:
+    except UsageError:
         fresh = 0
     motivated = _motivated(settings, found, assumed, fresh)
     return [*(motivated if fresh else motivated[:2]), *_explored(settings, found, assumed)]
@@ -368,7 +369,7 @@ def _clock() -> float:
 # ---- memory and disk -----------------------------------------------------------------------------------------
 
 
-class DoesNotFit(ValueError):
+class DoesNotFit(UsageError):
     """A run that would not fit into memory; the message names the stage that needs most, and what to turn."""
 
 

@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions
 from smlib.answers import Reward, grade_many
 from smlib.artifacts import replacing
 from smlib.encoding import encode_question
+from smlib.errors import UsageError, UserError
 from smlib.models import CONTINUATIONS_PER_ROW, group_size, pack, pad_right
 from smlib.problems import Problem
 from smlib.progress import progress_bar
@@ -91,14 +92,14 @@ class PPOSettings:
         choices = {"kl_kind": ("k1", "k3"), "value": ("head", "model"), "precision": ("float32", "bfloat16")}
         for name, (one, other) in choices.items():
             if getattr(self, name) not in (one, other):
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose {one!r} or {other!r}.")
+                raise UsageError(f"{name} {getattr(self, name)!r} is unknown; choose {one!r} or {other!r}.")
         if self.episodes % self.samples_per_question:
-            raise ValueError(
+            raise UsageError(
                 f"episodes = {self.episodes} is no multiple of samples_per_question = "
                 f"{self.samples_per_question}; make it one, so that every question gets all its samples."
             )
         if self.center_by_question and self.samples_per_question < 2:
-            raise ValueError("center_by_question needs samples_per_question of at least 2; raise it or switch it off.")
+            raise UsageError("center_by_question needs samples_per_question of at least 2; raise it or switch it off.")
 
     @property
     def questions(self) -> int:
@@ -363,8 +364,8 @@ def hand_over(roles: Adapters, engine: PolicyEngine, folder: Path) -> None:
     engine.load_adapter(folder)
 
 
-class EngineMismatchError(RuntimeError):
-    """An engine does not draw from the policy that trains."""
+class EngineMismatchError(UserError, RuntimeError):
+    """A rollout was not drawn from the policy that trains."""
 
 
 def engine_gap(drawn: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, update: int) -> float:
@@ -411,7 +412,7 @@ def tabulate(roles: Roles, batch: Batch, size: int, reference: bool, micro_batch
     return reduce(logp, "sum"), reduce(values, "sum")
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError, RuntimeError):
     """A loss or a gradient is not a finite number."""
 
 
@@ -475,7 +476,7 @@ def optimize(
             optimizer.zero_grad(set_to_none=True)
         steps += 1
     if not steps:
-        raise RuntimeError(
+        raise EngineMismatchError(
             f"before any step the policy is {measured[-1][-1]:.3g} nats per token from its own rollout, more than "
             f"max_update_kl = {settings.max_update_kl}; sample with the weights and the precision that train."
         )
@@ -616,7 +617,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     roles, optimizer = accelerator.prepare(roles, optimizer)
     if micro_batch and _by_deepspeed(roles):
-        raise ValueError("DeepSpeed steps after every backward pass: give micro_batch = 0 and a lower minibatch.")
+        raise UsageError("DeepSpeed steps after every backward pass: give micro_batch = 0 and a lower minibatch.")
     run = asdict(settings) | {"seed": seed} | ({"engine": engine.name} if engine else {})
     state = load_checkpoint(out, roles, optimizer, run) or State(kl_coef=settings.kl_coef)
     if accelerator.is_main_process:
@@ -709,7 +710,7 @@ def observed(update: int, batch: Batch, samples: list[Sample], scores: Tensor, k
     }
 
 
-class CollapseError(RuntimeError):
+class CollapseError(UserError, RuntimeError):
     """Training has reached a state that it does not leave."""
 
 
@@ -775,12 +776,12 @@ def load_checkpoint(out: Path, roles: Roles, optimizer, run: dict) -> State | No
     for name in plain["run"] | run:
         then, now = plain["run"].get(name), run.get(name)
         if then != now:
-            raise ValueError(
+            raise UsageError(
                 f"{folder} was trained with {name} = {then!r}, not {now!r}: give another "
                 "folder, or delete this one to start again."
             )
     if (plain["optimizer"] is None) != _by_deepspeed(roles):
-        raise ValueError(
+        raise UsageError(
             f"{folder} was trained {'with' if plain['optimizer'] is None else 'without'} DeepSpeed: go on so."
         )
     if _by_deepspeed(roles):
@@ -855,7 +856,7 @@ def questions(problems, update: int, settings: PPOSettings) -> list[Problem]:
     """The problems of an update, refused if their number is not that of the settings."""
     asked = problems(update)
     if len(asked) != settings.questions:
-        raise ValueError(
+        raise UsageError(
             f"problems({update}) gave {len(asked)} problems; give episodes / samples_per_question = "
             f"{settings.questions}."
         )
@@ -864,7 +865,7 @@ def questions(problems, update: int, settings: PPOSettings) -> list[Problem]:
 
 def check_padding(tokenizer) -> None:
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise ValueError(
+        raise UsageError(
             f"pad token {tokenizer.pad_token!r} must exist and differ from the end token "
             f"{tokenizer.eos_token!r}: give padding a token of its own, or ends are taken for padding."
         )
@@ -872,7 +873,7 @@ def check_padding(tokenizer) -> None:
 
 def check_micro_batch(settings: PPOSettings, processes: int, micro_batch: int) -> None:
     if micro_batch and settings.minibatch % (processes * micro_batch):
-        raise ValueError(
+        raise UsageError(
             f"minibatch = {settings.minibatch} in {processes} processes cannot be made of micro batches of "
             f"micro_batch = {micro_batch} completions: give a number that divides each process's share."
         )
@@ -880,12 +881,12 @@ def check_micro_batch(settings: PPOSettings, processes: int, micro_batch: int) -
 
 def _check_engine(engine: PolicyEngine | None, roles: Roles, processes: int) -> None:
     if engine is not None and processes > 1:
-        raise ValueError(
+        raise UsageError(
             f"engine {engine.name!r} draws for one process, not for {processes}: sample by the native engine, or train "
             "without accelerate launch or torchrun."
         )
     if engine is not None and not isinstance(roles, Adapters):
-        raise ValueError(
+        raise UsageError(
             f"engine {engine.name!r} takes over adapters, not all weights of {type(roles).__name__}: train by LoRA "
             "(lora.rank from 1), or sample by the native engine."
         )
@@ -895,7 +896,7 @@ def _check_shares(settings: PPOSettings, processes: int) -> None:
     size = settings.minibatch
     groups = size // group_size(size, settings.samples_per_question)
     if processes > 1 and (settings.questions % processes or groups % processes or settings.episodes % size):
-        raise ValueError(
+        raise UsageError(
             f"{settings.questions} questions per update and {groups} groups of completions in a minibatch of {size} "
             f"cannot be shared by {processes} processes: make both a multiple of them, and episodes = "
             f"{settings.episodes} a multiple of minibatch = {size}."
@@ -906,7 +907,7 @@ def scored(reward: Reward, problems: list[Problem], samples: list[Sample]) -> li
     """The reward of each completion, refused if it is not one finite number for each."""
     scores = torch.tensor(score_samples(reward, problems, samples), dtype=torch.float32)
     if scores.shape != (len(samples),) or not scores.isfinite().all():
-        raise ValueError(
+        raise UsageError(
             f"the reward gave shape {tuple(scores.shape)} with {int(scores.isfinite().sum())} finite numbers "
             f"for {len(samples)} completions; give one finite number for each."
         )

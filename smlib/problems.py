@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from smlib.downloads import FILES, DatasetError, read_pinned
+from smlib.errors import UsageError
 from smlib.generators import GENERATORS, LETTERS
 
 _WORDS = re.compile(r"[^\W_]+")
@@ -89,9 +90,9 @@ def generate(dataset: str, n: int, seed: int, split: str = "train") -> list[Prob
     leak a test question into training. Raises ValueError for an unknown dataset or split.
     """
     if dataset not in GENERATORS:
-        raise ValueError(f"no generator for dataset {dataset!r}; there are: {', '.join(GENERATORS)}")
+        raise UsageError(f"no generator for dataset {dataset!r}; there are: {', '.join(GENERATORS)}")
     if split not in ("train", "test"):
-        raise ValueError(f"unknown split {split!r}; allowed: 'train', 'test'")
+        raise UsageError(f"unknown split {split!r}; allowed: 'train', 'test'")
     rng = random.Random(f"{dataset}/{split}/{seed}")
     problems: dict[str, Problem] = {}
     while len(problems) < n:
@@ -204,7 +205,7 @@ PUBLISHED = tuple(_DATASETS)
 def splits(dataset: str) -> tuple[str, ...]:
     """The splits that `load` knows of a published dataset. Raises ValueError for an unknown dataset."""
     if dataset not in _DATASETS:
-        raise ValueError(f"unknown dataset {dataset!r}; published datasets: {', '.join(PUBLISHED)}")
+        raise UsageError(f"unknown dataset {dataset!r}; published datasets: {', '.join(PUBLISHED)}")
     return (*dict.fromkeys(split for named in _DATASETS[dataset].files.values() for split in named), "all")
 
 
@@ -242,7 +243,7 @@ def load(dataset: str, split: str, *, data_dir: Path | None = None, limit: int |
     for an unknown dataset or split, DatasetError for a file or a row that cannot be used.
     """
     if split not in splits(dataset):
-        raise ValueError(f"{dataset} has no split {split!r}; it has: {', '.join(splits(dataset))}")
+        raise UsageError(f"{dataset} has no split {split!r}; it has: {', '.join(splits(dataset))}")
     source = _DATASETS[dataset]
     problems = []
     for path, named in source.files.items():

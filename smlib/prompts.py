@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from smlib.downloads import read_pinned
+from smlib.errors import UsageError
 from smlib.problems import KINDS, LETTERS, Problem, with_options
 
 ANSWER_LEAD = "The answer is"
@@ -123,10 +124,10 @@ def few_shot(dataset: str, count: int | None = None, *, form: str = "open", sour
     for an unknown name, for exemplars that do not exist, and for a count larger than there are.
     """
     if form not in _FORMS:
-        raise ValueError(f"unknown form {form!r}; allowed: {', '.join(_FORMS)}")
+        raise UsageError(f"unknown form {form!r}; allowed: {', '.join(_FORMS)}")
     shown = exemplars(dataset, wrong=form == "wrong", source=source)
     if count is not None and not 0 <= count <= len(shown):
-        raise ValueError(f"count {count} of exemplars for {dataset}, form {form!r}; allowed: 0 to {len(shown)}")
+        raise UsageError(f"count {count} of exemplars for {dataset}, form {form!r}; allowed: 0 to {len(shown)}")
     return "".join(_document(one, form) + "\n\n" for one in shown[:count])
 
 
@@ -198,11 +199,11 @@ def _rows(dataset: str, side: str, source: str) -> list[dict]:
     own, shared = _own_exemplars(), "word_problems" if dataset in _WORD_PROBLEMS else dataset
     if dataset not in KINDS or shared not in own:
         known = (*_WORD_PROBLEMS, *(name for name in own if name in KINDS))
-        raise ValueError(f"no exemplars for dataset {dataset!r}; there are: {', '.join(known)}")
+        raise UsageError(f"no exemplars for dataset {dataset!r}; there are: {', '.join(known)}")
     if source not in SOURCES:
-        raise ValueError(f"unknown source {source!r} of exemplars; allowed: {', '.join(SOURCES)}")
+        raise UsageError(f"unknown source {source!r} of exemplars; allowed: {', '.join(SOURCES)}")
     if source == "wei" and side == "wrong":
-        raise ValueError("Wei et al. wrote no exemplars with a wrong given answer; take them from source 'smlib'")
+        raise UsageError("Wei et al. wrote no exemplars with a wrong given answer; take them from source 'smlib'")
     rows = own[shared][side] if source == "smlib" else _wei_exemplars(dataset)
     return [row | {"id": f"{dataset}/exemplar/{source}/{side}/{index}"} for index, row in enumerate(rows)]
 
@@ -218,7 +219,7 @@ def _wei_exemplars(dataset: str) -> list[dict]:
     published = json.loads(read_pinned("few_shot_cot_prompts.json"))
     key = "last_letter_concatenation" if dataset == "last_letters" else dataset
     if key not in published:
-        raise ValueError(f"Wei et al. have no exemplars for {dataset!r}; take them from source 'smlib'")
+        raise UsageError(f"Wei et al. have no exemplars for {dataset!r}; take them from source 'smlib'")
     rows = []
     for document in ("\n" + published[key]["prompt"]).split("\nQ: ")[1:]:
         asked, _, worked = document.partition("\nA: ")

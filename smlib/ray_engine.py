@@ -23,12 +23,17 @@ from transformers import PreTrainedTokenizerBase
 
 from smlib import models, reward_model
 from smlib.engines import ENGINES, Engine, make_engine
+from smlib.errors import UsageError, UserError
 from smlib.problems import Problem
 from smlib.progress import progress_bar
 from smlib.sampling import MAX_BATCH, Sample, check_drawing, check_lengths
 
 RETRIES = 3  # of one batch; a batch that kills every worker must end in an error
 SCORED_QUESTIONS = 64  # a batch of a worker's that scores
+
+
+class WorkerError(UserError, RuntimeError):
+    """A worker died, or failed for a cause that the user can put right."""
 
 
 class RayEngine(Engine):
@@ -57,10 +62,10 @@ class RayEngine(Engine):
         cuda_graphs: bool = False,
     ):
         if inner not in ENGINES:
-            raise ValueError(f"inner is {inner!r}, but must be one of: {', '.join(ENGINES)}.")
+            raise UsageError(f"inner is {inner!r}, but must be one of: {', '.join(ENGINES)}.")
         for name, value in (("workers", workers), ("rows", rows)):
             if value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1.")
+                raise UsageError(f"{name} is {value}, but must be at least 1.")
         self.base, self.workers, self.inner, self.rows = base, workers, inner, rows
         self.held = {"weights": weights, "rows": rows, "cache_tokens": cache_tokens, "cuda_graphs": cuda_graphs}
         self.name = inner  # the samples are those of the inner engine, whatever the number of workers
@@ -216,7 +221,9 @@ def _spread(
                 bar.update(batch.num_rows)
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", error)  # what the worker raised; its traceback is in `error`
-            raise RuntimeError(f"a worker failed: {type(cause).__name__}: {cause}") from error
+            # without a cause the worker died, most often for want of memory
+            kind = WorkerError if cause is error or isinstance(cause, UserError) else RuntimeError
+            raise kind(f"a worker failed: {type(cause).__name__}: {cause}") from error
     if None in results:
         raise RuntimeError(f"the results of {results.count(None)} of {len(rows)} {unit}s did not come")
     return results

@@ -15,6 +15,7 @@ import numpy as np
 from smlib import evaluation
 from smlib.answers import grade
 from smlib.artifacts import MANIFEST, replacing, require
+from smlib.errors import UsageError
 from smlib.pipeline import METHODS, test_problems
 from smlib.problems import Problem
 from smlib.prompts import split_answer
@@ -177,12 +178,12 @@ def combine(paths: Sequence[str | Path]) -> list[dict]:
     for path in paths:
         answers, settings = read_run(path)
         if settings.seed in tables:
-            raise ValueError(f"{path} has seed {settings.seed}, as another of the runs has: give each seed once.")
+            raise UsageError(f"{path} has seed {settings.seed}, as another of the runs has: give each seed once.")
         same = dataclasses.replace(settings, seed=0)
         if not tables:
             first = same
         elif same != first:
-            raise ValueError(f"{path} has another preset, task or evaluation than {paths[0]}: these cannot be pooled.")
+            raise UsageError(f"{path} has another preset, task or evaluation than {paths[0]}: these cannot be pooled.")
         table = table_of(answers, settings)
         methods = {method for method, _, _ in table}
         tables[settings.seed] = table | contrasts(
@@ -190,7 +191,7 @@ def combine(paths: Sequence[str | Path]) -> list[dict]:
         )
     cells = list(next(iter(tables.values())))
     if any(list(table) != cells for table in tables.values()):
-        raise ValueError(
+        raise UsageError(
             "the runs hold other test sets or methods than each other: evaluate all with the published sets, or none, "
             "and run Self-Explore in all of them, or in none."
         )

@@ -32,6 +32,7 @@ from trl.models.utils import _ForwardRedirection
 
 from smlib import encoding, models
 from smlib.answers import Reward, grade
+from smlib.errors import UsageError
 from smlib.problems import Problem
 from smlib.sampling import Sample
 from smlib.sft import SharedBatches, dataset, fit, trainer_options
@@ -136,7 +137,7 @@ def train_reward_model(
             length = len(prefix) + sum(map(len, sides))
             examples.append({"chosen_ids": chosen, "rejected_ids": rejected, "length": length})
     if not examples:
-        raise ValueError("the reward model needs at least one pair that is not held out, got none: sample more")
+        raise UsageError("the reward model needs at least one pair that is not held out, got none: sample more")
     model.config.num_labels = 1  # what TRL knows a reward model by
     with tempfile.TemporaryDirectory() as out:
         options = trainer_options(model, epochs, learning_rate, batch, seed, out, micro_batch, recompute)
@@ -293,9 +294,9 @@ def weighted_sum(formula: str, rewards: dict[str, Reward]) -> Reward:
     """
     terms = list(_TERM.finditer(formula))
     if "".join(term[0] for term in terms) != formula or not all(term[1] for term in terms[1:]) or not terms:
-        raise ValueError(f"reward {formula!r} is not a sum such as 'learned + 5*checker'.")
+        raise UsageError(f"reward {formula!r} is not a sum such as 'learned + 5*checker'.")
     if unknown := [term[3] for term in terms if term[3] not in rewards]:
-        raise ValueError(f"reward {unknown[0]!r} in {formula!r} is unknown; choose from: {', '.join(rewards)}.")
+        raise UsageError(f"reward {unknown[0]!r} in {formula!r} is unknown; choose from: {', '.join(rewards)}.")
     return _Sum([(float(term[1] + (term[2] or "1")), rewards[term[3]]) for term in terms])
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from smlib.errors import UsageError
 from smlib.models import RECOMPUTING, pack, packed_logprobs, packed_states
 
 
@@ -52,7 +53,7 @@ class Roles(nn.Module):
         """Keep the layers' inputs alone and compute the rest again in the backward pass: less memory, more time."""
         for model in self._decoders():
             if dropout := getattr(model.config, "attention_dropout", 0):
-                raise ValueError(f"attention_dropout = {dropout} of {type(model).__name__} must be 0 to train by PPO.")
+                raise UsageError(f"attention_dropout = {dropout} of {type(model).__name__} must be 0 to train by PPO.")
             getattr(model, f"{RECOMPUTING}_enable")(self._checkpointing())
         self.recompute = True
 

@@ -30,6 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from smlib.encoding import decode, encode_prompt, ends
+from smlib.errors import UsageError
 from smlib.progress import progress_bar
 
 MAX_BATCH = 512  # rows that step together
@@ -597,9 +598,9 @@ def _check(model, prompt_ids, n, temperature, max_new_tokens, top_p, top_k, stop
     """Raise ValueError for the first bad argument."""
     check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, len(prompt_ids))
     if max_batch < 1:
-        raise ValueError(f"max_batch is {max_batch}, but must be at least 1.")
+        raise UsageError(f"max_batch is {max_batch}, but must be at least 1.")
     if stop and tokenizer is None:
-        raise ValueError(f"stop is {stop!r}, but stop strings need a tokenizer; pass tokenizer=.")
+        raise UsageError(f"stop is {stop!r}, but stop strings need a tokenizer; pass tokenizer=.")
     check_lengths(prompt_ids, keys, max_new_tokens, getattr(model.config, "max_position_embeddings", None))
 
 
@@ -607,20 +608,20 @@ def check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, firs
     """Raise ValueError for the first argument that no engine takes."""
     for name, value, least in (("n", n, 1), ("max_new_tokens", max_new_tokens, 1), ("first", first, 0)):
         if value < least:
-            raise ValueError(f"{name} is {value}, but must be at least {least}.")
+            raise UsageError(f"{name} is {value}, but must be at least {least}.")
     if temperature < 0:
-        raise ValueError(f"temperature is {temperature}, but must be 0 (greedy) or more.")
+        raise UsageError(f"temperature is {temperature}, but must be 0 (greedy) or more.")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}, but must be above 0 and at most 1 (1 keeps every token).")
+        raise UsageError(f"top_p is {top_p}, but must be above 0 and at most 1 (1 keeps every token).")
     if top_k < 0:
-        raise ValueError(f"top_k is {top_k}, but must be 0 (keeps every token) or more.")
+        raise UsageError(f"top_k is {top_k}, but must be 0 (keeps every token) or more.")
     if isinstance(stop, str) or "" in stop:
-        raise ValueError(f"stop is {stop!r}, but must be a sequence of non-empty strings, such as ('Q:',).")
+        raise UsageError(f"stop is {stop!r}, but must be a sequence of non-empty strings, such as ('Q:',).")
     if len(keys) != prompts:
-        raise ValueError(f"{len(keys)} keys were given for {prompts} prompts; give one per prompt.")
+        raise UsageError(f"{len(keys)} keys were given for {prompts} prompts; give one per prompt.")
     for key, count in Counter(keys).items():
         if count > 1:
-            raise ValueError(
+            raise UsageError(
                 f"key {key!r} is given {count} times, so these prompts would share their random numbers; "
                 "raise n for more samples of one prompt, or pass distinct keys."
             )
@@ -630,16 +631,16 @@ def check_prompts(prompts: list[str]) -> None:
     """Raise ValueError for a prompt without text: with <bos> before it, it would pass as one of a token."""
     for index, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompt {index} is empty; give every prompt some text.")
+            raise UsageError(f"prompt {index} is empty; give every prompt some text.")
 
 
 def check_lengths(prompt_ids, keys, max_new_tokens: int, limit: int | None) -> None:
     """Raise ValueError for a prompt without tokens, or one that would grow beyond `limit` positions."""
     for key, ids in zip(keys, prompt_ids, strict=True):
         if len(ids) == 0:
-            raise ValueError(f"prompt {key!r} has no tokens; give at least one, such as <bos>.")
+            raise UsageError(f"prompt {key!r} has no tokens; give at least one, such as <bos>.")
         if limit is not None and len(ids) + max_new_tokens > limit:
-            raise ValueError(
+            raise UsageError(
                 f"prompt {key!r} has {len(ids)} tokens, which with max_new_tokens={max_new_tokens} is beyond the "
                 f"model's {limit} positions; shorten the prompt or lower max_new_tokens."
             )

@@ -13,6 +13,7 @@ settings = preset("llama2-7b", task="gsm8k", base="some/model@revision")
 from dataclasses import dataclass, fields, is_dataclass, replace
 
 from smlib.encoding import PROMPTS
+from smlib.errors import UsageError
 from smlib.explore import CHOICES
 from smlib.ppo import PPOSettings
 from smlib.problems import TASKS, TRAIN_SETS
@@ -22,7 +23,7 @@ from smlib.sampling import MAX_BATCH
 
 def _check(what: str, value, allowed: tuple) -> None:
     if value not in allowed:
-        raise ValueError(f"{what} {value!r} is unknown; choose one of: {', '.join(map(str, allowed))}.")
+        raise UsageError(f"{what} {value!r} is unknown; choose one of: {', '.join(map(str, allowed))}.")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class ExploreSettings:
         _check("explore.choice", self.choice, CHOICES)
         for name in ("samples", "max_per_question", "k"):
             if getattr(self, name) < 1:
-                raise ValueError(f"explore.{name} is {getattr(self, name)}, but must be at least 1")
+                raise UsageError(f"explore.{name} is {getattr(self, name)}, but must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class LoraSettings:
 
     def __post_init__(self):
         if self.rank < 0:
-            raise ValueError(f"lora.rank {self.rank} is not allowed; give 0 for full fine-tuning, or a rank from 1.")
+            raise UsageError(f"lora.rank {self.rank} is not allowed; give 0 for full fine-tuning, or a rank from 1.")
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class HardwareSettings:
             _check(f"hardware.{name}", getattr(self, name), ("native", "vllm", "auto"))
         for name, least in (("micro_batch", 0), ("rollout_rows", 1), ("cache_tokens", 0), ("workers", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"hardware.{name} is {getattr(self, name)}, but must be at least {least}")
+                raise UsageError(f"hardware.{name} is {getattr(self, name)}, but must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -186,17 +187,17 @@ class Settings:
 
     def __post_init__(self):
         if self.hardware.weights != "float32" and not self.lora.rank:
-            raise ValueError(
+            raise UsageError(
                 f"hardware.weights = {self.hardware.weights!r} with lora.rank = 0 would train weights of three digits "
                 "or fewer, in which small updates are lost: give lora.rank from 1, or hardware.weights = 'float32'"
             )
         if self.hardware.rollout_engine == "vllm" and (not self.lora.rank or self.hardware.weights == "nf4"):
-            raise ValueError(
+            raise UsageError(
                 "hardware.rollout_engine = 'vllm' takes over adapters of a base that is not rounded to 4 bits: give "
                 "lora.rank from 1 and other hardware.weights, or rollout_engine = 'native'"
             )
         if self.sampling.shots != "none" and "chain_arithmetic" in self.tasks:
-            raise ValueError(
+            raise UsageError(
                 f"preset {self.preset!r} shows exemplars (sampling.shots = {self.sampling.shots!r}), and task "
                 "'chain_arithmetic' has none: choose another task, such as gsm8k, or sampling.shots = 'none'"
             )
@@ -336,7 +337,7 @@ def preset(name: str, task: str = "all", seed: int = 0, **overrides) -> Settings
     _check("preset", name, tuple(PRESETS))
     _check("task", task, ("all", *TASKS, *TRAIN_SETS))
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed {seed!r} is not allowed; give a whole number from 0.")
+        raise UsageError(f"seed {seed!r} is not allowed; give a whole number from 0.")
     tasks = TASKS if task == "all" else (task,)
     settings = Settings(**{"preset": name, "tasks": tasks, "seed": seed, "base": "tiny"} | PRESETS[name])
     if name in LARGE and task == "math":
@@ -358,7 +359,7 @@ def _override(settings, values: dict, prefix: str):
         if is_dataclass(old) and isinstance(value, dict):
             value = _override(old, value, f"{name}.")
         if not isinstance(value, type(old)) and not (isinstance(old, float) and isinstance(value, int)):
-            raise ValueError(
+            raise UsageError(
                 f"setting {prefix}{name} = {value!r} is of type {type(value).__name__}; "
                 f"give one of type {type(old).__name__}, such as {old!r}."
             )

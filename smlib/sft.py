@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_group
 from trl import SFTConfig, SFTTrainer
 
 from smlib import encoding, models
+from smlib.errors import UsageError
 from smlib.problems import Problem
 from smlib.progress import progress_bar
 
@@ -46,7 +47,7 @@ def micro_batch_rows(batch: int, micro_batch: int, processes: int) -> int:
     rows = micro_batch or batch // processes
     if rows < 1 or batch % (rows * processes):
         many = f" in each of {processes} processes" * (processes > 1)
-        raise ValueError(
+        raise UsageError(
             f"a batch of {batch} cannot be made of micro batches of {rows}{many}: give a number that divides it, as "
             "hardware.micro_batch or as the batch itself"
         )
@@ -197,7 +198,7 @@ def train_sft(
             mask = [0] * len(head) + [1] * len(tail)
             examples.append({"input_ids": head + tail, "completion_mask": mask, "length": len(mask)})
     if not examples:
-        raise ValueError("SFT needs at least one r+ rationale, got none: sample more, or from a stronger base")
+        raise UsageError("SFT needs at least one r+ rationale, got none: sample more, or from a stronger base")
     with tempfile.TemporaryDirectory() as out:
         options = trainer_options(model, epochs, learning_rate, batch, seed, out, micro_batch, recompute)
         pads = [tokenizer.pad_token_id] * 2

@@ -38,6 +38,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from smlib import ppo
 from smlib.answers import Reward, grade_many
 from smlib.artifacts import refuse_difference, replacing
+from smlib.errors import UsageError
 from smlib.models import RECOMPUTING, packed_logprobs
 from smlib.ppo import PPOSettings
 from smlib.problems import Problem
@@ -333,13 +334,13 @@ def _newest_checkpoint(out: Path) -> Path | None:
 
 def _check(method: str, policy, tokenizer, settings: PPOSettings, micro_batch: int) -> None:
     if method not in METHODS:
-        raise ValueError(f"method {method!r} is unknown; choose one of: {', '.join(METHODS)}.")
+        raise UsageError(f"method {method!r} is unknown; choose one of: {', '.join(METHODS)}.")
     ppo.check_padding(tokenizer)
     ppo.check_micro_batch(settings, 1, micro_batch)
     if settings.episodes % settings.minibatch:
-        raise ValueError(
+        raise UsageError(
             f"episodes = {settings.episodes} is no multiple of minibatch = {settings.minibatch}; make it one, as "
             "TRL's minibatches are all of one size."
         )
     if dropout := getattr(policy.config, "attention_dropout", 0):
-        raise ValueError(f"attention_dropout = {dropout} must be 0: set it in the policy's config before loading it.")
+        raise UsageError(f"attention_dropout = {dropout} must be 0: set it in the policy's config before loading it.")

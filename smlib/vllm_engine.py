@@ -22,6 +22,7 @@ import torch
 
 from smlib import encoding, models
 from smlib.engines import Engine
+from smlib.errors import UsageError
 from smlib.progress import progress_bar
 from smlib.sampling import Ending, Sample, check_drawing, check_lengths, draw_until
 
@@ -73,7 +74,7 @@ class VLLMEngine(Engine):
         from vllm.lora.request import LoRARequest
 
         if not self.llm.llm_engine.vllm_config.lora_config:
-            raise ValueError("this engine takes no adapter: make it with lora_rank=, the rank of the adapters to come.")
+            raise UsageError("this engine takes no adapter: make it with lora_rank=, the rank of the adapters to come.")
         self.loaded += 1  # vLLM keeps adapters, and the keys and values drawn with them, by number and by name
         lora = LoRARequest(f"adapter-{self.loaded}", self.loaded, str(folder))
         self.llm.llm_engine.add_lora(lora)  # in place of the one before: it holds one
@@ -108,7 +109,7 @@ class VLLMEngine(Engine):
         """
         check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, len(prompt_ids))
         if 0 < temperature < LEAST_TEMPERATURE:
-            raise ValueError(
+            raise UsageError(
                 f"temperature is {temperature}, but vLLM takes none between 0 (greedy) and {LEAST_TEMPERATURE}."
             )
         check_lengths(prompt_ids, keys, max_new_tokens, self.llm.model_config.max_model_len)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -15,12 +16,14 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from papermill.engines import Engine
 
 import smlib.__main__ as runner
-from smlib import downloads
+from smlib import downloads, ppo
 from smlib.__main__ import RunError, _as_shown, main, parameters, publish, refresh, run
+from smlib.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 VALUES = {"PRESET": "tiny", "TASK": "all", "SEED": 0}
@@ -183,6 +186,17 @@ def test_a_kernel_that_dies_is_reported(tmp_path, out):
         run(tmp_path / "notebooks", out, VALUES)
 
 
+def test_a_kernel_that_does_not_start_is_reported(tmp_path, out, monkeypatch):
+    write_notebook(tmp_path / "notebooks", "00_start", "1")
+    real = runner._Engine.execute_managed_notebook.__func__
+    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # of the kernel alone, as this process runs already
+    hurried = classmethod(lambda cls, *arguments, **options: real(cls, *arguments, **options | {"start_timeout": 1}))
+    monkeypatch.setattr(runner._Engine, "execute_managed_notebook", hurried)
+    with pytest.raises(RunError, match=r"00_start: its Python process did not start .*give the same command again"):
+        run(tmp_path / "notebooks", out, VALUES)
+
+
 @pytest.mark.usefixtures("in_process")
 def test_deleting_a_stage_makes_it_again(tmp_path, out):
     stage = 'from smlib.artifacts import Stage\nwith Stage(RUN_DIR, "01_rationales", {}).recording():\n    pass\n'
@@ -294,6 +308,48 @@ def test_the_command_line_refuses_in_one_line(capsys):
             main(["run", "--set", value])
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def error_classes(base=UserError):
+    for one in base.__subclasses__():
+        yield one
+        yield from error_classes(one)
+
+
+def test_each_error_that_a_user_can_put_right_is_one_line_and_with_debug_its_traceback(monkeypatch, capsys):
+    classes = set(error_classes())
+    assert len(classes) >= 10 and {ppo.CollapseError, ppo.NonFiniteError, ppo.EngineMismatchError} < classes
+    for kind in (*sorted(classes, key=str), PermissionError):
+
+        def fail(*_, kind=kind):
+            raise kind("too many cooks: take one")
+
+        monkeypatch.setattr(runner, "show_data", fail)
+        assert main(["data"]) == 1
+        assert capsys.readouterr().err == "error: too many cooks: take one\n"
+        for arguments in (["data", "--debug"], ["--debug", "data"]):
+            assert main(arguments) == 1
+            shown = capsys.readouterr().err
+            assert "in fail" in shown and shown.endswith("error: too many cooks: take one\n")
+
+
+def test_every_error_class_of_the_package_is_the_users_or_is_caught_inside():
+    inner = {"Invalid", "Gone", "LuckWarning"}
+    for path in sorted((ROOT / "smlib").glob("[!_]*.py")):
+        found = vars(importlib.import_module(f"smlib.{path.stem}")).values()
+        kinds = [one for one in found if isinstance(one, type) and issubclass(one, Exception)]
+        ours = {one for one in kinds if one.__module__.startswith("smlib.")}
+        assert {one.__name__ for one in ours if not issubclass(one, UserError)} <= inner
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, ModuleNotFoundError, KeyError])
+def test_a_bug_in_torch_keeps_its_traceback(monkeypatch, tmp_path, kind):
+    def planted(*_, **__):
+        raise kind("planted")
+
+    monkeypatch.setattr(torch.nn.functional, "embedding", planted)
+    with pytest.raises(kind, match="planted"):
+        main(["stage", "01_sampling", "--preset", "smoke", "--task", "coin_flip", "--out", str(tmp_path)])
 
 
 def test_pretrain_passes_its_options_on(monkeypatch):

@@ -1,0 +1,18 @@
+"""What the person who runs a command can put right. The command line prints it in one line, without a traceback.
+
+Every class here and every error class of smlib derives from `UserError`, and from the built-in class whose place it
+takes. Its message names the value, what is allowed, and the way out. Any other exception is a bug and keeps its
+traceback.
+"""
+
+
+class UserError(Exception):
+    """Something outside the code is wrong: a value, a file, a machine, a training that fails."""
+
+
+class UsageError(UserError, ValueError):
+    """A value that is not allowed."""
+
+
+class MissingLibrary(UserError, ModuleNotFoundError):
+    """A library that is not part of the plain installation."""
