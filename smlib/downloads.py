@@ -138,6 +138,10 @@ FILES = {
 }
 
 
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smlib"
+
+
 def read_pinned(path: str, data_dir: Path | None = None) -> bytes:
     """The content of a published file, checked by SHA-256.
 

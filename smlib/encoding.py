@@ -10,7 +10,7 @@ the SentencePiece family put a blank before a text and take it away when they de
 "18.". Here completions are encoded and decoded by a copy of the tokenizer that adds and takes nothing (`_inside`).
 
 Special tokens (ends of sequence, padding, marks of a chat's turns) are no text. A text in which one is spelled out,
-such as "</s>", has the tokens of these letters; a special token that a model draws ends its completion.
+such as "</s>", has the tokens of these letters; where a model draws one, the text of its completion ends.
 """
 
 import copy
@@ -18,6 +18,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, takewhile
 from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
@@ -54,14 +55,22 @@ def _exact(tokenizer: PreTrainedTokenizerBase) -> _Exact:
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
         inside = Tokenizer.from_str(json.dumps(spec | _inside(spec)))
         inside.encode_special_tokens = True
-        plain, framed = (tokenizer("1", add_special_tokens=framed)["input_ids"] for framed in (False, True))
-        lead = next(place for place in range(len(framed)) if framed[place : place + len(plain)] == plain)
+        lead = _lead(tokenizer)
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-        known = _Exact(
-            len(tokenizer), tuple(framed[:lead]), inside, frozenset(special.union(tokenizer.all_special_ids))
-        )
+        special |= set(tokenizer.all_special_ids)
+        known = _Exact(len(tokenizer), lead, inside, frozenset(special))
         _known[tokenizer] = known
     return known
+
+
+def _lead(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What comes before the tokens of a text, by the first text that has any."""
+    for text in chain(("1", "a"), tokenizer.get_vocab()):
+        if plain := tokenizer(text, add_special_tokens=False)["input_ids"]:
+            framed = tokenizer(text)["input_ids"]
+            places = range(len(framed) - len(plain) + 1)
+            return tuple(framed[: next(place for place in places if framed[place : place + len(plain)] == plain)])
+    return ()
 
 
 def _inside(spec: dict) -> dict:
@@ -104,8 +113,14 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str, eos: 
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of a completion's tokens as it follows its prompt, every blank in it; special tokens are no text."""
-    return _exact(tokenizer).inside.decode(list(ids), skip_special_tokens=True)
+    """The text of a completion's tokens as it follows its prompt, every blank in it, up to its first special token."""
+    return _exact(tokenizer).inside.decode(_text_ids(tokenizer, ids))
+
+
+def _text_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    """The tokens before the first special one: what follows an end, or the mark of another turn, is another text."""
+    special = _exact(tokenizer).special
+    return list(takewhile(lambda token: token not in special, ids))
 
 
 def closed(tokenizer: PreTrainedTokenizerBase, completion: str | Sequence[int]) -> list[int]:
@@ -117,13 +132,12 @@ def closed(tokenizer: PreTrainedTokenizerBase, completion: str | Sequence[int]) 
 
 
 def ends(tokenizer: PreTrainedTokenizerBase | None, generation: GenerationConfig) -> tuple[int, ...]:
-    """The tokens that end a completion: the ends that the generation config names, and every special token.
-
-    tokenizer: None where there is none, and then nothing says which tokens are special.
-    """
+    """The tokens that end a completion: all that the generation config names, and the tokenizer's end-of-sequence."""
     named = generation.eos_token_id
-    named = [] if named is None else [named] if isinstance(named, int) else named
-    return tuple(sorted((_exact(tokenizer).special if tokenizer else frozenset()).union(named)))
+    named = [] if named is None else [named] if isinstance(named, int) else list(named)
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        named.append(tokenizer.eos_token_id)
+    return tuple(sorted(set(named)))
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], characters: int) -> int:
@@ -138,11 +152,9 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], charact
 def first_characters(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], characters: int) -> list[int]:
     """Token ids of exactly the first so many characters of a completion: its own ones, as far as they go.
 
-    A token that also holds what comes after the cut, such as ".\\n\\n", is the only one to be encoded anew. Special
-    tokens, which hold no character, are left out.
+    A token that also holds what comes after the cut, such as ".\\n\\n", is the only one to be encoded anew.
     """
-    special = _exact(tokenizer).special
-    ids = [token for token in ids if token not in special]
+    ids = _text_ids(tokenizer, ids)
     text = decode(tokenizer, ids)
     if characters >= len(text):
         return ids

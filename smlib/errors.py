@@ -14,5 +14,9 @@ class UsageError(UserError, ValueError):
     """A value that is not allowed."""
 
 
+class ModelError(UserError, OSError):
+    """A model that cannot be loaded; the message names the way out."""
+
+
 class MissingLibrary(UserError, ModuleNotFoundError):
     """A library that is not part of the plain installation."""

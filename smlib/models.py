@@ -39,8 +39,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from smlib import encoding
-from smlib.errors import MissingLibrary, UsageError, UserError
+from smlib import encoding, gguf_models
+from smlib.errors import MissingLibrary, ModelError, UsageError
 
 logging.disable_progress_bar()  # its bars about files of a few megabytes go to standard error
 
@@ -55,16 +55,15 @@ RECOMPUTING = (
 TINY_BASE = Path(__file__).parent / "tiny_base"
 
 
-class ModelError(UserError, OSError):
-    """A model that cannot be loaded; the message names the way out."""
-
-
 def locate(name: str | Path) -> tuple[str, str | None]:
-    """A model's folder or hub id, and the revision after its "@", if any; "tiny" is the base in the package.
+    """A model's folder or hub id, and the revision after its "@", if any.
 
-    A folder whose path holds "@" is a folder.
+    "tiny" is the base in the package; "smollm2" and the path of a GGUF file are the folders that `gguf_models` makes of
+    them. A folder whose path holds "@" is a folder.
     """
     name = str(name)
+    if file := gguf_models.find(name):
+        return str(gguf_models.converted(file)), None
     if name == "tiny":
         if not (TINY_BASE / "model.safetensors").is_file():
             raise FileNotFoundError("the tiny base is missing from the package; make it with: python -m smlib pretrain")

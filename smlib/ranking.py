@@ -85,6 +85,7 @@ def pairs(rows: list[dict], max_per_question: int, seed: int) -> list[dict]:
         if not right:
             continue
         for chosen, rejected in zip(cycle(right), false[:max_per_question]):
+            sides = {"chosen": chosen, "rejected": rejected}
             made.append(
                 {
                     "id": chosen["id"],
@@ -93,9 +94,8 @@ def pairs(rows: list[dict], max_per_question: int, seed: int) -> list[dict]:
                     "source": rejected["source"],
                     "chosen": chosen["text"],
                     "rejected": rejected["text"],
-                    "chosen_ids": chosen["token_ids"],
-                    "rejected_ids": rejected["token_ids"],
                     "held_out": held_out(chosen["id"]),
                 }
+                | {f"{name}_ids": row["token_ids"] for name, row in sides.items() if "token_ids" in row}
             )
     return made

@@ -189,14 +189,15 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     rationales: Sequence[str | Sequence[int]],
+    tokens_per_batch: int = 2_048,
 ) -> list[float]:
     """R / beta of every (problem, rationale), in nats, batched by length; the higher, the better the rationale.
 
     rationales: token ids as drawn, or texts, which are encoded. Equal ones of one question, which a trained policy
-    writes often, are scored once.
+    writes often, are scored once. tokens_per_batch: more do not fit a CPU core's cache and are slower there.
     """
     questions, keys = by_question(tokenizer, problems, rationales)
-    found = score_ids(model, [ids for _, ids in questions], tokenizer.pad_token_id)
+    found = score_ids(model, [ids for _, ids in questions], tokenizer.pad_token_id, tokens_per_batch)
     scores = {}
     for (identity, (_, tails)), values in zip(questions, found, strict=True):
         scores |= {(identity, tuple(tail)): value for tail, value in zip(tails, values, strict=True)}
@@ -212,8 +213,7 @@ def score_ids(
 ) -> list[list[float]]:
     """R / beta of the rationales of every question, [question][rationale]; questions: (its ids, [rationale's ids]).
 
-    A question is read once for every four of its rationales. tokens_per_batch: more do not fit a CPU core's cache and
-    are slower there.
+    A question is read once for every four of its rationales. tokens_per_batch: as in `score`.
     """
     groups = [
         (number, start, head, tails[start : start + models.CONTINUATIONS_PER_ROW])

@@ -24,7 +24,7 @@ DRAWING = {"temperature": 1.0, "max_new_tokens": 6, "seed": 0}
 class Counting:
     """A stand-in for an engine: its samples say what was asked for."""
 
-    name = "counting"
+    name, tokenizer = "counting", None
 
     def __init__(self):
         self.asked = []

@@ -66,9 +66,14 @@ def test_what_is_not_installed_is_named(installed, tmp_path):
 
 
 def test_the_engine_is_made_as_the_settings_say(monkeypatch):
-    asked = []
-    monkeypatch.setattr(pipeline, "make_engine", lambda *names, **options: asked.append((names, options)))
-    pipeline.load_engine(small(engine="auto", rollout_rows=7, cuda_graphs=True, workers=2), "some/model")
+    asked, made = [], NativeEngine(None, models.load_tokenizer())
+
+    def make(*names, **options):
+        asked.append((names, options))
+        return made
+
+    monkeypatch.setattr(pipeline, "make_engine", make)
+    assert pipeline.load_engine(small(engine="auto", rollout_rows=7, cuda_graphs=True, workers=2), "some/model") is made
     options = {"weights": "float32", "rows": 7, "cache_tokens": 0, "cuda_graphs": True, "workers": 2}
     assert asked == [(("auto", "some/model"), options)]
     with make_engine("native", "tiny", weights="bfloat16", rows=7, cuda_graphs=True) as engine:

@@ -4,6 +4,7 @@ from itertools import combinations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_model import tokenizer, written_sample
 
 from smlib.evaluation import (
     accuracy_interval,
@@ -18,7 +19,6 @@ from smlib.evaluation import (
 )
 from smlib.problems import Problem
 from smlib.prompts import few_shot
-from smlib.sampling import Sample
 
 # ----------------------------------------------------------------------------------------------- intervals
 
@@ -181,13 +181,16 @@ WRITTEN = {
 class Writer:
     """An engine that writes WRITTEN; `calls` are the keyword arguments of its calls."""
 
+    tokenizer = tokenizer()
+
     def __init__(self):
         self.calls = []
 
-    def sample(self, prompts, n, *, temperature, keys, **rest):
+    def sample_ids(self, prompt_ids, n, *, temperature, keys, **rest):
+        prompts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompt_ids]
         self.calls.append({"prompts": prompts, "n": n, "temperature": temperature, "keys": keys, **rest})
         written = [[WRITTEN[key][0]] if temperature == 0 else WRITTEN[key][1] for key in keys]
-        return [[Sample(text, (), (), "stop") for text in texts] for texts in written]
+        return [[written_sample(text) for text in texts] for texts in written]
 
 
 @pytest.fixture
@@ -210,6 +213,7 @@ def test_evaluate_asks_the_question_alone_greedily_and_k_times(engine):
         "greedy_correct": False,
         "greedy_invalid": False,
         "sampled_texts": WRITTEN["p/1"][1],
+        "sampled_ids": [list(written_sample(text).token_ids[:-1]) for text in WRITTEN["p/1"][1]],
         "sampled_answers": ["4", "4", None],
         "sampled_correct": [False, False, False],
         "sampled_invalid": 1,
@@ -220,7 +224,7 @@ def test_exemplars_come_first_where_asked_for(engine):
     coin = Problem("p/0", "coin_flip", "Heads up?", "yes", "yes_no")
     evaluate(engine, [coin], k=0, temperature=0.7, max_new_tokens=9, seed=5, shots="smlib")
     (call,) = engine.calls
-    assert call["prompts"] == [few_shot("coin_flip") + "Q: Heads up?\nA:"] and call["stop"] == ("\nQ:",)
+    assert call["prompts"] == [few_shot("coin_flip") + "Q: Heads up?\nA:"] and call["stop"] == ("\nQ: ",)
 
 
 def test_text_after_the_answer_does_not_count(engine, monkeypatch):

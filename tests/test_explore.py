@@ -9,6 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import policy, tokenizer
+from tokenizers import Regex, Tokenizer, decoders
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from smlib import encoding, evaluation, explore, prompts, sampling
 from smlib.engines import NativeEngine
@@ -54,7 +57,7 @@ class Script:
         results = []
         for prompt, key in zip(prompt_ids, keys, strict=True):
             problem = next(one for one in [*PROBLEMS, FIVE] if one.id == key.partition("|")[0])
-            start = encoding.decode(tokenizer(), prompt).removeprefix(prompts.open_prompt(problem))
+            start = tokenizer().decode(prompt[1:]).removeprefix(prompts.open_prompt(problem))
             self.drawn += [(key, number) for number in range(first, first + n)]
             answers = [problem.answer if self.recovers(start, j) else "-7" for j in range(first, first + n)]
             results.append([sample(self.right.format(answer)) for answer in answers])
@@ -129,26 +132,25 @@ def test_steps_are_the_beginning_of_a_rationale_without_its_answer(text, end, da
         assert len(steps) == count
 
 
-class Pieces:
-    """A tokenizer whose tokens are given strings."""
-
-    def __init__(self, *pieces):
-        self.pieces, self.eos_token_id = pieces, len(pieces)
-
-    def decode(self, ids, **options):
-        return "".join(self.pieces[i] for i in ids if i < len(self.pieces))
+def made_of(*pieces):
+    """A tokenizer whose tokens are given strings, each behind a mark of its own, which its decoder takes away."""
+    words = {f"{chr(0xE000 + number)}{piece}": number for number, piece in enumerate(pieces)}
+    backend = Tokenizer(WordLevel(words | {"<eos>": len(words)}, unk_token="<eos>"))
+    backend.decoder = decoders.Sequence([decoders.Replace(Regex("[\ue000-\uf8ff]"), ""), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
 
 
 @given(st.lists(st.text("a\n.", max_size=4)), st.integers(0, 20))
+@settings(max_examples=40)
 def test_tokens_are_counted_up_to_a_character(pieces, characters):
     expected = next(
         t for t in range(len(pieces) + 1) if len("".join(pieces[:t])) >= min(characters, len("".join(pieces)))
     )
-    assert encoding.count_tokens(Pieces(*pieces), range(len(pieces)), characters) == expected
+    assert encoding.count_tokens(made_of(*pieces), range(len(pieces)), characters) == expected
 
 
 def test_a_token_of_two_steps_belongs_to_the_first():
-    pieces = Pieces(" 1 + 1", " = 2", ".\nB", "o: 5", ".\n", "The answer is", " 5.")
+    pieces = made_of(" 1 + 1", " = 2", ".\nB", "o: 5", ".\n", "The answer is", " 5.")
     found = explore.split(pieces, FIVE, [9], range(8))
     assert found.ends == (3, 5) and found.prefix(0) == () and found.prefix(2) == (0, 1, 2, 3, 4)
 
@@ -183,7 +185,7 @@ def test_evaluation_reads_these_very_tokens(monkeypatch):
     monkeypatch.setattr(sampling, "sample_ids", draw)
     evaluation.evaluate(NativeEngine(None, tokenizer()), [FIVE], k=0, temperature=1.0, max_new_tokens=8, seed=0)
     assert asked == [list(rationale(FIVE, " 2 + 3 = 6.\nThe answer is 6.").prompt_ids)]
-    assert encoding.decode(tokenizer(), asked[0]) == "Q: What is 2 + 3?\nSay it in digits.\nA:"
+    assert tokenizer().decode(asked[0], skip_special_tokens=True) == "Q: What is 2 + 3?\nSay it in digits.\nA:"
 
 
 # ------------------------------------------------------------------------------------------------ exploration

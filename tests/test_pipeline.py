@@ -254,15 +254,15 @@ def test_a_stopped_sampling_stage_goes_on_from_its_shards(tmp_path, monkeypatch)
     """Ctrl-C in the second of three drawings: the first is not drawn again, and the rows are those of a calm run."""
     small = preset("smoke", "coin_flip")
     calm = pipeline.sample_rationales(tmp_path / "calm", small, progress=False).read_rows("rationales")
-    real, asked = NativeEngine.sample, []
+    real, asked = NativeEngine.sample_ids, []
 
-    def sample(self, prompts, n, **drawing):
+    def sample_ids(self, prompts, n, **drawing):
         asked.append((len(prompts), n))
         if len(asked) == 2:
             raise KeyboardInterrupt
         return real(self, prompts, n, **drawing)
 
-    monkeypatch.setattr(NativeEngine, "sample", sample)
+    monkeypatch.setattr(NativeEngine, "sample_ids", sample_ids)
     with pytest.raises(KeyboardInterrupt):
         pipeline.sample_rationales(tmp_path / "stopped", small, progress=False)
     assert list((tmp_path / "stopped" / "01_sampling" / "shards" / "open").glob("shard-*"))

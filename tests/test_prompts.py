@@ -20,7 +20,12 @@ YES_NO = Problem("y/0", "y", "Is it?", "no", "yes_no")
 LETTERS = Problem("l/0", "l", "Which letters?", "yajo", "letters")
 MATH = Problem("m/0", "m", "Solve it.", r"\frac{1}{2}", "math")
 WORD_PROBLEMS = ("single_eq", "addsub", "multiarith", "gsm8k", "svamp")
-NEXT_QUESTION = re.compile(r"(?<!\w)Q:")
+
+
+def begins_a_question(line):
+    """The rule of `before_next_question` for one line, in other words, as far as the texts here go."""
+    line = line.lstrip(" \t>*#")
+    return line.startswith("Q:") and not re.match(r"Q:\w{1,3} ?[:=]", line)
 
 
 # Texts that hold many answer sentences, whole and in part.
@@ -65,7 +70,7 @@ def test_the_answer_sentence_of_every_kind(problem, sentence):
         (" The answer is 5.\nmore", " The answer is 5."),
         (" one\n  The answer is 5. I think.\nmore", " one\n  The answer is 5. I think."),
         (" one\n\nQ: next?\nA: two\nThe answer is 6.", " one"),
-        (" one Q: next?\nA: two\nThe answer is 6.", " one"),
+        (" one Q: next?\nA: two\nThe answer is 6.", " one Q: next?\nA: two\nThe answer is 6."),
         ("Q: next?", ""),
         (" one\nThe answer is 5. See the FAQ: all\ntwo", " one\nThe answer is 5. See the FAQ: all"),
         (" one, so The answer is 5.\ntwo", " one, so The answer is 5.\ntwo"),
@@ -97,7 +102,7 @@ def test_cut_gives_a_beginning_and_cuts_once(text):
     kept = prompts.cut(text)
     assert text.startswith(kept)
     assert prompts.cut(kept) == kept
-    assert NEXT_QUESTION.search(kept) is None
+    assert not any(map(begins_a_question, kept.split("\n")))
 
 
 @pytest.mark.parametrize(
@@ -105,10 +110,29 @@ def test_cut_gives_a_beginning_and_cuts_once(text):
     [
         (" 5.\n\nQ: next?\nA: 6.\n\nQ: third?", " 5."),
         (" 5. \t\n Q:", " 5."),
-        (" 5. **Q:** next?", " 5. **"),
+        (" 5. **Q:** next?", " 5. **Q:** next?"),
+        (" 5.\n**Q:** next?", " 5."),
+        (" Restating the Q: how many?\nThe answer is 5.", " Restating the Q: how many?\nThe answer is 5."),
+        (" P:Q:R = 2:3:4\nQ:R = 3:4\nQ:3 = 2", " P:Q:R = 2:3:4\nQ:R = 3:4\nQ:3 = 2"),
+        (" 5.\nQ. next?", " 5."),
+        (" 5.\nPoint Q.\nQ.E.D.", " 5.\nPoint Q.\nQ.E.D."),
+        (" 5.\n\nQuestion: next?", " 5."),
+        (" 5.\n\n**Question 2:** next?", " 5."),
+        (" 5.\n\nNext question: next?", " 5."),
+        (" 5.\nNo question: next?", " 5.\nNo question: next?"),
+        (" The question: how many?\nQuestionable: 5.", " The question: how many?\nQuestionable: 5."),
+        (" 5.\nUser: next?", " 5."),
+        (" 5.\nHuman: next?\nAssistant: 6.", " 5."),
+        (" 5.\n### Instruction\nnext", " 5."),
+        (" 5.<|im_end|>\n<|im_start|>user\nnext?", " 5."),
+        (" 5. [INST] next? [/INST]", " 5."),
+        (" 5.</s><s> next", " 5."),
+        (" 5.<end_of_turn>\n<start_of_turn>user", " 5."),
+        (" a < b, [1, 2] and |x|", " a < b, [1, 2] and |x|"),
         (" 5. The FAQ: 6. _Q: 7. q: 8. Q.", " 5. The FAQ: 6. _Q: 7. q: 8. Q."),
         (" 5. \n", " 5. \n"),
-        ("Q:Q:", ""),
+        ("Q:Q:", "Q:Q:"),
+        ("Q: Q:", ""),
         ("", ""),
     ],
 )
@@ -117,9 +141,10 @@ def test_before_next_question_by_hand(text, before):
 
 
 @given(WRITTEN | st.text("Q:a_ \n"))
-def test_before_next_question_says_what_the_slow_pattern_says(text):
-    found = NEXT_QUESTION.search(text)
-    assert prompts.before_next_question(text) == (text[: found.start()].rstrip() if found else text)
+def test_before_next_question_cuts_where_a_line_begins_one(text):
+    lines = text.split("\n")
+    count = next((number for number, line in enumerate(lines) if begins_a_question(line)), None)
+    assert prompts.before_next_question(text) == (text if count is None else "\n".join(lines[:count]).rstrip())
 
 
 @given(WRITTEN)
@@ -376,7 +401,7 @@ def test_the_few_shot_prompt_from_its_first_exemplar_to_the_question(dataset):
     prompt = prompts.open_prompt(asked(dataset), shots)
     assert prompt.endswith(LAST_LINES[dataset] + QUESTION_TEXTS[dataset])
     assert prompt == shots + prompts.open_prompt(asked(dataset))
-    assert len(shown(dataset, "open")) == COUNTS[dataset] == len(NEXT_QUESTION.findall(shots))
+    assert len(shown(dataset, "open")) == COUNTS[dataset] == sum(map(begins_a_question, shots.split("\n")))
     assert prompts.few_shot(dataset, 0) == ""
 
 

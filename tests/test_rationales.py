@@ -1,8 +1,8 @@
 import pytest
+from tiny_model import tokenizer, written_sample
 
-from smlib import prompts, rationales
+from smlib import encoding, prompts, rationales
 from smlib.problems import Problem
-from smlib.sampling import Sample
 
 COIN = Problem("coin_flip/train/a", "coin_flip", "Heads up?", "yes", "yes_no")
 SUM = Problem("chain_arithmetic/train/b", "chain_arithmetic", "How many?", "7", "number")
@@ -15,11 +15,13 @@ def model():
 
     class Stub:
         calls: list = []  # noqa: RUF012
+        tokenizer = tokenizer()
         say = staticmethod(lambda prompt, index: f" step {index}.\nThe answer is yes.")
 
-        def sample(self, asked, n, *, keys, **options):
-            self.calls.append({"prompts": list(asked), "n": n, "keys": list(keys), **options})
-            return [[Sample(self.say(p, i), (), (), "stop") for i in range(n)] for p in asked]
+        def sample_ids(self, prompt_ids, n, *, keys, **options):
+            asked = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompt_ids]
+            self.calls.append({"prompts": asked, "n": n, "keys": list(keys), **options})
+            return [[written_sample(self.say(p, i)) for i in range(n)] for p in asked]
 
     stub = Stub()
     stub.calls = []
@@ -38,6 +40,7 @@ def test_open_rows_word_for_word(model):
     }
     for row in rows:
         assert row.pop("reason")
+        assert encoding.decode(tokenizer(), row.pop("token_ids")) == row["text"]
     assert rows == [
         common | {"index": 0, "text": " a step.", "answer": None, "correct": False},
         common | {"index": 1, "text": " a step.\nThe answer is no.", "answer": "no", "correct": False},
@@ -103,6 +106,7 @@ def test_a_question_without_another_answer_of_its_kind_gets_gold_only(model):
 def rows_of(*texts, problem=COIN):
     return [
         {"id": problem.id, "text": text, "given": "some answer", "answer": "kept as it was", "correct": True}
+        | {"token_ids": encoding.encode_completion(tokenizer(), text, eos=False)}
         for text in texts
     ]
 
@@ -155,4 +159,4 @@ def test_exemplars_come_before_every_prompt_and_a_next_question_stops(model):
         prompts.conditioned_prompt(coin, "no", given),
         prompts.reanswer_prompt(coin, " step 0.", shown),
     ]
-    assert all(call["stop"] == ("\nQ:",) for call in model.calls)
+    assert all(call["stop"] == ("\nQ: ",) for call in model.calls)

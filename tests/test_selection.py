@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_model import tokenizer
+from tiny_model import tokenizer, written_sample
 
 from smlib import dpo, encoding, explore, explore_pipeline, prompts, selection
 from smlib.problems import Problem, generate
-from smlib.sampling import Sample
 
 SHOP = Problem("shop/0", "gsm8k", "How much?", "1000", "number")
 
@@ -30,9 +29,8 @@ class Engine:
     def __init__(self, *texts):
         self.texts = texts
 
-    def sample(self, prompts, n, **drawing):
-        ids = [tuple(encoding.encode_completion(tokenizer(), text)) for text in self.texts]
-        return [[Sample("", found, (0.0,) * len(found), "stop") for found in ids[:n]] for _ in prompts]
+    def sample_ids(self, prompt_ids, n, **drawing):
+        return [[written_sample(text) for text in self.texts[:n]] for _ in prompt_ids]
 
 
 def drawn(problem, *texts):

@@ -5,12 +5,20 @@ from functools import cache
 import torch
 from transformers import LlamaForCausalLM
 
+from smlib import encoding
 from smlib.pretraining import corpus, make_tokenizer, tiny_config
+from smlib.sampling import Sample
 
 
 @cache
 def tokenizer():
     return make_tokenizer([prompt + completion for prompt, completion in corpus(400, seed=0)], share=0.02)
+
+
+def written_sample(text):
+    """A text as if the policy had drawn it."""
+    ids = tuple(encoding.encode_completion(tokenizer(), text))
+    return Sample(text, ids, (0.0,) * len(ids), "stop")
 
 
 def config(layers=1):
