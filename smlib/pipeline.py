@@ -16,8 +16,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -28,6 +27,7 @@ from smlib.artifacts import Stage, require
 from smlib.bulk import Bulk
 from smlib.engines import Engine, chosen, make_engine
 from smlib.errors import UsageError
+from smlib.models import launched
 from smlib.problems import PUBLISHED, TASKS, TRAIN_SETS, DatasetError, Problem, generate, load, pinned_files
 from smlib.roles import Adapters, Roles, SeparateModels
 from smlib.settings import Settings
@@ -384,7 +384,7 @@ def make_reward(formula: str, rewarder: Stage, tokenizer, roles: Roles | None = 
         rewards["learned"] = learned
     elif "learned" in formula:
         weights = rewarder.settings.get("weights", "float32")
-        judge = models.load_policy(rewarder.path("model"), weights).to(PartialState().device)
+        judge = models.load_policy(rewarder.path("model"), weights)
         rewards["learned"] = reward_model.learned_reward(judge, tokenizer)
     return reward_model.weighted_sum(formula, rewards)
 
@@ -392,7 +392,7 @@ def make_reward(formula: str, rewarder: Stage, tokenizer, roles: Roles | None = 
 def make_accelerator(tracker: str, folder: Path) -> Accelerator:
     """accelerate as it was launched, with one of its trackers, or with none where tracker is ""."""
     try:
-        return Accelerator(log_with=tracker or None, project_dir=folder)
+        return models.accelerator(log_with=tracker or None, project_dir=folder)
     except ValueError as error:
         raise UsageError(
             f"tracker {tracker!r} cannot be used: {error}; install it, or choose 'tensorboard'."
@@ -487,11 +487,6 @@ TRAINING = ("02_sft", "03_reward_model", "04_ppo", "06_rft", "06_step_dpo", "06_
 
 
 # ---- what the stages here and in smlib.explore_pipeline share ------------------------------------------------
-
-
-def launched() -> PartialState:
-    """The processes that accelerate or torchrun started, on GPUs or on CPUs, as `models.load_policy` chooses."""
-    return PartialState(cpu=not torch.cuda.is_available())  # else it would take those on CPUs for one each
 
 
 def leave() -> None:

@@ -51,7 +51,7 @@ class VLLMEngine(Engine):
         self.lora, self.loaded = None, 0
         if lora_rank:
             options = {"enable_lora": True, "max_lora_rank": _lora_rank(lora_rank)} | options
-        if torch.cuda.is_available():
+        if not current_platform.is_cpu():
             options = {"gpu_memory_utilization": 0.9 * _free_share()} | options
         # The samples of a prompt share its keys and values only by the prefix cache. "raw" log-probabilities are those
         # before temperature and truncation.
