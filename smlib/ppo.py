@@ -826,7 +826,7 @@ def start_logs(out: Path, state: State) -> None:
 
 
 def write_row(out: Path, row: dict) -> None:
-    with open(out / "log.csv", "a", newline="") as file:
+    with open(out / "log.csv", "a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(row))
         if not file.tell():
             writer.writeheader()

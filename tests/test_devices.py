@@ -46,7 +46,8 @@ pairs = [
 ]
 model = models.load_policy()
 reward_model.train_reward_model(
-    model, tokenizer, problems, pairs, epochs=1, learning_rate=1e-3, batch=4, seed=0, beta=0.5, nll_coef=0.0, progress=None
+    model, tokenizer, problems, pairs, epochs=1, learning_rate=1e-3, batch=4, seed=0, beta=0.5, nll_coef=0.0,
+    progress=None,
 )
 assert model.device == here
 """
