@@ -320,6 +320,15 @@ def train_policy(
     if method not in POLICY_METHODS:
         raise UsageError(f"method {method!r} is unknown; choose one of: {', '.join(POLICY_METHODS)}.")
     reward_model.weighted_sum(reward, dict.fromkeys(REWARDS))  # refuses an unknown one before anything is loaded
+    if method != "ppo" and tracker:
+        raise UsageError(
+            f"tracker {tracker!r} is for method 'ppo': {method!r} writes its log.csv alone; leave the tracker out"
+        )
+    if method != "ppo" and settings.hardware.rollout_engine == "vllm":
+        raise UsageError(
+            f"hardware.rollout_engine = 'vllm' is for method 'ppo': {method!r} draws by the native engine; give "
+            "hardware.rollout_engine = 'native' or 'auto'"
+        )
     tuned, rewarder = require(run_dir, "02_sft"), require(run_dir, "03_reward_model")
     keys = stage_keys(settings, "ppo") | {"reward": reward}
     if method == "ppo":
@@ -392,11 +401,14 @@ def make_reward(formula: str, rewarder: Stage, tokenizer, roles: Roles | None = 
 def make_accelerator(tracker: str, folder: Path) -> Accelerator:
     """accelerate as it was launched, with one of its trackers, or with none where tracker is ""."""
     try:
-        return models.accelerator(log_with=tracker or None, project_dir=folder)
+        accelerator = models.accelerator(log_with=tracker or None, project_dir=folder)
     except ValueError as error:
         raise UsageError(
             f"tracker {tracker!r} cannot be used: {error}; install it, or choose 'tensorboard'."
         ) from error
+    if tracker and not accelerator.log_with:  # accelerate says so in its log alone
+        raise UsageError(f"tracker {tracker!r} is not installed here; install it, or choose 'tensorboard'.")
+    return accelerator
 
 
 def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:

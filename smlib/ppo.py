@@ -93,6 +93,10 @@ class PPOSettings:
         for name, (one, other) in choices.items():
             if getattr(self, name) not in (one, other):
                 raise UsageError(f"{name} {getattr(self, name)!r} is unknown; choose {one!r} or {other!r}.")
+        counts = ("updates", "episodes", "samples_per_question", "epochs", "minibatch", "max_new_tokens")
+        for name, least in (*((name, 1) for name in counts), ("warmup_updates", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"ppo.{name} is {getattr(self, name)}, but must be at least {least}")
         if self.episodes % self.samples_per_question:
             raise UsageError(
                 f"episodes = {self.episodes} is no multiple of samples_per_question = "

@@ -195,7 +195,7 @@ class _Memory:
 
 
 def _memory(platform) -> _Memory | None:
-    """What vLLM counts, once this process has given back what it no longer uses; None on a machine that it knows not."""
+    """What vLLM counts, once this process has given back what it no longer uses; None of other machines."""
     models.free_memory()
     if platform.is_cpu():
         from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
