@@ -82,5 +82,5 @@ def settle_libraries() -> None:
             os.environ["HOME"] = str(_private_folder())
         hub = cache_homes()[0] / "huggingface"
         above = next(folder for folder in hub.parents if os.path.exists(folder))
-        if not os.path.isdir(hub) and not os.access(above, os.W_OK):
+        if not os.path.isdir(hub) and not (above.is_dir() and os.access(above, os.W_OK)):
             os.environ.setdefault("HF_HOME", str(cache_folder() / "huggingface"))

@@ -310,6 +310,39 @@ def test_the_command_line_refuses_in_one_line(capsys):
         assert message in capsys.readouterr().err
 
 
+TERMINAL = """
+import sys
+import smlib.__main__ as runner
+from smlib.errors import UserError
+from smlib.progress import progress_bar
+
+def data(names):
+    with runner._Watch("[1/8] 01 · ½ … \\u2588 いい \\U0001d465", [12.0]):
+        pass
+    with progress_bar("αβγ ·", 3, "…") as bar:
+        bar.update(2)
+        bar.refresh()
+    raise UserError("“no” · \\ud800")
+
+runner.show_data = data
+for arguments in (["--help"], ["run", "--help"], ["data"]):
+    try:
+        code = runner.main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == (arguments == ["data"]), code
+"""
+
+
+@pytest.mark.parametrize("encoding", ["euc_jp", "ascii", "latin-1", "cp1252", "utf-8"])
+def test_a_terminal_that_lacks_a_character_does_not_stop_a_command(encoding):
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    environment.pop("TQDM_DISABLE", None)
+    done = subprocess.run([sys.executable, "-c", TERMINAL], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert b"error: " in done.stderr and b"[1/8] 01 " in done.stdout and b"Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("written", ["true", "True", "TRUE", "false", "False"])
 def test_a_bool_may_be_written_as_shells_and_as_python_do(written):
     args = runner._parser().parse_args(["run", "--task", "all", "--set", f"hardware.cuda_graphs={written}"])
