@@ -17,7 +17,6 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -155,7 +154,7 @@ def batch_of(config: LlamaConfig, choices: Choices) -> Batch:
 def steps(roles: Roles, optimizer, batch: Batch, choices: Choices) -> None:
     """Two optimizer steps: the first finds no moments yet."""
     plan = PPOSettings(minibatch=choices.minibatch, epochs=2, max_update_kl=math.inf, precision=choices.precision)
-    optimize(Accelerator(), roles, optimizer, batch, plan, torch.Generator())
+    optimize(models.accelerator(), roles, optimizer, batch, plan, torch.Generator())
 
 
 def draw(roles: Roles, config: LlamaConfig, choices: Choices) -> None:

@@ -1,0 +1,3 @@
+from smlib.folders import settle_libraries
+
+settle_libraries()

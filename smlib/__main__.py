@@ -166,7 +166,9 @@ def _parser() -> argparse.ArgumentParser:
     policy.add_argument("--method", default="ppo", help="ppo (default), or rloo or grpo by TRL")
     formula = "learned (default), checker, or a sum such as 'learned - 0.1*words'"
     policy.add_argument("--reward", default="learned", help=formula)
-    policy.add_argument("--tracker", default="", help="log to one of accelerate's trackers too, such as tensorboard")
+    policy.add_argument(
+        "--tracker", default="", help="of ppo: log to one of accelerate's trackers too, such as tensorboard"
+    )
     explore = commands.add_parser(
         "explore", help="stages 06, Self-Explore: where wrong rationales go wrong, and DPO there"
     )
@@ -344,6 +346,8 @@ def _assignment(text: str) -> tuple[str, object]:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, such as ppo.updates=10 or REWARD=checker")
     if name in ("PRESET", "TASK", "SEED", "RUN_DIR"):
         raise argparse.ArgumentTypeError(f"{name} has an option of its own, see --help")
+    if value.lower() in ("true", "false"):
+        return name, value.lower() == "true"
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -364,7 +368,7 @@ def run(notebooks_dir: Path, out: Path, values: dict, *, first: int | None = Non
     for option, number in (("--from", first), ("--to", last)):
         if number is not None and number not in numbers:
             raise RunError(f"{option} {number}: there is no such notebook; choose one of {numbers}.")
-    _check_values(sources, values)
+    values = _checked(sources, values)
     _claim(out, values)
     timings = _read(out / "timings.json")
     expected = _earlier_seconds(out, values)
@@ -412,21 +416,22 @@ def parameters(notebook) -> dict:
     return {}
 
 
-def _check_values(sources: dict, values: dict) -> None:
-    defaults = {}
+def _checked(sources: dict, values: dict) -> dict:
+    """The values, each of a parameter that a notebook has and in the type of its default."""
+    from smlib.settings import as_declared
+
+    defaults, checked = {}, {}
     for notebook in sources.values():
         defaults |= parameters(notebook)
     for name, value in values.items():
         if name not in defaults:
             known = ", ".join(sorted(set(defaults) - {"PRESET", "TASK", "SEED", "RUN_DIR"})) or "none"
             raise RunError(f"no notebook has a parameter {name}; those that --set can change: {known}.")
-        default = defaults[name]
-        fits = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
-        if default is not None and not fits:
-            raise RunError(
-                f"{name} = {value!r} is of type {type(value).__name__}; "
-                f"give one of type {type(default).__name__}, such as {default!r}."
-            )
+        try:
+            checked[name] = value if defaults[name] is None else as_declared(name, value, defaults[name])
+        except UsageError as error:
+            raise RunError(str(error)) from None
+    return checked
 
 
 def _claim(out: Path, values: dict) -> None:

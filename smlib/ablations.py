@@ -87,7 +87,7 @@ def policy(
 
 def curve_rows(stage: Stage, settings: Settings, name: str) -> list[dict]:
     """The log of a trained policy, a row for each update: CURVE_COLUMNS; tokens are all drawn so far."""
-    with stage.path("training/log.csv").open() as file:
+    with stage.path("training/log.csv").open(encoding="utf-8") as file:
         log = list(csv.DictReader(file))
     rows, tokens = [], 0
     for row in log:

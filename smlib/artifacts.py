@@ -15,7 +15,6 @@ import errno
 import hashlib
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,14 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
+
 from smlib.errors import UserError
+
+try:
+    import resource
+except ModuleNotFoundError:  # on Windows
+    resource = None
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"  # what a stage that has begun and not ended was asked to do
@@ -182,6 +188,9 @@ def refuse_difference(folder: Path, ours: dict, theirs: dict, place: str) -> Non
 
 def peak_mib() -> float:
     """The most memory this process has held so far (resident set), in MiB."""
+    if resource is None:
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss) / 2**20  # elsewhere what it holds now
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # macOS counts bytes, Linux KiB
 

@@ -17,6 +17,7 @@ from urllib.error import HTTPError
 from filelock import FileLock
 
 from smlib.errors import UserError
+from smlib.folders import cache_folder, cache_homes
 from smlib.progress import progress_bar
 
 
@@ -138,16 +139,22 @@ FILES = {
 }
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smlib"
-
-
 def read_pinned(path: str, data_dir: Path | None = None) -> bytes:
     """The content of a published file, checked by SHA-256.
 
-    From `data_dir`, else SML_DATA_DIR, else the cache (XDG_CACHE_HOME, else ~/.cache), else fetched into it: raw, else
-    from the Hub. A fetch that broke off goes on where it stopped. Raises DatasetError with the way out.
+    From `data_dir`, else SML_DATA_DIR, else the cache (`cache_folder`), else fetched into it: raw, else from the Hub.
+    A fetch that broke off goes on where it stopped. Raises DatasetError with the way out.
     """
+    try:
+        return _read_pinned(path, data_dir)
+    except OSError as error:
+        raise DatasetError(
+            f"{path} cannot be read, or there is nowhere to keep it ({error}). Set SML_DATA_DIR to a local copy; the "
+            "generated tasks run without it."
+        ) from error
+
+
+def _read_pinned(path: str, data_dir: Path | None) -> bytes:
     pinned = FILES[path]
     if data_dir is None and os.environ.get("SML_DATA_DIR"):
         data_dir = Path(os.environ["SML_DATA_DIR"])
@@ -156,7 +163,11 @@ def read_pinned(path: str, data_dir: Path | None = None) -> bytes:
         if not local.is_file():
             raise DatasetError(f"{local} is not there; SML_DATA_DIR must hold {path}, or be unset to download.")
         return _checked(local.read_bytes(), pinned, str(local))
-    cached = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smlib" / path
+    for home in cache_homes():
+        filled = home / "smlib" / path
+        if os.path.isfile(filled):  # in one that cannot be written, too
+            return _checked(filled.read_bytes(), pinned, str(filled))
+    cached = cache_folder() / path
     cached.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{cached}.lock"):
         if not cached.is_file():

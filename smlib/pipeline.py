@@ -16,8 +16,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -30,6 +29,7 @@ from smlib.bulk import Bulk
 from smlib.encoding import use_prompt
 from smlib.engines import Engine, chosen, make_engine
 from smlib.errors import UsageError
+from smlib.models import launched
 from smlib.problems import (
     PUBLISHED,
     TASKS,
@@ -332,6 +332,15 @@ def train_policy(
     if method not in POLICY_METHODS:
         raise UsageError(f"method {method!r} is unknown; choose one of: {', '.join(POLICY_METHODS)}.")
     reward_model.weighted_sum(reward, dict.fromkeys(REWARDS))  # refuses an unknown one before anything is loaded
+    if method != "ppo" and tracker:
+        raise UsageError(
+            f"tracker {tracker!r} is for method 'ppo': {method!r} writes its log.csv alone; leave the tracker out"
+        )
+    if method != "ppo" and settings.hardware.rollout_engine == "vllm":
+        raise UsageError(
+            f"hardware.rollout_engine = 'vllm' is for method 'ppo': {method!r} draws by the native engine; give "
+            "hardware.rollout_engine = 'native' or 'auto'"
+        )
     tuned, rewarder = require(run_dir, "02_sft"), require(run_dir, "03_reward_model")
     keys = stage_keys(settings, "ppo") | {"reward": reward}
     if method == "ppo":
@@ -391,7 +400,7 @@ def make_reward(formula: str, rewarder: Stage, tokenizer, roles: Roles | None = 
         rewards["learned"] = reward_model.LearnedReward(partial(roles.using, "reward"), tokenizer)
     elif "learned" in formula:
         weights = rewarder.settings.get("weights", "float32")
-        judge = models.load_policy(rewarder.path("model"), weights).to(PartialState().device)
+        judge = models.load_policy(rewarder.path("model"), weights)
         rewards["learned"] = reward_model.learned_reward(judge, tokenizer)
     return reward_model.weighted_sum(formula, rewards)
 
@@ -399,11 +408,14 @@ def make_reward(formula: str, rewarder: Stage, tokenizer, roles: Roles | None = 
 def make_accelerator(tracker: str, folder: Path) -> Accelerator:
     """accelerate as it was launched, with one of its trackers, or with none where tracker is ""."""
     try:
-        return Accelerator(log_with=tracker or None, project_dir=folder)
+        accelerator = models.accelerator(log_with=tracker or None, project_dir=folder)
     except ValueError as error:
         raise UsageError(
             f"tracker {tracker!r} cannot be used: {error}; install it, or choose 'tensorboard'."
         ) from error
+    if tracker and not accelerator.log_with:  # accelerate says so in its log alone
+        raise UsageError(f"tracker {tracker!r} is not installed here; install it, or choose 'tensorboard'.")
+    return accelerator
 
 
 def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
@@ -494,11 +506,6 @@ TRAINING = ("02_sft", "03_reward_model", "04_ppo", "06_rft", "06_step_dpo", "06_
 
 
 # ---- what the stages here and in smlib.explore_pipeline share ------------------------------------------------
-
-
-def launched() -> PartialState:
-    """The processes that accelerate or torchrun started, on GPUs or on CPUs, as `models.load_policy` chooses."""
-    return PartialState(cpu=not torch.cuda.is_available())  # else it would take those on CPUs for one each
 
 
 def leave() -> None:

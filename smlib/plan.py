@@ -361,7 +361,7 @@ def _timed(action: Callable[[], object]) -> tuple[float, object]:
 
 def _clock() -> float:
     """Now, when the GPU has done what it was given."""
-    if torch.cuda.is_available():
+    if models.on_gpu():
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -395,7 +395,7 @@ def check(settings: Settings, names: Iterable[str] = ()) -> None:
     result = fit(settings, config, lengths(settings), free, names)
     if result.fits:
         return
-    if torch.cuda.is_available():
+    if models.on_gpu():
         raise DoesNotFit(f"preset {settings.preset!r} on {where}: {result}")
     raise DoesNotFit(
         f"preset {settings.preset!r} needs {result.needed / 1e9:.1f} GB in {result.phase} (computed), and there is no "
@@ -426,7 +426,7 @@ def fit(settings: Settings, config, found: Lengths, capacity: float, names: Iter
 
 def _free_memory() -> tuple[float, str]:
     """Bytes, less what CUDA itself and its workspaces take; and whose they are."""
-    if torch.cuda.is_available():
+    if models.on_gpu():
         return torch.cuda.mem_get_info()[0] - 1e9, torch.cuda.get_device_name()
     return psutil.virtual_memory().available, "this machine"
 

@@ -34,18 +34,19 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import gather_object, reduce
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 
+from smlib import models
 from smlib.answers import Reward, grade_many
 from smlib.artifacts import replacing
 from smlib.encoding import encode_question
 from smlib.errors import UsageError, UserError
-from smlib.models import CONTINUATIONS_PER_ROW, group_size, pack, pad_right
+from smlib.models import CONTINUATIONS_PER_ROW, group_size, launched, pack, pad_right
 from smlib.problems import Problem
 from smlib.progress import progress_bar
 from smlib.reward_model import score_samples
@@ -93,6 +94,10 @@ class PPOSettings:
         for name, (one, other) in choices.items():
             if getattr(self, name) not in (one, other):
                 raise UsageError(f"{name} {getattr(self, name)!r} is unknown; choose {one!r} or {other!r}.")
+        counts = ("updates", "episodes", "samples_per_question", "epochs", "minibatch", "max_new_tokens")
+        for name, least in (*((name, 1) for name in counts), ("warmup_updates", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"ppo.{name} is {getattr(self, name)}, but must be at least {least}")
         if self.episodes % self.samples_per_question:
             raise UsageError(
                 f"episodes = {self.episodes} is no multiple of samples_per_question = "
@@ -495,14 +500,14 @@ def _split(rows: Tensor, micro_batch: int) -> tuple[Tensor, ...]:
 
 def _mine(rows: list) -> list:
     """This process's share of a list: neighbours, in the order of the processes."""
-    state = PartialState()
+    state = launched()
     each = len(rows) // state.num_processes
     return rows[state.process_index * each :][:each]
 
 
 def _my_part() -> slice:
     """This process's share of a minibatch whose groups are sorted by length: every n-th, for equal work."""
-    state = PartialState()
+    state = launched()
     return slice(state.process_index, None, state.num_processes)
 
 
@@ -605,7 +610,7 @@ def train(
     NonFiniteError with the batch saved, and EngineMismatchError before the update.
     """
     check_padding(tokenizer)
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or models.accelerator()
     check_micro_batch(settings, accelerator.num_processes, micro_batch)
     _check_shares(settings, accelerator.num_processes)
     _check_engine(engine, roles, accelerator.num_processes)
@@ -742,7 +747,7 @@ def save_checkpoint(out: Path, roles: Roles, optimizer, state: State, run: dict)
     """Write out/checkpoint-UPDATE in one atomic step, then remove older ones. It holds what training changes:
     the weights that train, the optimizer and the state. All processes call it, the first one writes (with DeepSpeed,
     which knows no whole optimizer, each its part)."""
-    folder, tmp, processes = out / f"checkpoint-{state.update:06d}", out / "checkpoint.tmp", PartialState()
+    folder, tmp, processes = out / f"checkpoint-{state.update:06d}", out / "checkpoint.tmp", launched()
     if folder.exists():
         return
     if processes.is_main_process:
@@ -806,7 +811,7 @@ def trained_roles(roles: Roles, out: Path) -> Roles:
 def _with_batch(error: NonFiniteError, out: Path, batch: Batch, state: State) -> NonFiniteError:
     """The same error, after the batch was saved: it says where and what next."""
     path = out / "nonfinite.safetensors"
-    if PartialState().is_main_process:
+    if launched().is_main_process:
         tensors = {name: value.cpu() for name, value in vars(batch).items() if isinstance(value, Tensor)}
         save_file(tensors, path)
     return NonFiniteError(
@@ -827,7 +832,7 @@ def start_logs(out: Path, state: State) -> None:
 
 
 def write_row(out: Path, row: dict) -> None:
-    with open(out / "log.csv", "a", newline="") as file:
+    with open(out / "log.csv", "a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(row))
         if not file.tell():
             writer.writeheader()

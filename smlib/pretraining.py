@@ -348,7 +348,7 @@ def main(argv: list[str]) -> int:
     if options.start_from:
         tokenizer = models.load_tokenizer(str(options.start_from))
         model = models.load_policy(options.start_from).cpu()
-        before = json.loads((options.start_from / "training.json").read_text())["phases"]
+        before = json.loads((options.start_from / "training.json").read_text(encoding="utf-8"))["phases"]
     else:
         tokenizer = make_tokenizer([prompt + completion for prompt, completion in corpus(8_000, options.seed)])
         model = LlamaForCausalLM(tiny_config(len(tokenizer), tokenizer, options.hidden, options.layers))
@@ -379,6 +379,6 @@ def main(argv: list[str]) -> int:
         "accuracy": accuracy_by_task(model, tokenizer),
         "sha256": hashlib.sha256((options.out / "model.safetensors").read_bytes()).hexdigest(),
     }
-    (options.out / "training.json").write_text(json.dumps(card, indent=2) + "\n")
+    (options.out / "training.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(card, indent=2))
     return 0

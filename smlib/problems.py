@@ -79,7 +79,7 @@ def _digest(question: str) -> str:
 @cache
 def _published_digests() -> frozenset[str]:
     """The first 12 hex digits of the SHA-256 of every published question of the three benchmarks."""
-    return frozenset((Path(__file__).parent / "published_digests.txt").read_text().split())
+    return frozenset((Path(__file__).parent / "published_digests.txt").read_text(encoding="utf-8").split())
 
 
 def generate(dataset: str, n: int, seed: int, split: str = "train") -> list[Problem]:

@@ -146,7 +146,7 @@ def _is_contrast(method: str) -> bool:
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Write rows as csv in one atomic step, numbers with four decimals."""
-    with replacing(path) as tmp, tmp.open("w", newline="") as file:
+    with replacing(path) as tmp, tmp.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
@@ -212,7 +212,7 @@ def combine(paths: Sequence[str | Path]) -> list[dict]:
 def read_csv(path: Path) -> list[dict]:
     """What `write_csv` wrote of `combine`'s rows: numbers are floats again, an empty cell is None."""
     names = ("n", "value", "low", "high", "seeds_low", "seeds_high")
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return [row | {name: float(row[name]) if row[name] else None for name in names} for row in rows]
 

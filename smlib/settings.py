@@ -10,6 +10,7 @@ settings = preset("tiny", sampling={"temperature": 0.7}, reward={"pairs": "base"
 settings = preset("llama2-7b", task="gsm8k", base="some/model@revision")
 """
 
+import sys
 from dataclasses import dataclass, fields, is_dataclass, replace
 
 from smlib.encoding import PROMPTS
@@ -356,12 +357,27 @@ def _override(settings, values: dict, prefix: str):
     for name, value in values.items():
         _check("setting", prefix + name, tuple(prefix + field for field in known))
         old = getattr(settings, name)
-        if is_dataclass(old) and isinstance(value, dict):
-            value = _override(old, value, f"{name}.")
-        if not isinstance(value, type(old)) and not (isinstance(old, float) and isinstance(value, int)):
-            raise UsageError(
-                f"setting {prefix}{name} = {value!r} is of type {type(value).__name__}; "
-                f"give one of type {type(old).__name__}, such as {old!r}."
-            )
-        changes[name] = value
+        if is_dataclass(old) and isinstance(value, dict | type(old)):
+            changes[name] = _override(old, value if isinstance(value, dict) else vars(value), f"{name}.")
+        else:
+            changes[name] = as_declared(f"setting {prefix}{name}", value, old)
     return replace(settings, **changes)
+
+
+def as_declared(name: str, value, like):
+    """The value in the type of `like`, in whose place it comes: 2 where a whole number is declared and 2.0 where a
+    fraction is, however it is written, so that a setting has one form and its stage one fingerprint.
+
+    Raises UsageError where it is of another type, a bool for a number included, and where it is no finite number.
+    """
+    kind = type(like)
+    if kind in (int, float) and type(value) in (int, float):
+        if not abs(value) <= sys.float_info.max:  # nor is NaN
+            raise UsageError(f"{name} = {value!r} is no finite number; give one, such as {like!r}.")
+        if kind is float or value == int(value):
+            return kind(value)
+    elif isinstance(value, kind) and (kind is bool) == (type(value) is bool):
+        return value
+    raise UsageError(
+        f"{name} = {value!r} is of type {type(value).__name__}; give one of type {kind.__name__}, such as {like!r}."
+    )

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Sequence
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -70,7 +69,7 @@ def trainer_options(
     batch: rows per step of all processes together. micro_batch: rows per forward pass of one, 0 = all at once. The
     batch's rows and its gradient depend on neither; it must come out even (ValueError).
     """
-    processes = PartialState(cpu=model.device.type == "cpu").num_processes
+    processes = models.launched().num_processes
     rows = micro_batch_rows(batch, micro_batch, processes)
     return {
         "output_dir": out,
@@ -110,7 +109,7 @@ def dataset(examples: list[dict], idle: dict) -> Dataset:
     idle: one that teaches nothing and has pads for tokens. It comes last in several processes, which all take as many
     rows: those of the last batch that have none take this one.
     """
-    return Dataset.from_list(examples + [idle] * (PartialState().num_processes > 1))
+    return Dataset.from_list(examples + [idle] * (models.launched().num_processes > 1))
 
 
 class _SharedSampler(LengthGroupedSampler):

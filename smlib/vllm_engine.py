@@ -16,12 +16,13 @@ does must be below `if __name__ == "__main__":`.
 
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from smlib import encoding, models
-from smlib.engines import Engine
+from smlib.engines import Engine, EngineError
 from smlib.errors import UsageError
 from smlib.progress import progress_bar
 from smlib.sampling import Ending, Sample, check_drawing, check_lengths, draw_until
@@ -34,8 +35,8 @@ class VLLMEngine(Engine):
 
     base: "tiny", a folder, or a hub id, best with "@" and a revision. lora_rank: the greatest rank of an adapter that
     `load_adapter` may be given, 0 for none. options: arguments of `vllm.LLM`, such as dtype (by default the
-    checkpoint's own), max_model_len, tensor_parallel_size or gpu_memory_utilization (the share of a GPU to take; by
-    default nine tenths of what is free).
+    checkpoint's own), max_model_len, tensor_parallel_size or gpu_memory_utilization (the share of a GPU to take, or
+    without one of the machine's memory; by default nine tenths of what is free).
     """
 
     name = "vllm"
@@ -51,8 +52,9 @@ class VLLMEngine(Engine):
         self.lora, self.loaded = None, 0
         if lora_rank:
             options = {"enable_lora": True, "max_lora_rank": _lora_rank(lora_rank)} | options
-        if torch.cuda.is_available():
-            options = {"gpu_memory_utilization": 0.9 * _free_share()} | options
+        if memory := _memory(current_platform):
+            options = {"gpu_memory_utilization": 0.9 * memory.free / memory.total} | options
+            memory.refuse(options["gpu_memory_utilization"])
         # The samples of a prompt share its keys and values only by the prefix cache. "raw" log-probabilities are those
         # before temperature and truncation.
         options = {"enable_prefix_caching": True} | options
@@ -64,7 +66,11 @@ class VLLMEngine(Engine):
             options = {"enable_chunked_prefill": False} | options
         place, revision = models.locate(base)
         options = {"revision": revision, "tokenizer_revision": revision} | options
-        self.llm = LLM(place, logprobs_mode="raw_logprobs", **options)
+        try:
+            self.llm = LLM(place, logprobs_mode="raw_logprobs", **options)
+        except (RuntimeError, ValueError) as error:
+            asked = memory.asked(options["gpu_memory_utilization"]) if memory else "the cause is above"
+            raise EngineError(f"vLLM does not start with {base}: {error} ({asked}). {_WAY_OUT}") from error
 
     def load_adapter(self, folder: str | Path) -> None:
         """Sample from the base with this peft LoRA adapter from now on; the folder is read at once.
@@ -162,11 +168,40 @@ def _base_seed(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:8], "little") >> 2
 
 
-def _free_share() -> float:
-    """How much of the GPU is free, once this process has given back what it no longer uses of it."""
+_WAY_OUT = (
+    "End other programs, take a smaller model or other weights, or sample by the native engine "
+    "(hardware.engine = 'native')."
+)
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Of a GPU, or of the machine where vLLM computes on the CPU, in bytes."""
+
+    free: float
+    total: float
+
+    def asked(self, share: float) -> str:
+        return (
+            f"vLLM was to take {share * self.total / 1e9:.1f} GB, and {self.free / 1e9:.1f} of {self.total / 1e9:.1f} "
+            "GB of memory are free"
+        )
+
+    def refuse(self, share: float) -> None:
+        """Raise EngineError where vLLM would, with pages of traceback from another process."""
+        if share * self.total > self.free and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            raise EngineError(f"{self.asked(share)}. {_WAY_OUT}")
+
+
+def _memory(platform) -> _Memory | None:
+    """What vLLM counts, once this process has given back what it no longer uses; None of other machines."""
     models.free_memory()
-    free, total = torch.cuda.mem_get_info()
-    return free / total
+    if platform.is_cpu():
+        from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
+
+        found = get_memory_node_info(get_allowed_cpu_list()[0].numa_node)
+        return _Memory(found.available_memory, found.total_memory)
+    return _Memory(*torch.cuda.mem_get_info()) if platform.is_cuda_alike() else None
 
 
 def _lora_rank(rank: int) -> int:

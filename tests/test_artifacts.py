@@ -1,6 +1,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,3 +254,16 @@ def test_where_the_memory_of_a_gpu_runs_out_the_stage_and_the_settings_are_named
     assert isinstance(raised.value.__cause__, torch.OutOfMemoryError) and not stage.done
     with pytest.raises(RuntimeError, match="another fault"), stage.recording():
         raise RuntimeError("another fault")
+
+
+def test_where_the_module_resource_is_missing_as_on_windows_commands_work(tmp_path):
+    script = "import sys, psutil; sys.modules['resource'] = None\n"
+    script += "from smlib.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    # psutil comes first, as its part for Linux needs the module
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    wanted = ["stage", "01_sampling", "--preset", "smoke", "--task", "coin_flip", "--out", str(tmp_path)]
+    for arguments, shown in ((["--help"], "usage: python -m smlib"), (wanted, "01_sampling: ")):
+        command = [sys.executable, "-c", script, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0 and shown in done.stdout, done.stderr
+    assert require(tmp_path, "01_sampling").manifest["peak_mib"] > 100

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from smlib import encoding, engines, explore_pipeline, models, pipeline
+from smlib import encoding, engines, explore_pipeline, models, pipeline, vllm_engine
 from smlib.artifacts import StageMismatch, require
-from smlib.engines import NativeEngine, make_engine
+from smlib.engines import EngineError, NativeEngine, make_engine
 from smlib.problems import generate
 from smlib.prompts import open_prompt
 from smlib.settings import preset
@@ -131,3 +131,11 @@ def test_stages_close_their_engine_before_the_next_model_is_loaded_and_record_wh
         saved = models.load_tokenizer(str(tmp_path / name / "model"))
         assert saved(text) == base(text)
         assert (saved.eos_token_id, saved.pad_token_id) == (base.eos_token_id, base.pad_token_id)
+
+
+def test_vllm_is_not_started_where_less_is_free_than_it_is_to_take(monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    memory = vllm_engine._Memory(free=8e9, total=10e9)
+    memory.refuse(0.8)
+    with pytest.raises(EngineError, match=r"vLLM was to take 9\.2 GB, and 8\.0 of 10\.0 GB of memory are free"):
+        memory.refuse(0.92)

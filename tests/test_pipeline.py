@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from smlib import engines, models, pipeline, ppo, vllm_engine
 from smlib.artifacts import StageError, StageMismatch, require
 from smlib.engines import NativeEngine
+from smlib.errors import UsageError
 from smlib.problems import TASKS
 from smlib.settings import preset
 
@@ -241,6 +242,18 @@ def test_tensorboard_gets_what_the_log_gets(finished, tmp_path):
         assert [event.value for event in events.Scalars(column)] == pytest.approx(list(log[column]), rel=1e-5)
     with pytest.raises(ValueError, match="tracker 'abacus' cannot be used"):
         pipeline.make_accelerator("abacus", tmp_path)
+    with pytest.raises(UsageError, match="tracker 'comet_ml' is not installed here; install it, or choose 'tensorb"):
+        pipeline.make_accelerator("comet_ml", tmp_path)
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_what_a_method_does_not_heed_is_refused_before_any_work(method, tmp_path):
+    with pytest.raises(UsageError, match=f"tracker 'tensorboard' is for method 'ppo': '{method}' writes"):
+        pipeline.train_policy(tmp_path, small(), method, tracker="tensorboard")
+    settings = preset("tiny-lora", hardware={"rollout_engine": "vllm"})
+    with pytest.raises(UsageError, match=f"rollout_engine = 'vllm' is for method 'ppo': '{method}' draws by the nat"):
+        pipeline.train_policy(tmp_path, settings, method)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_published_sets_are_named_and_left_out(monkeypatch, tmp_path):

@@ -12,7 +12,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -400,7 +399,7 @@ def gradients(roles, plan, batch=None, micro_batch=0):
     groups = [{"params": list(weights.values())} for weights in roles.weights().values()]
     recorder = Recorder(groups, lr=0.1)
     batch = batch or measured_batch(roles)
-    steps = ppo.optimize(Accelerator(), roles, recorder, batch, plan, torch.Generator(), micro_batch)["steps"]
+    steps = ppo.optimize(models.accelerator(), roles, recorder, batch, plan, torch.Generator(), micro_batch)["steps"]
     return [total / steps for total in recorder.totals]
 
 

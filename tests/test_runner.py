@@ -310,6 +310,60 @@ def test_the_command_line_refuses_in_one_line(capsys):
         assert message in capsys.readouterr().err
 
 
+TERMINAL = """
+import sys
+import smlib.__main__ as runner
+from smlib.errors import UserError
+from smlib.progress import progress_bar
+
+def data(names):
+    with runner._Watch("[1/8] 01 · ½ … \\u2588 いい \\U0001d465", [12.0]):
+        pass
+    with progress_bar("αβγ ·", 3, "…") as bar:
+        bar.update(2)
+        bar.refresh()
+    raise UserError("“no” · \\ud800")
+
+runner.show_data = data
+for arguments in (["--help"], ["run", "--help"], ["data"]):
+    try:
+        code = runner.main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == (arguments == ["data"]), code
+"""
+
+
+@pytest.mark.parametrize("encoding", ["euc_jp", "ascii", "latin-1", "cp1252", "utf-8"])
+def test_a_terminal_that_lacks_a_character_does_not_stop_a_command(encoding):
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    environment.pop("TQDM_DISABLE", None)
+    done = subprocess.run([sys.executable, "-c", TERMINAL], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert b"error: " in done.stderr and b"[1/8] 01 " in done.stdout and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("written", ["true", "True", "TRUE", "false", "False"])
+def test_a_bool_may_be_written_as_shells_and_as_python_do(written):
+    args = runner._parser().parse_args(["run", "--task", "all", "--set", f"hardware.cuda_graphs={written}"])
+    assert runner.settings_of(args).hardware.cuda_graphs is (written.lower() == "true")
+
+
+@pytest.mark.parametrize(("setting", "message"), [("epochs=0", "ppo.epochs is 0, but"), ("lam=null", "of type float")])
+def test_a_setting_that_cannot_be_is_one_line(setting, message, capsys):
+    assert main(["run", "--set", f"ppo.{setting}"]) == 1
+    shown = capsys.readouterr().err
+    assert message in shown and shown.startswith("error: ") and shown.count("\n") == 1
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_parameter_has_one_form_however_it_is_written(tmp_path, out):
+    write_notebook(tmp_path / "notebooks", "00_start", "print(SHARE, COUNT)", parameters="SHARE = 0.5\nCOUNT = 8")
+    run(tmp_path / "notebooks", out, {"SHARE": 2, "COUNT": 2.0})
+    assert "2.0 2" in output_text(out / "notebooks" / "00_start.ipynb")
+    assert json.loads((out / "run.json").read_text()) == {"SHARE": 2.0, "COUNT": 2}
+
+
 def error_classes(base=UserError):
     for one in base.__subclasses__():
         yield one

@@ -1,9 +1,13 @@
 import re
-from dataclasses import FrozenInstanceError, asdict
+from dataclasses import FrozenInstanceError, asdict, is_dataclass
+from typing import get_origin, get_type_hints
 
 import pytest
 
 from smlib import pipeline
+from smlib.artifacts import Stage
+from smlib.errors import UsageError
+from smlib.ppo import PPOSettings
 from smlib.problems import TASKS
 from smlib.settings import LARGE, PRESETS, preset
 
@@ -66,8 +70,36 @@ def test_overrides_reach_the_groups_and_leave_the_rest_alone():
     assert settings.sampling == plain.sampling
 
 
-def test_a_whole_number_may_stand_for_a_fraction():
-    assert preset("tiny", sampling={"temperature": 1}).sampling.temperature == 1
+@pytest.mark.parametrize(("group", "name"), [("sampling", "temperature"), ("ppo", "updates"), ("sft", "epochs")])
+def test_a_number_has_one_form_however_it_is_written(group, name):
+    whole, fraction = (preset("tiny", **{group: {name: value}}) for value in (2, 2.0))
+    assert whole == fraction and repr(whole) == repr(fraction)
+    run = [Stage("runs", "a stage", pipeline.stage_keys(settings, group)) for settings in (whole, fraction)]
+    assert run[0].fingerprint == run[1].fingerprint
+
+
+def test_a_group_may_come_whole():
+    assert repr(preset("tiny", ppo=PPOSettings(learning_rate=1)).ppo.learning_rate) == "1.0"
+
+
+def each(settings, prefix=""):
+    hints = get_type_hints(type(settings))
+    for name, value in vars(settings).items():
+        yield from each(value, f"{name}.") if is_dataclass(value) else [(prefix + name, value, hints[name])]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_hold_values_of_the_declared_types(name):
+    """So a value that is given again is the same setting."""
+    for setting, value, kind in each(preset(name, "gsm8k")):
+        assert type(value) is (get_origin(kind) or kind), setting
+
+
+@pytest.mark.parametrize("name", ["updates", "episodes", "samples_per_question", "epochs", "minibatch"])
+@pytest.mark.parametrize("value", [0, -4])
+def test_ppo_needs_one_of_each_at_least(name, value):
+    with pytest.raises(UsageError, match=f"ppo.{name} is {value}, but must be at least 1"):
+        preset("tiny", ppo={name: value})
 
 
 @pytest.mark.parametrize(
@@ -101,6 +133,18 @@ def test_a_whole_number_may_stand_for_a_fraction():
             "ppo.updates = 0.5 is of type float; give one of type int",
         ),
         (lambda: preset("tiny", ppo=3), "setting ppo = 3 is of type int"),
+        (lambda: preset("tiny", ppo={"warmup_updates": -1}), "ppo.warmup_updates is -1, but must be at least 0"),
+        (lambda: preset("tiny", ppo={"max_new_tokens": 0}), "ppo.max_new_tokens is 0, but must be at least 1"),
+        (lambda: preset("tiny", ppo={"updates": True}), "ppo.updates = True is of type bool; give one of type int"),
+        (lambda: preset("tiny", ppo={"lam": False}), "ppo.lam = False is of type bool; give one of type float"),
+        (lambda: preset("tiny", ppo={"updates": None}), "ppo.updates = None is of type NoneType; give one of type int"),
+        (lambda: preset("tiny", ppo={"lam": float("nan")}), "ppo.lam = nan is no finite number; give one, such as 1.0"),
+        (lambda: preset("tiny", ppo={"lam": float("inf")}), "ppo.lam = inf is no finite number"),
+        (lambda: preset("tiny", ppo={"updates": float("inf")}), "ppo.updates = inf is no finite number"),
+        (lambda: preset("tiny", ppo={"lam": 10**400}), "is no finite number"),
+        (lambda: preset("tiny", hardware={"cuda_graphs": 1}), "cuda_graphs = 1 is of type int; give one of type bool"),
+        (lambda: preset("tiny", hardware={"cuda_graphs": "true"}), "is of type str; give one of type bool"),
+        (lambda: preset("tiny", sampling={"shots": None}), "is of type NoneType; give one of type str, such as 'none'"),
         (lambda: preset("tiny", reward={"wrong": "none"}), "'none' is unknown; choose one of: open, cond"),
     ],
 )

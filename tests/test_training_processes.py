@@ -59,7 +59,7 @@ def test_the_steps_are_large_enough_to_tell(tmp_path, name):
 
 @pytest.mark.parametrize(("batch", "micro_batch", "rows"), [(4, 0, 1), (8, 2, 2), (16, 1, 1), (16, 4, 4)])
 def test_a_batch_is_shared_by_processes_and_micro_batches(monkeypatch, batch, micro_batch, rows):
-    monkeypatch.setattr(sft, "PartialState", lambda cpu: SimpleNamespace(num_processes=4))
+    monkeypatch.setattr(sft.models, "launched", lambda: SimpleNamespace(num_processes=4))
     options = sft.trainer_options(policy(), 1, 1e-3, batch, 0, "", micro_batch)
     assert options["per_device_train_batch_size"] == rows
     assert options["gradient_accumulation_steps"] * rows * 4 == batch
@@ -87,7 +87,7 @@ def test_all_trainings_begin_where_many_gpus_are_seen(name, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(("batch", "micro_batch", "rows"), [(8, 4, 4), (6, 0, 1), (2, 0, 0), (8, 3, 3)])
 def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch, batch, micro_batch, rows):
-    monkeypatch.setattr(sft, "PartialState", lambda cpu: SimpleNamespace(num_processes=4))
+    monkeypatch.setattr(sft.models, "launched", lambda: SimpleNamespace(num_processes=4))
     message = f"a batch of {batch} cannot be made of micro batches of {rows} in each of 4 processes: give a number"
     with pytest.raises(ValueError, match=message):
         sft.trainer_options(policy(), 1, 1e-3, batch, 0, "", micro_batch)

@@ -12,7 +12,7 @@ from processes import children
 from scipy.stats import chisquare
 
 from smlib import encoding, models, sampling
-from smlib.engines import NativeEngine, make_engine
+from smlib.engines import EngineError, NativeEngine, make_engine
 from smlib.vllm_engine import VLLMEngine, _base_seed
 
 # Little memory and any processor; set before vLLM is imported.
@@ -215,6 +215,25 @@ def test_the_folder_of_an_adapter_is_a_model(native, tmp_path):
 def test_an_adapter_needs_an_engine_that_takes_one(engine, tmp_path):
     with pytest.raises(ValueError, match="this engine takes no adapter: make it with lora_rank="):
         engine.load_adapter(tmp_path)
+
+
+def test_by_default_it_takes_a_share_of_what_is_free(engine):
+    """Of this machine, where vLLM's own default is 0.92 of all, and fails where 18 % are in use."""
+    taken = engine.llm.llm_engine.vllm_config.cache_config.gpu_memory_utilization
+    assert 0 < taken < 0.9
+
+
+def test_more_memory_than_is_free_is_refused_in_a_sentence(monkeypatch, capfd):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    with pytest.raises(EngineError, match=r"vLLM was to take [\d.]+ GB, and [\d.]+ of [\d.]+ GB of memory are free"):
+        make_engine("vllm", "tiny", share=0.999)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_where_vllm_does_not_start_a_sentence_says_so(monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "100000")  # GiB
+    with pytest.raises(EngineError, match=r"vLLM does not start with tiny: .*of memory are free\)\. End other"):
+        VLLMEngine("tiny", enforce_eager=True)
 
 
 def test_a_closed_engine_leaves_no_process():
