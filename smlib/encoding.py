@@ -102,14 +102,29 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
     No end-of-sequence follows, whatever `add_eos_token` says: the text goes on.
     """
+    exact = _exact(tokenizer)
     ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [*_exact(tokenizer).lead, *ids]
+    return [*exact.lead, *_spelled(exact, prompt, ids)]
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str, eos: bool = True) -> list[int]:
     """Token ids of a text that somebody wrote to follow a prompt, closed by end-of-sequence unless eos is False."""
-    ids = _exact(tokenizer).inside.encode(completion, add_special_tokens=False).ids
+    exact = _exact(tokenizer)
+    ids = _spelled(exact, completion, exact.inside.encode(completion, add_special_tokens=False).ids)
     return [*ids, tokenizer.eos_token_id] if eos else ids
+
+
+def _spelled(exact: _Exact, text: str, ids: list[int]) -> list[int]:
+    """Without special tokens for what the text spells out: a Unigram model may take "</s>" for a piece of its own."""
+    if exact.special.isdisjoint(ids):
+        return ids
+    names = {token: exact.inside.id_to_token(token) for token in exact.special}
+    letters = {
+        token: [found for letter in name for found in exact.inside.encode(letter, add_special_tokens=False).ids]
+        for token, name in names.items()
+        if name in text
+    }
+    return [found for token in ids for found in letters.get(token, [token])]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
