@@ -8,7 +8,8 @@ What counts as equal, where LaTeX leaves a choice:
 - A comma list and a set {...} are roots in any order; (a,b) and matrices have an order; (a,b) is not [a,b].
 - A unit, "%", "°" or "\$" may be missing on one side, as in most gold answers; two different ones are unequal.
   "10\%" is never 0.1. The gold answer may leave "%" out only above 1: the gold 0.5 may be a probability.
-- "x=5" says 5 where the gold has no "="; 5 does not say "x=5". "x \in [1,2]" says [1,2].
+- "x=5" says 5, and 5 is right where the gold is "x=5"; "y=5" is not. Where the gold is "y=2x+3", its right side alone
+  is not right. "x \in [1,2]" says [1,2], and so does "1 \le x \le 2".
 - "1,234" is a number and "1, 234" a list. "2\frac{1}{2}" and "2 1/2" are 5/2.
 - Decimals are exact: 0.5 is 1/2, 0.333 is not 1/3. A number in a base (1011_2) must be written like the gold.
 - Words (three letters and more) must be the same, whatever their case: math-verify would take "seat" for "east".
@@ -38,24 +39,25 @@ _worker = Worker()
 def equal(said: str, gold: str, *, seconds: float = 5.0) -> tuple[bool, str]:
     r"""Whether the answer said equals the gold answer, and a phrase that says what was compared.
 
-    Both in LaTeX, as `extract` gives them. Formulas that take longer than `seconds` to compare count as unequal.
+    Both in LaTeX, as `extract` gives them. Formulas that take longer than `seconds` of processor time to compare
+    count as unequal; they are compared anew when they are asked for again.
 
         >>> equal(r"\dfrac12", "0.5")
         (True, 'said \\frac{1}{2}, gold \\frac{1}{2}')
     """
-    return _compared(said, gold, seconds)
+    try:
+        return _compared(said, gold, seconds)
+    except Gone as gone:
+        return False, f"{gone}: said {normalise(said)}, gold {normalise(gold)}"
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=65536)  # keeps verdicts alone: Gone passes through it
 def _compared(said: str, gold: str, seconds: float) -> tuple[bool, str]:
     (left, unit), (right, gold_unit) = _read(said), _read(gold)
     what = f"said {left.text}, gold {right.text}"
     if not _units_agree(unit, gold_unit, right.text):
         return False, f"{what}: units {unit} and {gold_unit or 'none'}"
-    try:
-        return _same(left, right, lambda a, b: _worker.equal(a, b, seconds)), what
-    except Gone as gone:
-        return False, f"{gone}: {what}"
+    return _same(left, _value_of(right, left), lambda a, b: _worker.equal(a, b, seconds)), what
 
 
 def normalise(answer: str) -> str:
@@ -477,6 +479,7 @@ def _same(said: _Shape, gold: _Shape, ask: Callable[[str, str], bool]) -> bool:
         return _same(_right_side(said), gold, ask)
     if said.kind == gold.kind == "value":
         return _may_be_equal(said.text, gold.text) and ask(_explicit(said.text), _explicit(gold.text))
+    said, gold = _as_interval(said, gold.kind), _as_interval(gold, said.kind)
     roots = {said.kind, gold.kind} <= {"list", "set"}
     if (said.kind != gold.kind and not roots) or len(said.parts) != len(gold.parts):
         return False
@@ -517,6 +520,35 @@ def _right_side(said: _Shape) -> _Shape:
     if not name and any(re.search(r"[A-Za-z]", re.sub(r"\\[a-z]+", "", side)) for side in left):
         return _Shape("equation", said.text.replace("=", " = "))
     return _shape(_TOKEN.findall(right))
+
+
+def _value_of(gold: _Shape, said: _Shape) -> _Shape:
+    """Of the gold "x=5" the 5, for an answer that leaves the name out; y=2x+3 stays whole."""
+    name, _, value = gold.text.partition("=")
+    if gold.kind != "value" or not value or "=" in said.text + value or not _NAME.fullmatch(name) or _letters(value):
+        return gold
+    return _shape(_TOKEN.findall(value))
+
+
+_INTERVAL_KINDS = ("()", "[]", "(]", "[)")
+
+
+def _as_interval(chain: _Shape, other: str) -> _Shape:
+    r"""The interval that a chain describes, [1,2) for "1 \le x<2", if the other side is an interval; else the chain."""
+    relations = re.findall(r"<|\\le", chain.kind)
+    if other not in _INTERVAL_KINDS or not relations or len(chain.parts) != len(relations) + 1:
+        return chain
+    ends, name = list(chain.parts), re.compile(r"[A-Za-z]")
+    if len(relations) == 1 and name.fullmatch(ends[1].text):
+        ends.append(_Shape("value", r"\infty"))
+        relations.append("<")
+    elif len(relations) == 1 and name.fullmatch(ends[0].text):
+        ends.insert(0, _Shape("value", r"-\infty"))
+        relations.insert(0, "<")
+    if len(ends) != 3 or not name.fullmatch(ends[1].text):
+        return chain
+    kind = ("(" if relations[0] == "<" else "[") + (")" if relations[1] == "<" else "]")
+    return _Shape(kind, f"{kind[0]}{ends[0].text}, {ends[2].text}{kind[1]}", (ends[0], ends[2]))
 
 
 _COMMANDS = {
