@@ -23,6 +23,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
 
+from smlib import wording
 from smlib.math_worker import Gone, Worker
 from smlib.prompts import before_next_question
 
@@ -31,6 +32,12 @@ LONGEST = 500  # characters of an answer; the longest gold answers of MATH have 
 
 class Invalid(Exception):
     """The text holds no single answer; the message says why."""
+
+
+def refuse(reason: str | None) -> None:
+    """Raise Invalid if there is a reason to."""
+    if reason:
+        raise Invalid(reason)
 
 
 _worker = Worker()
@@ -76,6 +83,8 @@ def normalise(answer: str) -> str:
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _UNBRACED = re.compile(r"[^\s$]+")
 _CUE = re.compile(r"\b(?<!Given )(?:[Aa]nswer|ANSWER)\*{0,2}(?: \([^()\n]{0,40}\))?(?: ?:| (?:is|IS)\b):?")
+_BOX_AROUND = re.compile(r"(?:\\(?:boxed|fbox|text[a-z]*|math[a-z]*|bf|displaystyle|[lL]arge|[hH]uge)\s*\{\s*)+$")
+_LAST_SENTENCE = re.compile(r"[.!?]\s|\b(?:because|since)\b")
 _DISPLAY = re.compile(r"\$\$([^$]{1,1000})\$\$|\\\[(.{1,1000}?)\\\]", re.DOTALL)
 _SENTENCE_END = re.compile(
     r"[.!?](?=\s|\*|\$|$)|,?\s+(?:because|since|which|where)\b|,\s+(?:so|as)\b|\n", re.IGNORECASE
@@ -83,15 +92,20 @@ _SENTENCE_END = re.compile(
 _FILLER = re.compile(r"[\s*:=]*(?:(?:the|therefore|thus|simply|just|indeed|equal to|given by)\b[\s:*]*)*")
 _NOT = re.compile(r"[\W_]*not\b", re.IGNORECASE)
 _OR = re.compile(r"\bor\b")
-_OR_BEFORE = re.compile(r"\bor\b[\s$,]*(?:maybe|perhaps|possibly|even)?[\s$]*(?:\w{1,3}\s*=\s*)?$")
+OR_BEFORE = re.compile(r"\bor\b[\s$,]*(?:maybe|perhaps|possibly|even)?[\s$]*(?:\w{1,3}\s*=\s*)?$")
 _OR_AFTER = re.compile(r"[\s$,.)]*\bor\b")
-_JOINED = re.compile(r"[\s$]*(?:[,;]|and\b)[\s$]*(?:and\b)?[\s$]*(?:\w{1,3}\s*=\s*)?[\s$]*")
+# Between two boxes that are both offered: marks alone, or these words, within a sentence.
+_JOINED = re.compile(
+    r"(?:[^\w\n.!?\\]|\\(?:q?quad|text|mbox)(?![a-z])"
+    r"|(?<![a-z])(?:and|or|maybe|perhaps|possibly|otherwise|else|vs|versus)\b)*(?:[,;]\s*)?(?:\w{1,3}\s*=\s*)?[\s$]*(?<!\n)"
+)
 # -\boxed{5}, 10^{\boxed{5}}, \boxed{5}\sqrt{2}, "\boxed{5} million": the answer is more than the box.
-_FORMULA_BEFORE = re.compile(r"(?:(?<=\S)\s*[-+/]|\d|[\^_]\{?|\\(?:cdot|times|pm|[dtc]?frac\{|sqrt\{))\s*$|^-$")
+FORMULA_BEFORE = re.compile(r"(?:(?<=\S)\s*[-+/]|\d|[\^_]\{?|\\(?:cdot|times|pm|[dtc]?frac\{|sqrt\{))\s*$|^-$")
 _FORMULA_AFTER = re.compile(
     r"[A-Za-z\d(]|\s*(?:[-+/_]|\^(?!\s*\{?\s*\\circ)|\\(?:cdot|times|pm|sqrt|pi|[dtc]?frac))"
-    r"|[\s$]*(?:hundred|thousand|million|billion|dozen)"
+    rf"|[\s$]*(?:\\[a-z]+\{{)?\s*(?:{'|'.join(wording.SCALES)})"
 )
+ANNOUNCEMENTS = (_CUE, _BOX)  # what announces an answer
 
 
 def extract(output: str) -> str:
@@ -108,6 +122,7 @@ def extract(output: str) -> str:
     if not cues and not boxes:
         raise Invalid("no box and no answer sentence")
     start = cues[-1].end() if cues else 0
+    refuse(cues and wording.offered_before(text[: cues[-1].start()]))
     if boxes and boxes[-1].start() >= start:
         said = _boxed(text, boxes, start)
     else:
@@ -128,10 +143,12 @@ def _boxed(text: str, boxes: Sequence[re.Match], start: int) -> str:
     said, end = _content(text, box.end())
     before = text[max(start, box.start() - LONGEST) : box.start()].rpartition("\n")[2]
     after = text[end : end + LONGEST]
-    if _FORMULA_BEFORE.search(before) or _FORMULA_AFTER.match(after):
+    refuse_before_box(before, at_least=start > 0)
+    if _FORMULA_AFTER.match(after):
         raise Invalid("the box holds only a part of the formula")
+    refuse(wording.denied_after(after) or wording.taken_back("".join(_SENTENCE_END.split(after, maxsplit=1)[1:])))
     others = []
-    if found := _OR_BEFORE.search(before):
+    if found := OR_BEFORE.search(before):
         others.append(before[: found.start()])
     if found := _OR_AFTER.match(after):
         others.append(_SENTENCE_END.split(after[found.end() :], maxsplit=1)[0])
@@ -141,6 +158,18 @@ def _boxed(text: str, boxes: Sequence[re.Match], start: int) -> str:
             others.append(other)
     _refuse_several([said, *others])
     return said.strip()
+
+
+def refuse_before_box(before: str, *, at_least: bool) -> None:
+    """Raise Invalid if the words of a line before its box deny or bound the answer, or make the box a piece of it.
+
+    at_least: "at least" bounds it as well. Without an answer sentence, "we need at least" and a box is no bound.
+    """
+    before = _BOX_AROUND.sub("", before)
+    if FORMULA_BEFORE.search(before) or wording.piece_before(before):
+        raise Invalid("the box holds only a part of the formula")
+    sentence = _LAST_SENTENCE.split(before)[-1]
+    refuse(wording.denied(sentence) or wording.bounded(sentence, at_least=at_least))
 
 
 def _content(text: str, start: int) -> tuple[str, int]:
@@ -159,17 +188,14 @@ def _content(text: str, start: int) -> tuple[str, int]:
 def _sentence(rest: str) -> str:
     rest = _DISPLAY.sub(lambda found: f"${' '.join((found[1] or found[2]).split())}$", rest, count=1)
     rest = rest[_FILLER.match(rest).end() :]
-    sentence = _SENTENCE_END.split(rest, maxsplit=1)[0].strip(" *")
-    refuse_not(sentence)
+    sentence, *more = _SENTENCE_END.split(rest, maxsplit=1)
+    refuse(wording.taken_back("".join(more)))
+    sentence = sentence.strip(" *")
+    if _NOT.match(sentence):
+        raise Invalid("the answer sentence only says what the answer is not")
     alternatives = _OR.split(sentence)
     _refuse_several(alternatives)
     return alternatives[0].strip()
-
-
-def refuse_not(sentence: str) -> None:
-    """Raise Invalid for "not 5"."""
-    if _NOT.match(sentence):
-        raise Invalid("the answer sentence only says what the answer is not")
 
 
 def _refuse_several(answers: Sequence[str]) -> None:
@@ -217,7 +243,7 @@ _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 
 
 def _clean(answer: str) -> str:
-    text = answer.translate(_UNICODE)
+    text = wording.plain(answer.translate(_UNICODE))
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = text.lstrip(" ,;:=").rstrip(" .,;:=")
