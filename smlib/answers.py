@@ -9,13 +9,12 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
-from fractions import Fraction
 from functools import lru_cache
 
-from smlib import math_answers
+from smlib import math_answers, number_answers, wording
 from smlib.errors import UsageError
 from smlib.math_answers import Invalid as _Invalid
+from smlib.math_answers import refuse
 from smlib.problems import LETTERS, Problem
 from smlib.prompts import before_next_question
 
@@ -48,7 +47,7 @@ def grade(output: str, problem: Problem) -> Verdict:
         said = _read(output, problem)
     except _Invalid as invalid:
         return Verdict(False, None, f"invalid: {invalid}; gold {gold}")
-    correct = said == gold or (problem.kind == "number" and _is_rounded(gold, said))
+    correct = said == gold or (problem.kind == "number" and number_answers.is_rounded(gold, said))
     return Verdict(correct, said, f"said {said}, gold {gold}")
 
 
@@ -80,10 +79,18 @@ def extract(output: str, problem: Problem) -> str | None:
 def _read(output: str, problem: Problem) -> str:
     if problem.kind == "math":
         return math_answers.normalise(math_answers.extract(output))
-    return _reader(problem)(_answer_line(output), problem)
+    reader = _reader(problem)
+    line, rest, is_label = _answer_line(output)
+    sentence = _SENTENCE_END.split(line, maxsplit=1)[0]
+    after = line[len(sentence) :] + rest
+    refuse(wording.taken_back(after))
+    said = reader(sentence, line, problem)
+    if is_label and problem.kind == "number":
+        number_answers.refuse_rationale(said, sentence, after)
+    return said
 
 
-def _reader(problem: Problem) -> Callable[[str, Problem], str]:
+def _reader(problem: Problem) -> Callable[[str, str, Problem], str]:
     if problem.kind not in _READERS:
         raise UsageError(
             f"{problem.id}: answers of kind {problem.kind!r} cannot be judged: allowed are {', '.join(_READERS)} "
@@ -95,7 +102,7 @@ def _reader(problem: Problem) -> Callable[[str, Problem], str]:
 @lru_cache(maxsize=65536)
 def _gold(problem: Problem) -> str:
     try:
-        return _reader(problem)(_answer_line(f"The answer is {problem.answer}"), problem)
+        return _read(f"The answer is {problem.answer}", problem)
     except _Invalid as invalid:
         raise UsageError(
             f"{problem.id}: the gold answer {problem.answer!r} cannot be read as kind {problem.kind!r}: {invalid}; "
@@ -105,17 +112,39 @@ def _gold(problem: Problem) -> str:
 
 # ------------------------------------------------------------------------------------ where the answer stands
 
+# After "A:" an answer of few words. A rationale begins there as well ("A: There are 15 trees"), so no words may stand
+# before a number.
+_SHORT = (
+    r"(?=\s*[^\w\n]*(?:(?:yes|no)\b|\(?[A-Za-z]\)?(?!\w)|(?:[^\W\d]++[^\w\n]*+){1,4}$"
+    r"|\d[^A-Za-z\n]*+(?:[A-Za-z]++[^\w\n]*+){0,3}?(?:$|(?<=[.!?]\s)|(?=because\b|since\b))))"
+)
 # "the answer is", "the answer (Yes or No) is:", "Answer: ", and "A:" or "####" at the start of a line. Not so
 # "The answer (in words) is twelve", said again after the digits, nor "Given answer:", the hint of a prompt.
 _CUE = re.compile(
     r"\b(?<!Given )(?:[Aa]nswer|ANSWER)\*{0,2}(?! \((?:in )?(?:words|english|roman))(?: \([^()\n]{0,40}\))?"
-    r"(?: ?:| (?:is|IS)\b):?|^A:|^####",
+    rf"(?: ?:| (?:is|IS)\b):?|^A:{_SHORT}|^####",
     re.MULTILINE,
 )
 _BOX = re.compile(r"\\boxed\{")
-_LATEX = re.compile(r"\\(?:text|boxed)\{([^{}\n]{0,100})\}")
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\{(-?\d{1,40})\}\{(\d{1,40})\}")
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\b(?:because|since)\b")
+_JOINED_BOX = re.compile(r"\\boxed\{[^{}]*\}[\s$,;&|/]*(?:and\b|or\b|vs\b)?[\s$]*$")
+# <<9*2=18>> of GSM8K, and tags as </s> and <answer>
+_ANNOTATION = re.compile(r"<<[^<>\n]{0,200}>>|</?[A-Za-z|][^<>\n]{0,40}>")
+_LATEX_FRACTION = re.compile(r"(?:(?<=\d) ?)?\\[dtc]?frac ?(?:\{(-?\d{1,40})\}|(\d)) ?(?:\{(\d{1,40})\}|(\d))")
+_LATEX_BOX = re.compile(
+    r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf)|mbox|emph|f?boxed|fbox)\{([^{}\n]{0,100})\}"
+)
+_LATEX_MARKS = [
+    (re.compile(pattern), mark)
+    for pattern, mark in [
+        (r"\\(?:f?boxed|fbox|text)\{", " "),  # not closed
+        (r"\\(?:left|right|displaystyle|q?quad|approx)(?![A-Za-z])|\\[,;:!()\[\] ]", " "),
+        (r"\^ ?\{?\\circ\}?|\\degree(?![A-Za-z])", "°"),
+        (r"\\(?:cdot|times)(?![A-Za-z])", "×"),
+        (r"\\([$%&#_])", r"\1"),
+        (r"\\n(?![A-Za-z])", "\n"),  # a line break, written as two characters
+    ]
+]
+_SENTENCE_END = re.compile(r"(?<!\.)(?<!\bvs)[.!?](?=\s|$)|\b(?:because|since)\b")
 _ALPHANUMERIC = re.compile(r"[^\W_]")
 
 
@@ -125,164 +154,180 @@ def answer_start(text: str) -> int | None:
     return max(starts, default=None)
 
 
+# What leads to an announcement and says nothing without it: "So the", "Therefore, among A through E, the final", "**".
+_LEAD_IN = re.compile(
+    r"(?:(?<!\w)(?:so|thus|therefore|hence|then|and|finally|consequently|ultimately|accordingly|overall|the|an?|my|our"
+    r"|your|this|that|which|final|correct|right|best|short|is|are|answer|result|we (?:get|have|find|conclude)"
+    r"|I (?:think|believe|conclude|get)|(?:in|to) conclu(?:sion|de)|(?:this|which|that) (?:means|gives)|gives us"
+    r"|among \(?A\)? through \(?[A-Z]\)?)(?!\w)[^\w\s]*|(?<!\S)[^\w\s]+|\s)+$",
+    re.IGNORECASE,
+)
+_OPENING = "-*_#>$({[\\=~:,;—–"  # marks that open what the announcement closes
+
+
 def before_answer(text: str, problem: Problem) -> str:
-    from smlib.prompts import split_answer
+    """The beginning of a rationale that announces no answer: the text up to the first words that do.
 
-    return split_answer(text)[0].rstrip()
+    Those words are what the judge looks for in any kind of problem, without what leads to them ("So the", "**"):
+
+        >>> before_answer(" Bob: tails.\\nSo the answer is yes.", problem)
+        ' Bob: tails.'
+
+    The result is a beginning of the text, without white space at its end, and never goes into a next question.
+    """
+    kept = before_next_question(text).rstrip()
+    while (start := _first_announcement(kept)) is not None:
+        kept = kept[:start].rstrip(_OPENING)
+        while found := _LEAD_IN.search(kept, max(0, len(kept) - 200)):
+            kept = kept[: found.start()]
+    return kept
 
 
-def _answer_line(output: str) -> str:
-    """The first line with a letter or digit after the last cue, at most 300 characters, without LaTeX."""
+def _first_announcement(text: str) -> int | None:
+    found = [pattern.search(text) for pattern in (_CUE, *math_answers.ANNOUNCEMENTS)]
+    return min((one.start() for one in found if one), default=None)
+
+
+def _answer_line(output: str) -> tuple[str, str, bool]:
+    """The first line with a letter or digit after the last cue, at most 300 characters, what follows it, and whether
+    the cue is a label ("Answer:") and no sentence. Without LaTeX, with one form for digits and blanks."""
     text = before_next_question(output)
-    start = -1
-    for cue in _CUE.finditer(text):
-        start = cue.end()
-    box = text.rfind(r"\boxed{")
+    cue = None
+    for cue in _CUE.finditer(text):  # noqa: B007 (the last one)
+        pass
+    start, box = cue.end() if cue else -1, text.rfind(r"\boxed{")
     if box > start and (start < 0 or "\n" in text[start:box]):
         start = box  # a box inside the answer sentence is part of it ("is \boxed{5} or \boxed{6}")
-    if start < 0:
+        before = text[max(0, box - 200) : box].rpartition("\n")[2]
+        if math_answers.OR_BEFORE.search(before) or _JOINED_BOX.search(before):
+            raise _Invalid("several answers, of them a box")
+        math_answers.refuse_before_box(before, at_least=False)
+    elif start < 0:
         raise _Invalid("no answer sentence")
-    rest = text[start : start + 600]
-    if "\\" in rest:
-        rest = _LATEX_FRACTION.sub(r"\1/\2", rest).replace("\\$", "$").replace("\\%", "%")
-        rest = _LATEX.sub(r"\1", _LATEX.sub(r"\1", rest))
+    else:
+        refuse(wording.offered_before(text[: cue.start()]))
+    rest = _without_latex(wording.plain(text[start : start + 600]))
     first = _ALPHANUMERIC.search(rest)
     if first is None:
         raise _Invalid("the answer sentence is empty")
-    return rest[rest.rfind("\n", 0, first.start()) + 1 :].partition("\n")[0][:300].strip()
+    line, _, after = rest[rest.rfind("\n", 0, first.start()) + 1 :].partition("\n")
+    return line[:300].strip(), "\n" + after, start != box and not cue[0].lower().rstrip(":").endswith("is")
 
 
-def _sentence(line: str) -> str:
-    return _SENTENCE_END.split(line, maxsplit=1)[0]
+def _without_latex(text: str) -> str:
+    if "<" in text:
+        text = _ANNOTATION.sub("", text)
+    if "\\" in text:
+        text = _LATEX_FRACTION.sub(lambda found: f"{_apart(found)}{found[1] or found[2]}/{found[3] or found[4]}", text)
+        text = _LATEX_BOX.sub(r"\1", _LATEX_BOX.sub(r"\1", text))
+        for pattern, mark in _LATEX_MARKS:
+            text = pattern.sub(mark, text)
+    return text
 
 
-# --------------------------------------------------------------------------------------------- the four kinds
+def _apart(fraction: re.Match) -> str:
+    """A space between 2 and 1/2 in 2\\frac{1}{2}."""
+    return " " if fraction.string[: fraction.start()][-1:].isdigit() else ""
 
-_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-_NUMBER = re.compile(
-    r"(?P<minus>(?<![\w)])[-−–]|\b(?:minus|negative) )?[$£€]?(?P<minus_after_currency>[-−])?(?<!\w)"
-    rf"(?:(?P<whole>\d+) (?P<part>\d+/\d+)|(?P<value>{_DIGITS})(?: ?/ ?(?P<over>{_DIGITS}))?)",
-    re.ASCII,
+
+# ------------------------------------------------------------------- three of the kinds; see also number_answers
+
+_FILLER = (
+    r"[\W_]*(?:(?:the|correct|option|choice|letter|most|either|to|be"
+    r"|(?!(?:unlike|hard|scarce|bare|rare)ly)[a-z]+ly)\W+){0,5}"
 )
-# 3-0, 3:46, 2, 80, 1 3 6, 1e5, 70 + 16, 2*age, 2 + age: the number found is only a piece of something else.
-_GOES_ON = re.compile(
-    r"[ )%]*(?:(?:[-−–+*/×÷:^,.x]|\\times)+ *[($£€]*|[$£€])?\d|[eE][-+]?\d|(?: [+*×÷] |\*)[A-Za-z(]", re.ASCII
-)
-# Left of "=": x - 10, 3(x), 2x, \frac{2}{x}, but neither "x" alone nor "3 x 6".
-_UNKNOWN = re.compile(r"\d[xyz]\b|[-+*/({] *[xyz]\b|\b[xyz] *[-+*/)}]")
-_PERCENT = re.compile(r" ?%| ?per ?cent", re.IGNORECASE)
-_JOINS = {"or", "and", "to"}
-
-
-def _number(line: str, problem: Problem) -> str:
-    """The first number of the sentence, or of what stands right of its last "=" ("9 + 8 = 17" says 17).
-
-    "10%" says 10 where the gold is written with "%" or the question speaks of percent (GSM8K asks "what
-    percentage" and writes 10); elsewhere it may mean 0.1 and is invalid.
-    """
-    math_answers.refuse_not(line)
-    left, _, sentence = _sentence(line).rpartition("=")
-    if _UNKNOWN.search(left.rpartition("=")[2]):
-        raise _Invalid("an equation that is not solved")
-    found = _NUMBER.search(sentence)
-    if found is None:
-        raise _Invalid("no number in the answer sentence")
-    if _GOES_ON.match(sentence, found.end()):
-        raise _Invalid(f"{sentence.strip()[:40]!r} is not one number")
-    if _PERCENT.match(sentence, found.end()) and not any(map(_PERCENT.search, (problem.answer, problem.question))):
-        raise _Invalid("a percentage where none is asked for")
-    said = _value(found)
-    second = _NUMBER.search(sentence, found.end())
-    if second:
-        between = sentence[found.end() : second.start()].lower().replace(",", " ").split()
-        if len(between) <= 4 and _JOINS.intersection(between) and _value(second) != said:
-            raise _Invalid(f"several answers, {said} and {_value(second)}")
-    return said
-
-
-def _value(found: re.Match) -> str:
-    """Canonical form of a matched number: "1,000.0" gives "1000", "3/4" gives "0.75", "2/6" gives "1/3"."""
-    if len(found[0]) > 60:
-        raise _Invalid("a number of more than 60 characters")
-    try:
-        if found["whole"]:
-            exact = int(found["whole"]) + Fraction(found["part"])
-        else:
-            over = Fraction((found["over"] or "1").replace(",", ""))
-            exact = Fraction(found["value"].replace(",", "")) / over
-    except ZeroDivisionError:
-        raise _Invalid("a division by zero") from None
-    if found["minus"] or found["minus_after_currency"]:
-        exact = -exact
-    decimal = f"{(Decimal(exact.numerator) / exact.denominator).normalize():f}"
-    return decimal if Fraction(decimal) == exact else str(exact)
-
-
-def _is_rounded(gold: str, said: str) -> bool:
-    """AddSub and SingleEq print floats as gold (0.6666666666666666): 2/3 is that number."""
-    return len(gold.partition(".")[2]) >= 10 and abs(Fraction(gold) - Fraction(said)) < Fraction(1, 10**9)
-
-
-_FILLER = r"[\W_]*(?:(?:the|correct|option|choice|letter|most|either|to|be|[a-z]+ly)\W+){0,5}"
 # A bare "A" before a small letter is an article ("A movie"), unless it is joined or explained ("A or B").
-_BARE = r"(?!A (?!or\b|and\b|is\b)[a-z])[A-Z](?![\w'’])"
+_BARE = r"(?!A (?!or\b|and\b|is\b|to\b|through\b|vs\b|but\b|maybe\b)[a-z])[A-Z](?!\w|['’]\w)"
 _LABEL = re.compile(rf"(?i:{_FILLER})(?:\(([A-Za-z])\)|({_BARE}))")
 _PARENTHESISED = re.compile(r"\(([A-Z])\)")
-_ANOTHER_LABEL = re.compile(rf"(?:\b(?:or|and|nor)\b(?: [a-z]+)?|[,;/&]) *\(?({_BARE})")
+# What may stand between two labels that are both offered; "could be" offers one unless the first is "most likely".
+_ANOTHER_LABEL = re.compile(
+    r"(?:\b(?:or|and|nor|to|through|thru|versus|vs\.?|plus|otherwise|else|alternatively|maybe|perhaps|possibly"
+    r"|(?:together|along) with|as well as)\b(?:,? [a-z]+)?(?:,? (?:it|also|is|could|might|may|be|even|perhaps|maybe))*"
+    r"|(?P<weak>\b(?:could|might|may)(?: also| well| even)* be)|[^\w\s()]|(?<=[A-Z)]) ?(?=\(?[A-Z]\b))[\s*$\"']*"
+    rf"(?:\(([A-Za-z])\)|({_BARE}))"
+)
+_ONLY_LABELS = re.compile(r"\W*(?:\(?[A-Z]\b\W*){2,}")
 
 
-def _choice(line: str, problem: Problem) -> str:
+def _choice(sentence: str, line: str, problem: Problem) -> str:
     """The letter of the option named by its label, or by its exact text."""
     choices = problem.choices
     allowed = LETTERS[: len(choices) or 5]
-    sentence = _sentence(line)
     for text in (line, sentence):
         key = _option_key(text)
         named = [allowed[i] for i, option in enumerate(choices) if _option_key(option) == key]
         if len(named) == 1 and not (len(key) == 1 and key.isalpha()):
             return named[0]
-    math_answers.refuse_not(line)
     found = _LABEL.match(sentence) or _PARENTHESISED.search(sentence)
     if found is None:
         raise _Invalid("no option in the answer sentence")
+    before, after = sentence[: found.start(found.lastindex)], sentence[found.end() :]
+    refuse(wording.denied(before) or wording.bounded(before) or wording.denied_after(after))
     letter = found[found.lastindex].upper()
     if letter not in allowed:
         raise _Invalid(f"{letter} is not one of the options A to {allowed[-1]}")
-    for other in _ANOTHER_LABEL.findall(sentence, found.end()):
-        if other != letter and other in allowed:
-            raise _Invalid(f"several answers, {letter} and {other}")
+    text = choices[allowed.index(letter)] if choices else ""
+    if after and _option_key(after.strip("),:;- ")) != _option_key(text):
+        _refuse_other_label(letter, allowed, sentence, found.end())
+    if _ONLY_LABELS.fullmatch(line) and len(set(re.findall(r"[A-Z]", line))) > 1:
+        raise _Invalid(f"several answers, {line[:40]}")
     return letter
 
 
+def _refuse_other_label(letter: str, allowed: str, sentence: str, start: int) -> None:
+    """Raise Invalid if the sentence offers another option from there on."""
+    decided = re.search(r"\b(?:most likely|probably)\b", sentence[:start])
+    for other in _ANOTHER_LABEL.finditer(sentence, start):
+        name = other[other.lastindex].upper()
+        if name != letter and name in allowed and not (other["weak"] and decided):
+            raise _Invalid(f"several answers, {letter} and {name}")
+
+
 def _option_key(text: str) -> str:
-    return text.strip(" \t.:*\"'“”").casefold()
+    return wording.plain(text).strip(" \t.:*\"'“”").casefold()
 
 
-_YES_NO = re.compile(rf"{_FILLER}(yes|no)\b", re.IGNORECASE)
-_ANOTHER_YES_NO = re.compile(r"\W*(?:\b(?:or|and)\b|/)\W*(yes|no)\b", re.IGNORECASE)
+# "No" before another word denies that word ("no one knows", "no doubt it is heads"), except before one that goes on.
+_GOES_ON = r"because|since|as|but|it|he|she|they|we|you|the|this|that|there|if|when|or|and|in"
+_NO = rf"no\b(?!-|[.]? *\d| (?!(?:{_GOES_ON})\b)[a-z])"
+_YES_NO = re.compile(rf"{_FILLER}(yes\b(?!-)|{_NO})", re.IGNORECASE)
+_ANOTHER_YES_NO = re.compile(
+    r"\b(yes|no\b(?![- ][a-z]|[.]? *\d)|no (?=if|when|otherwise|in part|or|and|wait|maybe|sorry|actually))\b",
+    re.IGNORECASE,
+)
 
 
-def _yes_no(line: str, problem: Problem) -> str:
+def _yes_no(sentence: str, line: str, problem: Problem) -> str:
     found = _YES_NO.match(line)
     if found is None:
         raise _Invalid("the answer sentence begins with neither yes nor no")
     said = found[1].lower()
-    other = _ANOTHER_YES_NO.match(line, found.end())
-    if other and other[1].lower() != said:
-        raise _Invalid("several answers, yes and no")
+    refuse(wording.denied_after(line[found.end() :]))
+    for other in _ANOTHER_YES_NO.finditer(line, found.end()):
+        if other[1].lower().strip() != said:
+            raise _Invalid("several answers, yes and no")
     return said
 
 
 _QUOTED = re.compile(r"[\"“]([^\"“”]{1,100})[\"”]")
-_BETWEEN_LETTERS = re.compile(r"[\s,\-–.:*\"'“”‘’]+")
+_BETWEEN_LETTERS = re.compile(r"[\s,\-–.:*`\"'“”‘’]+")
+# Words beside a quoted word that make another answer of it: 'the reverse of "yajo"', '"yajo" or jayo'.
+_CHANGED = re.compile(
+    r"\b(?:or|and|not|nor|revers\w+|backwards?|without|plus|minus|followed|preceded|anagram|before|after|instead|maybe"
+    r"|perhaps|possibly|otherwise|but|twice|rather|spelled|replac\w+|remov\w+)\b|n't\b|[+|/&]",
+    re.IGNORECASE,
+)
 
 
-def _letters(line: str, problem: Problem) -> str:
+def _letters(sentence: str, line: str, problem: Problem) -> str:
     """One word, or letters spelled one by one ("n-a-e-y"); quotes mark the word inside a longer sentence."""
-    sentence = _sentence(line)
     quoted = set(_QUOTED.findall(sentence))
-    if len(quoted) > 1:
-        raise _Invalid("several quoted answers")
+    if len(quoted) > 1 or (quoted and _CHANGED.search(_QUOTED.sub(" ", sentence))):
+        raise _Invalid("several quoted answers, or one that is changed")
+    if quoted:
+        before, _, after = re.split(r"[\"“”]", sentence, maxsplit=2)
+        refuse(wording.denied(before) or wording.denied_after(after))
     parts = [part for part in _BETWEEN_LETTERS.split(quoted.pop() if quoted else sentence) if part]
     word = unicodedata.normalize("NFC", "".join(parts)).lower()
     if not word.isalpha() or (len(parts) > 1 and max(map(len, parts)) > 1):
@@ -290,7 +335,7 @@ def _letters(line: str, problem: Problem) -> str:
     return word
 
 
-_READERS = {"number": _number, "choice": _choice, "yes_no": _yes_no, "letters": _letters}
+_READERS = {"number": number_answers.read, "choice": _choice, "yes_no": _yes_no, "letters": _letters}
 # What a gold answer may be, in words for the one who has to correct it.
 _GOLD = {
     "number": "one number, as 18, -3, 3/4 or 10%",

@@ -164,20 +164,21 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], charact
     return bisect_left(range(len(ids)), True, key=lambda count: decode(tokenizer, ids[:count]).startswith(text))
 
 
-def first_characters(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], characters: int) -> list[int]:
-    """Token ids of exactly the first so many characters of a completion: its own ones, as far as they go.
+def first_characters(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], characters: int, then: str = ""
+) -> list[int]:
+    """Token ids of exactly the first so many characters of a completion, and of a text after them.
 
-    A token that also holds what comes after the cut, such as ".\\n\\n", is the only one to be encoded anew.
+    The completion's own tokens stand as far as they go. One that also holds what comes after the cut, such as
+    ".\\n\\n", is encoded anew, and together with the text after it, as the model would have written them.
     """
     ids = _text_ids(tokenizer, ids)
     text = decode(tokenizer, ids)
-    if characters >= len(text):
-        return ids
+    count = len(ids) if characters >= len(text) else count_tokens(tokenizer, ids, characters)
     text = text[:characters]
-    count = count_tokens(tokenizer, ids, characters)
     while count and not text.startswith(decode(tokenizer, ids[:count])):
         count -= 1
-    rest = text[len(decode(tokenizer, ids[:count])) :]
+    rest = text[len(decode(tokenizer, ids[:count])) :] + then
     return ids[:count] + (encode_completion(tokenizer, rest, eos=False) if rest else [])
 
 
@@ -232,11 +233,15 @@ def encode_question(
 
 
 def encode_reanswer(
-    tokenizer: PreTrainedTokenizerBase, problem: Problem, rationale: Sequence[int], shots: str = "none"
+    tokenizer: PreTrainedTokenizerBase, problem: Problem, rationale: Sequence[int], characters: int, shots: str = "none"
 ) -> list[int]:
-    """Token ids of a question and a rationale without its answer, both followed by "The answer is" (stage 2)."""
-    lead = encode_completion(tokenizer, f"\n{prompts.ANSWER_LEAD}", eos=False)
-    return [*encode_question(tokenizer, problem, shots=shots), *rationale, *lead]
+    """Token ids of a question and of a rationale before its answer, followed by "The answer is" (stage 2).
+
+    rationale: the ids that were drawn; characters: how many of its text come before the answer.
+    """
+    lead = f"\n{prompts.ANSWER_LEAD}"
+    asked = encode_question(tokenizer, problem, shots=shots)
+    return asked + first_characters(tokenizer, rationale, characters, then=lead)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

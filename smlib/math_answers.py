@@ -8,7 +8,8 @@ What counts as equal, where LaTeX leaves a choice:
 - A comma list and a set {...} are roots in any order; (a,b) and matrices have an order; (a,b) is not [a,b].
 - A unit, "%", "°" or "\$" may be missing on one side, as in most gold answers; two different ones are unequal.
   "10\%" is never 0.1. The gold answer may leave "%" out only above 1: the gold 0.5 may be a probability.
-- "x=5" says 5 where the gold has no "="; 5 does not say "x=5". "x \in [1,2]" says [1,2].
+- "x=5" says 5, and 5 is right where the gold is "x=5"; "y=5" is not. Where the gold is "y=2x+3", its right side alone
+  is not right. "x \in [1,2]" says [1,2], and so does "1 \le x \le 2".
 - "1,234" is a number and "1, 234" a list. "2\frac{1}{2}" and "2 1/2" are 5/2.
 - Decimals are exact: 0.5 is 1/2, 0.333 is not 1/3. A number in a base (1011_2) must be written like the gold.
 - Words (three letters and more) must be the same, whatever their case: math-verify would take "seat" for "east".
@@ -22,6 +23,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
 
+from smlib import wording
 from smlib.math_worker import Gone, Worker
 from smlib.prompts import before_next_question
 
@@ -32,30 +34,37 @@ class Invalid(Exception):
     """The text holds no single answer; the message says why."""
 
 
+def refuse(reason: str | None) -> None:
+    """Raise Invalid if there is a reason to."""
+    if reason:
+        raise Invalid(reason)
+
+
 _worker = Worker()
 
 
 def equal(said: str, gold: str, *, seconds: float = 5.0) -> tuple[bool, str]:
     r"""Whether the answer said equals the gold answer, and a phrase that says what was compared.
 
-    Both in LaTeX, as `extract` gives them. Formulas that take longer than `seconds` to compare count as unequal.
+    Both in LaTeX, as `extract` gives them. Formulas that take longer than `seconds` of processor time to compare
+    count as unequal; they are compared anew when they are asked for again.
 
         >>> equal(r"\dfrac12", "0.5")
         (True, 'said \\frac{1}{2}, gold \\frac{1}{2}')
     """
-    return _compared(said, gold, seconds)
+    try:
+        return _compared(said, gold, seconds)
+    except Gone as gone:
+        return False, f"{gone}: said {normalise(said)}, gold {normalise(gold)}"
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=65536)  # keeps verdicts alone: Gone passes through it
 def _compared(said: str, gold: str, seconds: float) -> tuple[bool, str]:
     (left, unit), (right, gold_unit) = _read(said), _read(gold)
     what = f"said {left.text}, gold {right.text}"
     if not _units_agree(unit, gold_unit, right.text):
         return False, f"{what}: units {unit} and {gold_unit or 'none'}"
-    try:
-        return _same(left, right, lambda a, b: _worker.equal(a, b, seconds)), what
-    except Gone as gone:
-        return False, f"{gone}: {what}"
+    return _same(left, _value_of(right, left), lambda a, b: _worker.equal(a, b, seconds)), what
 
 
 def normalise(answer: str) -> str:
@@ -74,6 +83,8 @@ def normalise(answer: str) -> str:
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _UNBRACED = re.compile(r"[^\s$]+")
 _CUE = re.compile(r"\b(?<!Given )(?:[Aa]nswer|ANSWER)\*{0,2}(?: \([^()\n]{0,40}\))?(?: ?:| (?:is|IS)\b):?")
+_BOX_AROUND = re.compile(r"(?:\\(?:boxed|fbox|text[a-z]*|math[a-z]*|bf|displaystyle|[lL]arge|[hH]uge)\s*\{\s*)+$")
+_LAST_SENTENCE = re.compile(r"[.!?]\s|\b(?:because|since)\b")
 _DISPLAY = re.compile(r"\$\$([^$]{1,1000})\$\$|\\\[(.{1,1000}?)\\\]", re.DOTALL)
 _SENTENCE_END = re.compile(
     r"[.!?](?=\s|\*|\$|$)|,?\s+(?:because|since|which|where)\b|,\s+(?:so|as)\b|\n", re.IGNORECASE
@@ -81,15 +92,20 @@ _SENTENCE_END = re.compile(
 _FILLER = re.compile(r"[\s*:=]*(?:(?:the|therefore|thus|simply|just|indeed|equal to|given by)\b[\s:*]*)*")
 _NOT = re.compile(r"[\W_]*not\b", re.IGNORECASE)
 _OR = re.compile(r"\bor\b")
-_OR_BEFORE = re.compile(r"\bor\b[\s$,]*(?:maybe|perhaps|possibly|even)?[\s$]*(?:\w{1,3}\s*=\s*)?$")
+OR_BEFORE = re.compile(r"\bor\b[\s$,]*(?:maybe|perhaps|possibly|even)?[\s$]*(?:\w{1,3}\s*=\s*)?$")
 _OR_AFTER = re.compile(r"[\s$,.)]*\bor\b")
-_JOINED = re.compile(r"[\s$]*(?:[,;]|and\b)[\s$]*(?:and\b)?[\s$]*(?:\w{1,3}\s*=\s*)?[\s$]*")
+# Between two boxes that are both offered: marks alone, or these words, within a sentence.
+_JOINED = re.compile(
+    r"(?:[^\w\n.!?\\]|\\(?:q?quad|text|mbox)(?![a-z])"
+    r"|(?<![a-z])(?:and|or|maybe|perhaps|possibly|otherwise|else|vs|versus)\b)*(?:[,;]\s*)?(?:\w{1,3}\s*=\s*)?[\s$]*(?<!\n)"
+)
 # -\boxed{5}, 10^{\boxed{5}}, \boxed{5}\sqrt{2}, "\boxed{5} million": the answer is more than the box.
-_FORMULA_BEFORE = re.compile(r"(?:(?<=\S)\s*[-+/]|\d|[\^_]\{?|\\(?:cdot|times|pm|[dtc]?frac\{|sqrt\{))\s*$|^-$")
+FORMULA_BEFORE = re.compile(r"(?:(?<=\S)\s*[-+/]|\d|[\^_]\{?|\\(?:cdot|times|pm|[dtc]?frac\{|sqrt\{))\s*$|^-$")
 _FORMULA_AFTER = re.compile(
     r"[A-Za-z\d(]|\s*(?:[-+/_]|\^(?!\s*\{?\s*\\circ)|\\(?:cdot|times|pm|sqrt|pi|[dtc]?frac))"
-    r"|[\s$]*(?:hundred|thousand|million|billion|dozen)"
+    rf"|[\s$]*(?:\\[a-z]+\{{)?\s*(?:{'|'.join(wording.SCALES)})"
 )
+ANNOUNCEMENTS = (_CUE, _BOX)  # what announces an answer
 
 
 def extract(output: str) -> str:
@@ -106,6 +122,7 @@ def extract(output: str) -> str:
     if not cues and not boxes:
         raise Invalid("no box and no answer sentence")
     start = cues[-1].end() if cues else 0
+    refuse(cues and wording.offered_before(text[: cues[-1].start()]))
     if boxes and boxes[-1].start() >= start:
         said = _boxed(text, boxes, start)
     else:
@@ -126,10 +143,12 @@ def _boxed(text: str, boxes: Sequence[re.Match], start: int) -> str:
     said, end = _content(text, box.end())
     before = text[max(start, box.start() - LONGEST) : box.start()].rpartition("\n")[2]
     after = text[end : end + LONGEST]
-    if _FORMULA_BEFORE.search(before) or _FORMULA_AFTER.match(after):
+    refuse_before_box(before, at_least=start > 0)
+    if _FORMULA_AFTER.match(after):
         raise Invalid("the box holds only a part of the formula")
+    refuse(wording.denied_after(after) or wording.taken_back("".join(_SENTENCE_END.split(after, maxsplit=1)[1:])))
     others = []
-    if found := _OR_BEFORE.search(before):
+    if found := OR_BEFORE.search(before):
         others.append(before[: found.start()])
     if found := _OR_AFTER.match(after):
         others.append(_SENTENCE_END.split(after[found.end() :], maxsplit=1)[0])
@@ -139,6 +158,18 @@ def _boxed(text: str, boxes: Sequence[re.Match], start: int) -> str:
             others.append(other)
     _refuse_several([said, *others])
     return said.strip()
+
+
+def refuse_before_box(before: str, *, at_least: bool) -> None:
+    """Raise Invalid if the words of a line before its box deny or bound the answer, or make the box a piece of it.
+
+    at_least: "at least" bounds it as well. Without an answer sentence, "we need at least" and a box is no bound.
+    """
+    before = _BOX_AROUND.sub("", before)
+    if FORMULA_BEFORE.search(before) or wording.piece_before(before):
+        raise Invalid("the box holds only a part of the formula")
+    sentence = _LAST_SENTENCE.split(before)[-1]
+    refuse(wording.denied(sentence) or wording.bounded(sentence, at_least=at_least))
 
 
 def _content(text: str, start: int) -> tuple[str, int]:
@@ -157,17 +188,14 @@ def _content(text: str, start: int) -> tuple[str, int]:
 def _sentence(rest: str) -> str:
     rest = _DISPLAY.sub(lambda found: f"${' '.join((found[1] or found[2]).split())}$", rest, count=1)
     rest = rest[_FILLER.match(rest).end() :]
-    sentence = _SENTENCE_END.split(rest, maxsplit=1)[0].strip(" *")
-    refuse_not(sentence)
+    sentence, *more = _SENTENCE_END.split(rest, maxsplit=1)
+    refuse(wording.taken_back("".join(more)))
+    sentence = sentence.strip(" *")
+    if _NOT.match(sentence):
+        raise Invalid("the answer sentence only says what the answer is not")
     alternatives = _OR.split(sentence)
     _refuse_several(alternatives)
     return alternatives[0].strip()
-
-
-def refuse_not(sentence: str) -> None:
-    """Raise Invalid for "not 5"."""
-    if _NOT.match(sentence):
-        raise Invalid("the answer sentence only says what the answer is not")
 
 
 def _refuse_several(answers: Sequence[str]) -> None:
@@ -215,7 +243,7 @@ _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 
 
 def _clean(answer: str) -> str:
-    text = answer.translate(_UNICODE)
+    text = wording.plain(answer.translate(_UNICODE))
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = text.lstrip(" ,;:=").rstrip(" .,;:=")
@@ -477,6 +505,7 @@ def _same(said: _Shape, gold: _Shape, ask: Callable[[str, str], bool]) -> bool:
         return _same(_right_side(said), gold, ask)
     if said.kind == gold.kind == "value":
         return _may_be_equal(said.text, gold.text) and ask(_explicit(said.text), _explicit(gold.text))
+    said, gold = _as_interval(said, gold.kind), _as_interval(gold, said.kind)
     roots = {said.kind, gold.kind} <= {"list", "set"}
     if (said.kind != gold.kind and not roots) or len(said.parts) != len(gold.parts):
         return False
@@ -517,6 +546,35 @@ def _right_side(said: _Shape) -> _Shape:
     if not name and any(re.search(r"[A-Za-z]", re.sub(r"\\[a-z]+", "", side)) for side in left):
         return _Shape("equation", said.text.replace("=", " = "))
     return _shape(_TOKEN.findall(right))
+
+
+def _value_of(gold: _Shape, said: _Shape) -> _Shape:
+    """Of the gold "x=5" the 5, for an answer that leaves the name out; y=2x+3 stays whole."""
+    name, _, value = gold.text.partition("=")
+    if gold.kind != "value" or not value or "=" in said.text + value or not _NAME.fullmatch(name) or _letters(value):
+        return gold
+    return _shape(_TOKEN.findall(value))
+
+
+_INTERVAL_KINDS = ("()", "[]", "(]", "[)")
+
+
+def _as_interval(chain: _Shape, other: str) -> _Shape:
+    r"""The interval that a chain describes, [1,2) for "1 \le x<2", if the other side is an interval; else the chain."""
+    relations = re.findall(r"<|\\le", chain.kind)
+    if other not in _INTERVAL_KINDS or not relations or len(chain.parts) != len(relations) + 1:
+        return chain
+    ends, name = list(chain.parts), re.compile(r"[A-Za-z]")
+    if len(relations) == 1 and name.fullmatch(ends[1].text):
+        ends.append(_Shape("value", r"\infty"))
+        relations.append("<")
+    elif len(relations) == 1 and name.fullmatch(ends[0].text):
+        ends.insert(0, _Shape("value", r"-\infty"))
+        relations.insert(0, "<")
+    if len(ends) != 3 or not name.fullmatch(ends[1].text):
+        return chain
+    kind = ("(" if relations[0] == "<" else "[") + (")" if relations[1] == "<" else "]")
+    return _Shape(kind, f"{kind[0]}{ends[0].text}, {ends[2].text}{kind[1]}", (ends[0], ends[2]))
 
 
 _COMMANDS = {

@@ -2,9 +2,11 @@
 
 This file is both ends of the pipe: `Worker` for the caller, `serve` for the process itself, started as
 `python -m smlib.math_worker`. They speak JSON lines, so nothing that a model wrote is unpickled or run. The process
-is disposable, because a model may write 9^{9^{9^9}}: its memory is limited, and before each comparison it sets the
-operating system's alarm, which ends it even inside C code, and even if the caller is gone. math-verify's own limit
-uses signals as well and therefore works only in a main thread, which is why callers with threads need a process.
+is disposable, because a model may write 9^{9^{9^9}}: its memory is limited, and before each comparison it sets two
+alarms of the operating system, which end it even inside C code, and even if the caller is gone. The first counts the
+processor time of this process alone, so a verdict does not depend on what else the machine does. The second counts
+the clock, for a process that hangs without computing. math-verify's own limit uses signals as well and therefore
+works only in a main thread, which is why callers with threads need a process.
 """
 
 import atexit
@@ -19,7 +21,8 @@ from functools import lru_cache
 MISSING = "math-verify is missing, which judges MATH answers; install it: pip install {}"
 PACKAGES = "math-verify==0.9.0 latex2sympy2_extended==1.11.0 antlr4-python3-runtime==4.13.2"
 MEMORY = 2 * 1024**3  # bytes of address space; an ordinary comparison needs 0.1 GiB
-STARTUP = 120  # seconds for importing SymPy; one or two on an idle machine
+STARTUP = 120  # seconds of processor time for importing SymPy, which needs one or two
+PATIENCE = 60  # seconds on the clock for each second of processor time: the share of a very busy machine
 
 
 class Gone(Exception):
@@ -44,7 +47,7 @@ class Worker:
             process.returncode = 0  # not ours to wait for
 
     def equal(self, said: str, gold: str, seconds: float) -> bool:
-        """Whether math-verify takes one formula for the other. Raises Gone when it has not answered in time."""
+        """Whether math-verify takes one formula for the other. Raises Gone after `seconds` of processor time."""
         with self._lock:
             try:
                 if self._process is None or self._process.poll() is not None:
@@ -94,8 +97,10 @@ class Worker:
 
 
 def _cause(status: int, seconds: float) -> str:
-    if status == -getattr(signal, "SIGALRM", 0):
+    if status == -getattr(signal, "SIGPROF", 0):
         return f"comparison took longer than {seconds:g} s"
+    if status == -getattr(signal, "SIGALRM", 0):
+        return f"comparison did not end within {PATIENCE * seconds:g} s on the clock"
     return f"comparison ended its process (status {status})"
 
 
@@ -125,7 +130,7 @@ def serve() -> None:
 
 
 def _limits():
-    """Limit the memory; return a function that sets the alarm (none where the platform has none)."""
+    """Limit the memory; return a function that sets both alarms (none where the platform has none: Windows)."""
     try:
         import resource  # not on Windows
 
@@ -135,9 +140,16 @@ def _limits():
         pass
     if not hasattr(signal, "setitimer"):
         return lambda seconds: None
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the caller may have had it ignored or blocked
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    return lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+    alarms = {signal.SIGPROF: (signal.ITIMER_PROF, 1), signal.SIGALRM: (signal.ITIMER_REAL, PATIENCE)}
+    for number in alarms:
+        signal.signal(number, signal.SIG_DFL)  # the caller may have had it ignored or blocked
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, alarms)
+
+    def set_alarms(seconds: float) -> None:
+        for timer, factor in alarms.values():
+            signal.setitimer(timer, factor * seconds)
+
+    return set_alarms
 
 
 def compare(said: str, gold: str) -> bool:
@@ -150,7 +162,7 @@ def compare(said: str, gold: str) -> bool:
     from math_verify import verify
 
     try:
-        left, right = _parsed(gold), _parsed(said)
+        left, right = _where_gold_is_real(_parsed(gold), _parsed(said))
         return _values_agree(left, right) and verify(left, right, timeout_seconds=None)
     except MemoryError:
         os._exit(1)  # what SymPy has cached fills the memory: a new process starts empty
@@ -163,6 +175,22 @@ def _parsed(text: str):
     from latex2sympy2_extended import latex2sympy
 
     return latex2sympy(text, is_real=True, normalization_config=None)
+
+
+def _where_gold_is_real(gold, said):
+    """Both formulas, with the letters that must be positive for the gold to be real: n > 0 in 1/\\sqrt{n}."""
+    from sympy import Expr, Rational, Symbol
+
+    if not isinstance(gold, Expr):
+        return gold, said
+    symbols = sorted(gold.free_symbols, key=str)
+    point = {symbol: Rational(17, 13) + Rational(index, 3) for index, symbol in enumerate(symbols)}
+    positive = {
+        symbol: Symbol(symbol.name, positive=True)
+        for symbol, value in point.items()
+        if gold.subs(point).evalf().is_real and gold.subs(point | {symbol: -value}).evalf().is_real is False
+    }
+    return gold.subs(positive), said.subs(positive)
 
 
 def _values_agree(left, right) -> bool:
@@ -182,7 +210,10 @@ def _quotients(left, right):
 
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
     for point in (Rational(17, 13), Rational(-23, 7), Rational(101, 19)):
-        values = {symbol: point + Rational(index, 3) for index, symbol in enumerate(symbols)}
+        values = {
+            symbol: abs(point + Rational(index, 3)) if symbol.is_positive else point + Rational(index, 3)
+            for index, symbol in enumerate(symbols)
+        }
         yield left.subs(values).evalf(60) / right.subs(values).evalf(60)
 
 

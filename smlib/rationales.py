@@ -129,12 +129,14 @@ def reanswer(
     """
     by_id = {problem.id: problem for problem in problems}
     keys = [
-        (row["id"], _without_answer(engine.tokenizer, by_id[row["id"]], row)) if row["given"] is not None else None
+        (row["id"], _reanswer_prompt(engine.tokenizer, by_id[row["id"]], row, shots))
+        if row["given"] is not None
+        else None
         for row in rows
     ]
     asked = list(dict.fromkeys(key for key in keys if key))
     drawn = engine.sample_ids(
-        [encoding.encode_reanswer(engine.tokenizer, by_id[identity], ids, shots) for identity, ids in asked],
+        [list(ids) for _, ids in asked],
         1,
         stop=prompts.stop(shots),
         temperature=0.0,
@@ -156,7 +158,7 @@ def reanswer(
     return answered
 
 
-def _without_answer(tokenizer, problem: Problem, row: dict) -> tuple[int, ...]:
-    """Token ids of a rationale before anything that the judge would read as its answer."""
-    rationale = before_answer(row["text"], problem)
-    return tuple(encoding.first_characters(tokenizer, row["token_ids"], len(rationale)))
+def _reanswer_prompt(tokenizer, problem: Problem, row: dict, shots: str) -> tuple[int, ...]:
+    """A question and a rationale before anything that the judge would read as its answer, to answer anew."""
+    characters = len(before_answer(row["text"], problem))
+    return tuple(encoding.encode_reanswer(tokenizer, problem, row["token_ids"], characters, shots))

@@ -86,6 +86,8 @@ def test_a_token_that_holds_more_than_the_first_characters_is_the_only_new_one()
     assert ".\n\n" in [tokenizer.decode(token) for token in ids]
     kept = encoding.first_characters(tokenizer, ids, len(" The answer is 7."))
     assert kept[:-1] == ids[: len(kept) - 1] and [tokenizer.decode(token) for token in kept[-1:]] == ["."]
+    goes_on = encoding.first_characters(tokenizer, ids, len(" The answer is 7."), then="\n\nQ")
+    assert goes_on == ids, "as the model would have written it"
 
 
 @every_kind
@@ -184,8 +186,8 @@ def test_exemplars_are_turns_that_went_before():
 
 def test_a_reanswer_goes_on_within_the_assistant_s_turn():
     tokenizer = instruct()
-    ids = encoding.encode_completion(tokenizer, "3 + 4 = 7.", eos=False)
-    asked = tokenizer.decode(encoding.encode_reanswer(tokenizer, PROBLEM, ids))
+    ids = encoding.encode_completion(tokenizer, "3 + 4 = 7.\nThe answer is 8.", eos=False)
+    asked = tokenizer.decode(encoding.encode_reanswer(tokenizer, PROBLEM, ids, len("3 + 4 = 7.")))
     assert asked.endswith("<|turn|>assistant\n3 + 4 = 7.\nThe answer is")
 
 

@@ -95,6 +95,7 @@ x = \pm 2               ;; \pm 2
 \begin{bmatrix} 1/2 & 0 \\ 3 & \sqrt{4} \end{bmatrix}  ;; \begin{pmatrix} \frac12 & 0 \\ 3 & 2 \end{pmatrix}
 x=5                     ;; 5
 f(x)=5                  ;; 5
+5                       ;; x=5
 A_1 = 5                 ;; 5
 2+3=5                   ;; 5
 x = \frac{10}{2} = 5    ;; 5
@@ -170,7 +171,6 @@ x=1 or x=2              ;; 2
 1,2,3                   ;; 1,2
 \pm 2                   ;; 2
 2                       ;; \pm 2
-5                       ;; x=5
 2x+3                    ;; y=2x+3
 x=5                     ;; y=5
 x^2=4                   ;; 4
