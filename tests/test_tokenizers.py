@@ -84,7 +84,6 @@ def test_every_stage_has_the_tokens_that_were_drawn(kind, tmp_path, monkeypatch)
     conditioned = [row for row in rows if row["source"] == "conditioned" and row["correct"]]
     assert len(conditioned) == 8  # two for the gold answer of each question
     assert all(row["reanswer_correct"] for row in conditioned), "the filter keeps them all"
-    assert all(row["reanswer"] == row["given"] for row in rows if row["source"] == "conditioned")
 
     problems = {problem.id: problem for problem in load("gsm8k", "train")}
     ranked = [row for row in require(run, "02_ranking").read_rows("ranked") if row["side"] == "+"]
