@@ -361,7 +361,7 @@ def run(notebooks_dir: Path, out: Path, values: dict, *, first: int | None = Non
     A notebook is done when it was executed with the same source and parameters, and no notebook before it has
     been executed since. `first` executes again from that number on. Raises RunError at the first failure.
     """
-    sources = {path: nbformat.read(path, 4) for path in sorted(notebooks_dir.glob("[0-9][0-9]_*.ipynb"))}
+    sources = {path: _notebook(path) for path in sorted(notebooks_dir.glob("[0-9][0-9]_*.ipynb"))}
     if not sources:
         raise RunError(f"{notebooks_dir} holds no numbered notebooks: run inside a clone of the repository.")
     numbers = [int(path.name[:2]) for path in sources]
@@ -407,12 +407,22 @@ def _within(path: Path, last: int | None) -> bool:
     return last is None or int(path.name[:2]) <= last
 
 
+def _notebook(path: Path):
+    try:
+        return nbformat.read(path, 4)
+    except ValueError as error:  # nbformat's own, too
+        raise RunError(f"{path} is no notebook that can be read ({error}): get it anew.") from error
+
+
 def parameters(notebook) -> dict:
     """Name and default of every literal assigned in the cell tagged "parameters"; {} without such a cell."""
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
             nodes = [node for node in ast.parse(cell.source).body if isinstance(node, ast.Assign)]
-            return {node.targets[0].id: ast.literal_eval(node.value) for node in nodes}
+            try:
+                return {node.targets[0].id: ast.literal_eval(node.value) for node in nodes}
+            except ValueError as error:
+                raise RunError(f"a cell tagged 'parameters' assigns what is no literal, such as 3: {error}") from error
     return {}
 
 
@@ -646,13 +656,13 @@ def refresh(out: Path, notebooks_dir: Path) -> None:
     """
     timings = _read(out / "timings.json")
     for path in sorted(notebooks_dir.glob("[0-9][0-9]_*.ipynb")):
-        defaults = parameters(nbformat.read(path, 4))
+        defaults = parameters(_notebook(path))
         if path.stem not in timings:
             raise RunError(f"{out} has not finished {path.stem}: run it before --refresh.")
         for name, value in timings[path.stem]["parameters"].items():
             if value != defaults[name]:
                 raise RunError(f"--refresh needs {name} = {defaults[name]!r}, as in {path.name}, not {value!r}.")
-        notebook = nbformat.read(out / "notebooks" / path.name, 4)
+        notebook = _notebook(out / "notebooks" / path.name)
         local = {str(out): defaults.get("RUN_DIR", ""), str(notebooks_dir.parent): ".."}
         with replacing(path) as tmp:
             nbformat.write(_cleaned(notebook, local), tmp)

@@ -114,8 +114,8 @@ def make_engine(
     rows, cache_tokens, cuda_graphs: completions that the native engine draws at once (max_batch of `sampling.sample`),
         the tokens whose keys and values it holds, and whether it records its steps. workers: more than one are
         processes of Ray's, each with such an engine.
-    lora_rank: of vLLM, the greatest rank of adapters to come (`VLLMEngine.load_adapter`). share: of a GPU's memory, or
-        of the machine's, that vLLM takes, 0 for nine tenths of what is free.
+    lora_rank: of vLLM, the greatest rank of adapters to come (`VLLMEngine.load_adapter`). share: of a GPU's memory that
+        vLLM takes, 0 for nine tenths of what is free; without a GPU of the machine's, 0 for half of what is free.
     """
     name = chosen(name, weights)
     if name not in ENGINES:

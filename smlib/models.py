@@ -109,10 +109,13 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 def _reason(place: str, revision: str | None, causes: list[BaseException]) -> str | None:
     """Why there is no model, and what to do about it; None where the error's own words must do."""
     folder, page = Path(place), f"https://huggingface.co/{place}"
-    if folder.is_dir():
-        if (folder / "config.json").exists():
-            return None
+    if folder.is_dir() and not (folder / "config.json").exists():
         return f"{place} holds no model: it has no config.json. Give a folder that save_pretrained has written"
+    unknown = ("model_type", "model type", "Unrecognized configuration class")  # transformers raises ValueErrors for it
+    if any(isinstance(cause, ValueError) and any(part in str(cause) for part in unknown) for cause in causes):
+        return f"{place} is no causal language model that transformers knows: see model_type in its config.json"
+    if folder.is_dir():
+        return None
     for cause in causes:
         match cause:
             case errors.GatedRepoError() if cause.response.status_code == 401:

@@ -35,8 +35,8 @@ class VLLMEngine(Engine):
 
     base: "tiny", a folder, or a hub id, best with "@" and a revision. lora_rank: the greatest rank of an adapter that
     `load_adapter` may be given, 0 for none. options: arguments of `vllm.LLM`, such as dtype (by default the
-    checkpoint's own), max_model_len, tensor_parallel_size or gpu_memory_utilization (the share of a GPU to take, or
-    without one of the machine's memory; by default nine tenths of what is free).
+    checkpoint's own), max_model_len, tensor_parallel_size or gpu_memory_utilization (the share of a GPU to take, by
+    default nine tenths of what is free; without one of the machine's memory, by default half of what is free).
     """
 
     name = "vllm"
@@ -53,7 +53,7 @@ class VLLMEngine(Engine):
         if lora_rank:
             options = {"enable_lora": True, "max_lora_rank": _lora_rank(lora_rank)} | options
         if memory := _memory(current_platform):
-            options = {"gpu_memory_utilization": 0.9 * memory.free / memory.total} | options
+            options = {"gpu_memory_utilization": memory.share * memory.free / memory.total} | options
             memory.refuse(options["gpu_memory_utilization"])
         # The samples of a prompt share its keys and values only by the prefix cache. "raw" log-probabilities are those
         # before temperature and truncation.
@@ -180,6 +180,7 @@ class _Memory:
 
     free: float
     total: float
+    share: float  # of what is free, to take
 
     def asked(self, share: float) -> str:
         return (
@@ -200,8 +201,9 @@ def _memory(platform) -> _Memory | None:
         from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
 
         found = get_memory_node_info(get_allowed_cpu_list()[0].numa_node)
-        return _Memory(found.available_memory, found.total_memory)
-    return _Memory(*torch.cuda.mem_get_info()) if platform.is_cuda_alike() else None
+        # vLLM's own processes take two GB before it looks what is free, and other programs want some, too
+        return _Memory(found.available_memory, found.total_memory, share=0.5)
+    return _Memory(*torch.cuda.mem_get_info(), share=0.9) if platform.is_cuda_alike() else None
 
 
 def _lora_rank(rank: int) -> int:

@@ -135,7 +135,7 @@ def test_stages_close_their_engine_before_the_next_model_is_loaded_and_record_wh
 
 def test_vllm_is_not_started_where_less_is_free_than_it_is_to_take(monkeypatch):
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    memory = vllm_engine._Memory(free=8e9, total=10e9)
+    memory = vllm_engine._Memory(free=8e9, total=10e9, share=0.5)
     memory.refuse(0.8)
     with pytest.raises(EngineError, match=r"vLLM was to take 9\.2 GB, and 8\.0 of 10\.0 GB of memory are free"):
         memory.refuse(0.92)

@@ -289,6 +289,13 @@ def test_what_is_no_model_is_said(tmp_path, load):
         load(str(tmp_path / "missing"))
 
 
+@pytest.mark.parametrize("config", [{"model_type": "abacus"}, {}, {"model_type": "clip"}])
+def test_a_model_of_another_kind_is_said(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(models.ModelError, match=r"is no causal language model that transformers knows: see model_type"):
+        models.load_policy(tmp_path)
+
+
 def test_an_error_of_another_kind_keeps_its_words(monkeypatch):
     monkeypatch.setattr(models.AutoConfig, "from_pretrained", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -518,3 +518,15 @@ def test_data_prints_the_rows_of_every_split(capsys):
         "gsm8k              train 7,473   test 1,319   all 8,792",
         "strategy_qa        train 1,603   test 687   all 2,290",
     ]
+
+
+def test_a_notebook_that_cannot_be_read_is_named(notebooks, out):
+    (notebooks / "01_sampling.ipynb").write_text("{half")
+    with pytest.raises(RunError, match=r"01_sampling.ipynb is no notebook that can be read"):
+        run(notebooks, out, VALUES)
+
+
+def test_a_parameter_that_is_no_literal_is_named(tmp_path, out):
+    write_notebook(tmp_path / "notebooks", "00_start", parameters="SEED = len([1])")
+    with pytest.raises(RunError, match="a cell tagged 'parameters' assigns what is no literal"):
+        run(tmp_path / "notebooks", out, {"SEED": 1})
