@@ -179,6 +179,7 @@ def before_answer(text: str, problem: Problem) -> str:
         kept = kept[:start].rstrip(_OPENING)
         while found := _LEAD_IN.search(kept, max(0, len(kept) - 200)):
             kept = kept[: found.start()]
+        kept = kept.rstrip(" ,;—–").rstrip()
     return kept
 
 
@@ -246,7 +247,7 @@ _ANOTHER_LABEL = re.compile(
     r"|(?P<weak>\b(?:could|might|may)(?: also| well| even)* be)|[^\w\s()]|(?<=[A-Z)]) ?(?=\(?[A-Z]\b))[\s*$\"']*"
     rf"(?:\(([A-Za-z])\)|({_BARE}))"
 )
-_ONLY_LABELS = re.compile(r"\W*(?:\(?[A-Z]\b\W*){2,}")
+_ONLY_LABELS = re.compile(r"\W*+(?:[A-Z]\b\W*+)++")
 
 
 def _choice(sentence: str, line: str, problem: Problem) -> str:
