@@ -1,8 +1,9 @@
 """Find the final answer in a model's text and judge it against the gold answer.
 
-One rule for every dataset: what stands before a next "Q:" counts, the last answer sentence in it is the
-answer, and an answer that hedges ("A or B") or cannot be read is invalid, which counts as wrong. In doubt the
-verdict is "invalid": a reward that accepts a wrong answer teaches it.
+One rule for every dataset: what stands before a next "Q:" counts, the last answer sentence in it is the answer, and
+an answer that hedges ("A or B"), denies or bounds ("not 18", "more than 18") or cannot be read is invalid, which
+counts as wrong. In doubt the verdict is "invalid": a reward that accepts a wrong answer teaches it. Numbers are read in
+`smlib.number_answers`, formulas in `smlib.math_answers`; `smlib.wording` knows the words that make an answer doubtful.
 """
 
 import re
@@ -236,8 +237,8 @@ _FILLER = (
     r"[\W_]*(?:(?:the|correct|option|choice|letter|most|either|to|be"
     r"|(?!(?:unlike|hard|scarce|bare|rare)ly)[a-z]+ly)\W+){0,5}"
 )
-# A bare "A" before a small letter is an article ("A movie"), unless it is joined or explained ("A or B").
-_BARE = r"(?!A (?!or\b|and\b|is\b|to\b|through\b|vs\b|but\b|maybe\b)[a-z])[A-Z](?!\w|['’]\w)"
+# A bare "A" or "I" before a small letter is a word ("A movie", "I think"), unless it is joined or explained ("A or B").
+_BARE = r"(?![AI] (?!or\b|and\b|is\b|to\b|through\b|vs\b|but\b|maybe\b)[a-z])[A-Z](?!\w|['’]\w)"
 _LABEL = re.compile(rf"(?i:{_FILLER})(?:\(([A-Za-z])\)|({_BARE}))")
 _PARENTHESISED = re.compile(r"\(([A-Z])\)")
 # What may stand between two labels that are both offered; "could be" offers one unless the first is "most likely".

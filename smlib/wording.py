@@ -102,9 +102,9 @@ _COMPARED = (
 # "add up to" bound anything.
 _BOUNDED = re.compile(
     rf"(?:\b(?:(?<!\bcost )(?:{_COMPARED}) than(?: or equal to)?"
-    r"|(?<!add )(?<!adds )(?<!sum )(?<!sums )(?<!come )(?<!comes )up to|upwards? of|excess of|as (?:many|much|few|little|high|low) as|(?<!left )over|under|above|below|beyond|beneath"
-    r"|exceed(?:s|ed|ing)?|nearly|almost|close to|near|(?:short|shy) of)"
-    r"|\\(?:[lg](?:t|eq?)|[lg]eqslant)|[<>≤≥])" + _ABOUT,
+    r"|(?<!add )(?<!adds )(?<!sum )(?<!sums )(?<!come )(?<!comes )up to|upwards? of|excess of"
+    r"|as (?:many|much|few|little|high|low) as|(?<!left )over|under|above|below|beyond|beneath|exceed(?:s|ed|ing)?"
+    r"|nearly|almost|close to|near|(?:short|shy) of)|\\(?:[lg](?:t|eq?)|[lg]eqslant)|[<>≤≥])" + _ABOUT,
     re.IGNORECASE,
 )
 _AT_LEAST = re.compile(r"\bat (?:least|most|the (?:very )?(?:least|most)|minimum|maximum)" + _ABOUT, re.IGNORECASE)

@@ -5,11 +5,12 @@ A line of a table is what stands after "The answer is"; gold is 18, (B), yes or 
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
-from smlib.answers import grade
+from smlib.answers import before_answer, grade
 from smlib.problems import Problem
 
 CHOICES = ("red ball", "Moby Dick.", "vitamin C", "a movie")
@@ -760,3 +761,28 @@ def test_no_is_the_answer_no(said):
 )
 def test_the_first_step_of_a_rationale_is_not_its_answer(output, said):
     assert grade(output, problem("number")).extracted == said
+
+
+def test_a_pronoun_is_no_option():
+    asked = Problem("test/0", "test", "?", "I", "choice", tuple("abcdefghi"))
+    assert not grade("Answer: I think it is (C)", asked).correct
+    assert grade("Answer: I.", asked).correct
+    assert grade("Answer: I is right", asked).correct
+
+
+@pytest.mark.parametrize("kind", ["number", "math"])
+def test_an_answer_sentence_in_a_box_is_read(kind):
+    assert grade(r"\boxed{\text{The answer is 18}}", problem(kind)).correct
+    assert not grade(r"\boxed{\text{The answer is 18 or 20}}", problem(kind)).correct
+
+
+@pytest.mark.parametrize("kind", sorted(GOLD))
+@pytest.mark.parametrize(
+    "piece", ["not ", "18 or ", "more than ", "x very ly ", "(B)\\text{", "1'000 ", "\u00a0 ", "or, the "]
+)
+def test_a_long_text_takes_milliseconds(kind, piece):
+    text = ("The answer is 18 " + piece * 20_000)[:20_000]
+    started = time.process_time()
+    grade(text, problem(kind))
+    before_answer(text, problem(kind))
+    assert time.process_time() - started < 0.5  # some milliseconds; a pattern that tries every way takes minutes
