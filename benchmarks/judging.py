@@ -68,7 +68,7 @@ PIECES = (
     ".",
     "-",
 )
-PIECES += ("/", "=", "$", "1", "000", "(", '"', "likely ")
+PIECES += ("/", "=", "$", "1", "000", "(", '"', "likely ", "not ", "more than ", "18 or ", "\u00a0", "So the ")
 ANSWERS = (("number", "18", ()), ("choice", "B", ("red", "Moby Dick")), ("yes_no", "yes", ()), ("letters", "yajo", ()))
 
 

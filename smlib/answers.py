@@ -1,8 +1,9 @@
 """Find the final answer in a model's text and judge it against the gold answer.
 
-One rule for every dataset: what stands before a next "Q:" counts, the last answer sentence in it is the
-answer, and an answer that hedges ("A or B") or cannot be read is invalid, which counts as wrong. In doubt the
-verdict is "invalid": a reward that accepts a wrong answer teaches it.
+One rule for every dataset: what stands before a next "Q:" counts, the last answer sentence in it is the answer, and
+an answer that hedges ("A or B"), denies or bounds ("not 18", "more than 18") or cannot be read is invalid, which
+counts as wrong. In doubt the verdict is "invalid": a reward that accepts a wrong answer teaches it. Numbers are read in
+`smlib.number_answers`, formulas in `smlib.math_answers`; `smlib.wording` knows the words that make an answer doubtful.
 """
 
 import re
@@ -180,6 +181,7 @@ def before_answer(text: str, problem: Problem) -> str:
         kept = kept[:start].rstrip(_OPENING)
         while found := _LEAD_IN.search(kept, max(0, len(kept) - 200)):
             kept = kept[: found.start()]
+        kept = kept.rstrip(" ,;—–").rstrip()
     return kept
 
 
@@ -236,8 +238,8 @@ _FILLER = (
     r"[\W_]*(?:(?:the|correct|option|choice|letter|most|either|to|be"
     r"|(?!(?:unlike|hard|scarce|bare|rare)ly)[a-z]+ly)\W+){0,5}"
 )
-# A bare "A" before a small letter is an article ("A movie"), unless it is joined or explained ("A or B").
-_BARE = r"(?!A (?!or\b|and\b|is\b|to\b|through\b|vs\b|but\b|maybe\b)[a-z])[A-Z](?!\w|['’]\w)"
+# A bare "A" or "I" before a small letter is a word ("A movie", "I think"), unless it is joined or explained ("A or B").
+_BARE = r"(?![AI] (?!or\b|and\b|is\b|to\b|through\b|vs\b|but\b|maybe\b)[a-z])[A-Z](?!\w|['’]\w)"
 _LABEL = re.compile(rf"(?i:{_FILLER})(?:\(([A-Za-z])\)|({_BARE}))")
 _PARENTHESISED = re.compile(r"\(([A-Z])\)")
 # What may stand between two labels that are both offered; "could be" offers one unless the first is "most likely".
@@ -247,7 +249,7 @@ _ANOTHER_LABEL = re.compile(
     r"|(?P<weak>\b(?:could|might|may)(?: also| well| even)* be)|[^\w\s()]|(?<=[A-Z)]) ?(?=\(?[A-Z]\b))[\s*$\"']*"
     rf"(?:\(([A-Za-z])\)|({_BARE}))"
 )
-_ONLY_LABELS = re.compile(r"\W*(?:\(?[A-Z]\b\W*){2,}")
+_ONLY_LABELS = re.compile(r"\W*+(?:[A-Z]\b\W*+)++")
 
 
 def _choice(sentence: str, line: str, problem: Problem) -> str:

@@ -191,6 +191,8 @@ def _sentence(rest: str) -> str:
     sentence, *more = _SENTENCE_END.split(rest, maxsplit=1)
     refuse(wording.taken_back("".join(more)))
     sentence = sentence.strip(" *")
+    while sentence.endswith("}") and sentence.count("}") > sentence.count("{"):
+        sentence = sentence[:-1].strip()  # the box around "The answer is 5"
     if _NOT.match(sentence):
         raise Invalid("the answer sentence only says what the answer is not")
     alternatives = _OR.split(sentence)

@@ -101,10 +101,10 @@ _COMPARED = (
 # "cost more than $99" is left out: a published output says so, and its verdict is not to change. Nor do "left over" and
 # "add up to" bound anything.
 _BOUNDED = re.compile(
-    rf"(?:\b(?:(?<!\bcost )(?:{_COMPARED}) than|(?<!add )(?<!adds )(?<!sum )(?<!sums )(?<!come )(?<!comes )up to"
-    r"|upwards? of|excess of|as (?:many|much|few|little|high|low) as|(?<!left )over|under|above|below|beyond|beneath"
-    r"|exceed(?:s|ed|ing)?|nearly|almost|close to|near|(?:short|shy) of)"
-    r"|\\(?:[lg](?:t|eq?)|[lg]eqslant)|[<>≤≥])" + _ABOUT,
+    rf"(?:\b(?:(?<!\bcost )(?:{_COMPARED}) than(?: or equal to)?"
+    r"|(?<!add )(?<!adds )(?<!sum )(?<!sums )(?<!come )(?<!comes )up to|upwards? of|excess of"
+    r"|as (?:many|much|few|little|high|low) as|(?<!left )over|under|above|below|beyond|beneath|exceed(?:s|ed|ing)?"
+    r"|nearly|almost|close to|near|(?:short|shy) of)|\\(?:[lg](?:t|eq?)|[lg]eqslant)|[<>≤≥])" + _ABOUT,
     re.IGNORECASE,
 )
 _AT_LEAST = re.compile(r"\bat (?:least|most|the (?:very )?(?:least|most)|minimum|maximum)" + _ABOUT, re.IGNORECASE)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smlib.answers import Verdict, extract, grade, grade_many
+from smlib.answers import Verdict, before_answer, extract, grade, grade_many
 from smlib.problems import Problem
 
 
@@ -386,3 +386,89 @@ def test_last_letters_may_spell_not():
     problem = Problem("last_letters/published/x", "last_letters", "Take the last letters", "not", "letters")
     assert grade("The answer is not.", problem).correct
     assert grade("The answer is not yet clear.", problem).extracted is None
+
+
+# ------------------------------------------------------------------------------------------ before the answer
+
+MATH = problem("math", "5")
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (" Ann: heads.\nBob: tails.\nThe answer is yes.", " Ann: heads.\nBob: tails."),
+        (" 9 * 2 = 18\nSo the answer is 18.", " 9 * 2 = 18"),
+        ("Bob: tails.\nTherefore, the final answer is: no", "Bob: tails."),
+        ("One.\nTherefore, among A through E, the answer is (B)", "One."),
+        ("She sells nine, so the answer is 18", "She sells nine"),
+        ("x\n#### 18", "x"),
+        ("x\n**The answer is 18.**", "x"),
+        ("x\n\n**Final Answer:** 18", "x"),
+        ("x\n\n### Final Answer\n\n\\boxed{18}", "x"),
+        ("x\nA: 18", "x"),
+        ("So 9 * 2 = \\boxed{18}.", "So 9 * 2"),
+        ("We have 5.\n\n\\[\n\\boxed{5}\n\\]", "We have 5."),
+        ("It is \\fbox{5}", "It"),
+        ("- one\n- two\n\n- Answer: 5", "- one\n- two"),
+        ("It costs 5$ The answer is 5", "It costs 5$"),
+        ("1 The answer is 5. 2 The answer is 6.", "1"),
+        ("x.\n\nQ: And of 5?\nA: 5", "x."),
+        ("The answer is 18", ""),
+        ("no announcement, so the \n", "no announcement, so the"),
+        ("Given answer: 5. Two and two.", "Given answer: 5. Two and two."),
+        ("", ""),
+    ],
+)
+def test_before_answer_is_the_text_up_to_the_first_announcement(text, kept):
+    for asked in (NUMBER, YES, LETTERS, CHOICE, MATH):
+        assert before_answer(text, asked) == kept
+
+
+REASONING = [
+    " Ann: heads.",
+    "Bob: tails.",
+    " 9 * 2 = 18",
+    "$x = 5$",
+    "So ",
+    "Therefore, the final ",
+    "**",
+    "#### ",
+    "the ",
+]
+REASONING += [
+    "- ",
+    "A: ",
+    "A: There are 15 trees. ",
+    "A: Ann.",
+    "Given answer: 3",
+    " answer",
+    " is",
+    "Is",
+    " (in words)",
+]
+REASONING += ["\n", "\n\n", " ", ".", ":", "among A through E, ", "\r", "\x0b", "Q:", "\nQ: ", "\\", "$", "5"]
+ANNOUNCED = [
+    "The answer is 18.",
+    "The answer is yes",
+    "answer is (B)",
+    "**Answer:** 5",
+    "\n#### 18",
+    "\nA: 18",
+    "\\boxed{5}",
+]
+ANNOUNCED += ["ANSWER: 5", "\\fbox{5}", "the answer (in words) is five", "the answer (Yes or No) is no", "answer:"]
+
+
+@given(
+    st.lists(st.sampled_from(REASONING + ANNOUNCED), max_size=12).map("".join) | st.text(),
+    st.sampled_from([NUMBER, YES, LETTERS, CHOICE, MATH]),
+)
+@settings(deadline=None, max_examples=500)
+def test_before_answer_holds_no_answer_and_is_a_beginning(text, asked):
+    kept = before_answer(text, asked)
+    assert text.startswith(kept)
+    assert kept == kept.rstrip()
+    assert before_answer(kept, asked) == kept
+    verdict = grade(kept, asked)
+    assert verdict.extracted is None
+    assert "no answer sentence" in verdict.reason

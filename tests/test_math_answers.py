@@ -78,6 +78,9 @@ $\$1{,}000.00$          ;; 1000
 (-\infty, 3]            ;; (-\infty,3]
 (-\infty,3)\cup(5,\infty)  ;; (5,\infty)\cup(-\infty,3)
 x \in [1,2]             ;; [1,2]
+m \geq \sqrt{2}         ;; [\sqrt{2},\infty)
+(-\infty,3)             ;; x<3
+1\le x<2                ;; [1,2)
 [1,2]                   ;; x\in[1,2]
 1, 2                    ;; 2,1
 1 \text{ and } 2        ;; 1,2
@@ -96,6 +99,12 @@ x = \pm 2               ;; \pm 2
 x=5                     ;; 5
 f(x)=5                  ;; 5
 5                       ;; x=5
+2\sqrt{3}               ;; x=\sqrt{12}
+10'000                  ;; 10000
+10 000             ;; 10000
+1½                      ;; \frac{3}{2}
+１８                      ;; 18
+\sqrt{1/n}              ;; \frac{1}{\sqrt{n}}
 A_1 = 5                 ;; 5
 2+3=5                   ;; 5
 x = \frac{10}{2} = 5    ;; 5
@@ -172,6 +181,10 @@ x=1 or x=2              ;; 2
 \pm 2                   ;; 2
 2                       ;; \pm 2
 2x+3                    ;; y=2x+3
+6                       ;; x=5
+6,5                     ;; x=5,y=6
+m > \sqrt{2}            ;; [\sqrt{2},\infty)
+\sqrt{x}|y|             ;; \sqrt{x}y
 x=5                     ;; y=5
 x^2=4                   ;; 4
 2x=10                   ;; 10
@@ -572,6 +585,65 @@ def test_equal_pairs_are_compared_once(monkeypatch):
     assert all(equal("1+x", "x+1")[0] for _ in range(10))
     assert asked == [("1+x", "x+1", 5.0)]
     math_answers._compared.cache_clear()
+
+
+def test_a_timeout_is_asked_again(monkeypatch):
+    answers = iter([Gone("comparison took longer than 5 s"), True])
+
+    def answer(*question):
+        one = next(answers)
+        if isinstance(one, Gone):
+            raise one
+        return one
+
+    monkeypatch.setattr(math_answers._worker, "equal", answer)
+    math_answers._compared.cache_clear()
+    assert equal("1+y", "y+1") == (False, "comparison took longer than 5 s: said 1+y, gold y+1")
+    assert equal("1+y", "y+1")[0]
+    assert equal("1+y", "y+1")[0]  # the verdict, once there is one, is kept
+    math_answers._compared.cache_clear()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="limits by the operating system: not on Windows")
+def test_the_limit_counts_processor_time_and_not_the_clock(worker):
+    """The process is stopped for twice its limit, as on a machine that is busy with others."""
+    assert worker.equal("1+1", "2", 60)
+    process = psutil.Process(worker._process.pid)
+    process.suspend()
+    threading.Timer(1.0, process.resume).start()
+    started = time.monotonic()
+    assert worker.equal(r"\sqrt{12}", r"2\sqrt{3}", 0.5)
+    assert time.monotonic() - started > 0.9
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="limits by the operating system: not on Windows")
+def test_a_busy_machine_changes_no_verdict(worker):
+    assert worker.equal("1+1", "2", 60)
+    psutil.Process(worker._process.pid).nice(19)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        assert worker.equal(r"\frac{1}{\sqrt{7}+1}", r"\frac{\sqrt{7}-1}{6}", 2)
+        with pytest.raises(Gone, match="took longer than"):
+            worker.equal("9^{9^{9^{9}}}", "3", 0.2)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="limits by the operating system: not on Windows")
+def test_a_process_that_hangs_without_computing_ends_as_well(worker, monkeypatch):
+    assert math_worker._cause(-signal.SIGALRM, 2.0) == "comparison did not end within 120 s on the clock"
+    code = "from smlib import math_worker as w; import time; w.PATIENCE = 2; w._limits()(0.1); time.sleep(60)"
+    started = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGALRM
+    assert time.monotonic() - started < 30
+
+
+def test_a_platform_without_timers_sets_no_alarm(monkeypatch):
+    monkeypatch.delattr(signal, "setitimer", raising=False)
+    monkeypatch.setitem(sys.modules, "resource", None)  # nor limits of memory
+    assert math_worker._limits()(5) is None
 
 
 def test_odd_characters_pass_through_the_pipe(worker):
