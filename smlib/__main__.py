@@ -142,8 +142,11 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--split", default="train", help="train (default) or test")
     sample.add_argument("--questions", type=int, metavar="N", help="the first N (default: all; generated: 1,000)")
     sample.add_argument("--samples", type=int, default=8, metavar="K", help="per question (default 8)")
-    sample.add_argument("--model", default="tiny", help="tiny (default), a model's folder or a hub id, with @REVISION")
+    sample.add_argument(
+        "--model", default="tiny", help="tiny (default), smollm2, a folder, a GGUF file or a hub id, with @REVISION"
+    )
     sample.add_argument("--shots", default="none", help="exemplars before the question: none (default), smlib or wei")
+    sample.add_argument("--prompt", default="plain", help="plain (default), or chat: the model's own chat template")
     sample.add_argument("--engine", default="native", help="native (default) or vllm")
     precision = "of the model (default: float32; of vllm what the files have)"
     sample.add_argument("--weights", choices=("float32", "bfloat16", "nf4"), help=precision)
@@ -186,7 +189,9 @@ def _add_settings(parser: argparse.ArgumentParser, out: str) -> None:
     tasks = "a generated task such as coin_flip, a published dataset such as gsm8k (default of the large presets), or "
     parser.add_argument("--task", help=tasks + "all generated ones (default of the others)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", help="in place of the preset's: a folder, or a hub id, best with @REVISION")
+    parser.add_argument(
+        "--model", help="in place of the preset's: smollm2, a folder, a GGUF file, or a hub id, best with @REVISION"
+    )
     change = "change a setting (ppo.updates=10) or a notebook's parameter (REWARD=checker); repeatable"
     parser.add_argument("--set", action="append", default=[], type=_assignment, metavar="NAME=VALUE", help=change)
     parser.add_argument("--out", metavar="RUN", help=out)
@@ -194,7 +199,9 @@ def _add_settings(parser: argparse.ArgumentParser, out: str) -> None:
 
 def overrides(args) -> dict:
     """What --model and --set change of the preset, as `settings.preset` takes it."""
-    changed: dict = {"base": args.model} if args.model else {}
+    changed: dict = {}
+    if args.model:  # notebooks run in another folder
+        changed["base"] = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
     for name, value in args.set:
         group, dot, setting = name.partition(".")
         if dot:
@@ -244,7 +251,7 @@ def show_data(datasets: list[str]) -> int:
 
 def sample(args) -> int:
     """Draw samples of a dataset's questions into a folder of shards (smlib.bulk)."""
-    from smlib import models, pipeline, prompts
+    from smlib import encoding, models, pipeline, prompts
     from smlib.bulk import Bulk
     from smlib.engines import make_engine
     from smlib.problems import TASKS, generate, load
@@ -254,24 +261,42 @@ def sample(args) -> int:
         problems = generate(args.dataset, args.questions or 1000, args.seed, split=args.split)
     else:
         problems = load(args.dataset, args.split, limit=args.questions)
-    shots = prompts.shots(args.dataset, args.shots)
-    questions = [(problem.id, prompts.open_prompt(problem, shots)) for problem in problems]
     source = {"base": args.model, "base_sha256": models.weights_sha256(args.model), "dataset": args.dataset}
     if args.weights not in (None, "float32"):
         source["weights"] = args.weights
+    if args.prompt != "plain":
+        source["prompt"] = args.prompt
     held = {"weights": args.weights, "cache_tokens": args.cache_tokens, "workers": args.workers}
     if args.rows is not None:
         held["rows"] = args.rows
-    bulk = Bulk(args.out, make_engine(args.engine, args.model, **held), source, args.shard)
+    prompts.shots(args.dataset, args.shots)  # refuses unknown ones before the model is loaded
+    engine = make_engine(args.engine, args.model, **held)
+    encoding.use_prompt(engine.tokenizer, args.prompt)
+    bulk = Bulk(args.out, engine, source, args.shard)
     counts = bulk.draw(
-        questions, args.samples, temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
-        seed=args.seed, stop=prompts.stop(args.shots), progress=args.dataset,
+        _Asked(engine.tokenizer, problems, args.shots), args.samples, temperature=args.temperature, top_p=args.top_p,
+        max_new_tokens=args.max_new_tokens, seed=args.seed, stop=prompts.stop(args.shots), progress=args.dataset,
     )  # fmt: skip
     print(
-        f"{args.out}: {len(questions):,} questions, {counts['drawn']:,} samples drawn, {counts['found']:,} were there"
+        f"{args.out}: {len(problems):,} questions, {counts['drawn']:,} samples drawn, {counts['found']:,} were there"
         + f", {counts['dropped']} damaged files drawn again" * bool(counts["dropped"])
     )
     return 0
+
+
+class _Asked:
+    """(key, prompt) of every question; its tokens are made when it is its turn, so that they are not all in memory."""
+
+    def __init__(self, tokenizer, problems: list, shots: str):
+        self.tokenizer, self.problems, self.shots = tokenizer, problems, shots
+
+    def __len__(self):
+        return len(self.problems)
+
+    def __iter__(self):
+        from smlib.encoding import encode_question
+
+        return ((one.id, encode_question(self.tokenizer, one, shots=self.shots)) for one in self.problems)
 
 
 def stage(args) -> int:

@@ -18,6 +18,8 @@ import sys
 import threading
 from functools import lru_cache
 
+from smlib.errors import MissingLibrary
+
 MISSING = "math-verify is missing, which judges MATH answers; install it: pip install {}"
 PACKAGES = "math-verify==0.9.0 latex2sympy2_extended==1.11.0 antlr4-python3-runtime==4.13.2"
 MEMORY = 2 * 1024**3  # bytes of address space; an ordinary comparison needs 0.1 GiB
@@ -85,7 +87,7 @@ class Worker:
         )
         hello = self._process.stdout.readline()
         if hello != b"ready\n":
-            raise ImportError(hello.decode().strip() or "math-verify did not start: try python -m smlib.math_worker")
+            raise MissingLibrary(hello.decode().strip() or "math-verify did not start: try python -m smlib.math_worker")
 
     def _stop(self) -> None:
         process, self._process = self._process, None

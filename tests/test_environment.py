@@ -11,6 +11,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from smlib import gguf_models
+
 ROOT = Path(__file__).parents[1]
 LOCK = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
@@ -41,6 +43,13 @@ def test_what_the_package_asks_for_is_in_the_lock():
     locked = pins(LOCK)
     assert {name: locked.get(name) for name in asked} == asked
     assert locked["torch"] == "2.13.0"
+
+
+def test_the_real_model_s_pins_are_those_of_its_extra():
+    lines = [line.split(" --hash")[0] for line in (ROOT / "requirements-real.lock").read_text().splitlines()]
+    found = pins(line for line in lines if not line.startswith("#"))
+    assert found == pins(PROJECT["optional-dependencies"]["real"])
+    assert all(f"{name}=={pinned}" in gguf_models.INSTALL for name, pinned in found.items())
 
 
 def test_no_package_is_locked_twice():
