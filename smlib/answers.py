@@ -163,6 +163,7 @@ _LEAD_IN = re.compile(
     r"|among \(?A\)? through \(?[A-Z]\)?)(?!\w)[^\w\s]*|(?<!\S)[^\w\s]+|\s)+$",
     re.IGNORECASE,
 )
+_CLAUSE_END = re.compile(r"\n|[.!?]+[\"'”’)\]]*(?=\s)")
 _OPENING = "-*_#>$({[\\=~:,;—–"  # marks that open what the announcement closes
 
 
@@ -178,11 +179,24 @@ def before_answer(text: str, problem: Problem) -> str:
     """
     kept = before_next_question(text).rstrip()
     while (start := _first_announcement(kept)) is not None:
-        kept = kept[:start].rstrip(_OPENING)
-        while found := _LEAD_IN.search(kept, max(0, len(kept) - 200)):
-            kept = kept[: found.start()]
-        kept = kept.rstrip(" ,;—–").rstrip()
+        kept, clause = _without_lead_in(kept[:start])
+        while kept and not clause:  # all of it led to the announcement, as a heading of its own does
+            shorter, clause = _without_lead_in(kept)
+            kept = kept if clause else shorter
     return kept
+
+
+def _without_lead_in(text: str) -> tuple[str, str]:
+    """(the text without what leads to an announcement at its end, what is left of its last sentence or line).
+
+    It stays in that sentence: the last step may end in a word that is in _LEAD_IN, as 'ends in "a".' does.
+    """
+    begin = max([len(text) - 200, 0, *(found.end() for found in _CLAUSE_END.finditer(text.rstrip()))])
+    clause = text[begin:].rstrip().rstrip(_OPENING)
+    if lead := _LEAD_IN.search(clause):
+        clause = clause[: lead.start()].rstrip(",;:—–")
+    clause = clause.rstrip()
+    return (text[:begin] + clause).rstrip(), clause.strip()
 
 
 def _first_announcement(text: str) -> int | None:

@@ -414,6 +414,8 @@ MATH = problem("math", "5")
         ("1 The answer is 5. 2 The answer is 6.", "1"),
         ("x.\n\nQ: And of 5?\nA: 5", "x."),
         ("The answer is 18", ""),
+        ('"Tina" ends in "a".\nThe answer is iaca.', '"Tina" ends in "a".'),  # no article before the announcement
+        ("Bob has an A.\n\n**Answer:** A", "Bob has an A."),
         ("no announcement, so the \n", "no announcement, so the"),
         ("Given answer: 5. Two and two.", "Given answer: 5. Two and two."),
         ("", ""),
