@@ -154,7 +154,9 @@ def test_problems(settings: Settings) -> dict[str, list[Problem]]:
 def _train_split(dataset: str, seed: int) -> list[Problem]:
     """The train split of a published dataset, each question once and none of its test split (multiarith repeats some),
     in an order that the seed decides. Questions are equal by `problems.question_key`."""
-    found = {question_key(problem.question): problem for problem in load(dataset, "train")}
+    found: dict[str, Problem] = {}
+    for problem in load(dataset, "train"):
+        found.setdefault(question_key(problem.question), problem)
     for problem in load(dataset, "test"):
         found.pop(question_key(problem.question), None)
     return _shuffled(list(found.values()), f"{dataset}/{seed}")

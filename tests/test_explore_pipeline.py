@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -127,6 +127,9 @@ def test_a_question_that_was_trained_on_is_no_test_question():
     explore_pipeline.refuse_training_questions({"a set": some[:2]}, some[2:])
     with pytest.raises(ValueError, match=f"1 questions of test set a set were trained on, such as {some[1].id}"):
         explore_pipeline.refuse_training_questions({"a set": some[:2]}, some[1:])
+    with pytest.raises(ValueError, match="1 questions of test set a set were trained on"):
+        loud = replace(some[1], question=some[1].question.upper().replace(",", " "))
+        explore_pipeline.refuse_training_questions({"a set": some[:2]}, [loud, *some[2:]])
 
 
 def branch(finished, folder, names):

@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 
 from smlib import problems
 from smlib.generators import LETTERS
-from smlib.problems import KINDS, PUBLISHED, TASKS, DatasetError, Problem, generate, load, splits, with_options
+from smlib.problems import (
+    KINDS,
+    PUBLISHED,
+    TASKS,
+    DatasetError,
+    Problem,
+    generate,
+    load,
+    question_key,
+    splits,
+    with_options,
+)
 from smlib.steps import worked_solution
 
 PLAYERS = "(?:Alice|Bob|Claire)"
@@ -414,3 +425,34 @@ def test_options_follow_a_choice_question_only():
     choice = Problem("x/0", "x", "Which one?", "B", "choice", ("red ball", "Moby Dick"))
     assert with_options(choice) == "Which one?\nAnswer Choices: (A) red ball (B) Moby Dick"
     assert with_options(Problem("x/1", "x", "How many?", "3", "number")) == "How many?"
+
+
+# -------------------------------------------------------------------------------------------- equal questions
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("How many  nuts?", "how many nuts ?", True),
+        ("Ann's 3 nuts, and Bo's 4.", "ANN’S 3 nuts and Bo's 4", True),
+        ("Ａｎｎ has １２ nuts", "Ann has 12 nuts", True),
+        ("It costs $1.50.", "It costs 1 50", True),
+        ("It costs $1.50.", "It costs 150", False),
+        ("Ann has 3 nuts.", "Ann has 4 nuts.", False),
+        ("Ann has nuts.", "Anna has nuts.", False),
+    ],
+)
+def test_questions_are_equal_by_their_letters_and_digits(one, other, same):
+    assert (question_key(one) == question_key(other)) is same
+
+
+def test_published_sets_share_questions_as_they_are_known_to(local_copy):
+    keys = {
+        (name, split): [question_key(problem.question) for problem in load(name, split, data_dir=local_copy)]
+        for name in ("single_eq", "addsub", "multiarith")
+        for split in ("train", "test")
+    }
+    both = lambda tested, trained: sum(key in set(keys[trained]) for key in keys[tested])  # noqa: E731
+    assert both(("multiarith", "test"), ("multiarith", "train")) == 5
+    assert both(("single_eq", "test"), ("addsub", "train")) == 24
+    assert both(("addsub", "test"), ("single_eq", "train")) == 19

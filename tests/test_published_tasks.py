@@ -15,8 +15,9 @@ PPO = {"updates": 5, "episodes": 8, "samples_per_question": 2, "minibatch": 4}
 
 @pytest.fixture(autouse=True)
 def gsm8k(tmp_path, monkeypatch):
-    """Thirty train questions, one of them twice and one of the six test questions among them."""
+    """Thirty-two train questions: one of them twice, once in capitals, and two of the six test questions among them."""
     train = [f"How many are {n} nuts?" for n in range(28)] + ["How many are 3 nuts?", "How many are 101 nuts?"]
+    train += ["HOW MANY, are 4 nuts", "how many are 102  nuts ?"]
     test = [f"How many are {n} nuts?" for n in range(100, 106)]
     (tmp_path / "gsm8k").mkdir()
     for split, questions in (("train", train), ("test", test)):

@@ -279,6 +279,18 @@ def shown(tokenizer, ids):
     return tokenizer.decode(ids[: special[0]] if special else ids)
 
 
+def test_every_end_token_of_the_generation_config_ends_a_sample(tokenizer):
+    """Instruct models name several, such as the end of a turn beside the end of a text."""
+    model, letter = tiny_model(), tokenizer.convert_tokens_to_ids("e")
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, letter]
+    free = flat(draw(tiny_model(), tokenizer))
+    ended = flat(draw(model, tokenizer))
+    assert {one.token_ids[-1] for one in ended if one.finish_reason == "stop"} == {tokenizer.eos_token_id, letter}
+    for one, other in zip(ended, free, strict=True):
+        assert one.token_ids == other.token_ids[: len(one.token_ids)]
+        assert not {tokenizer.eos_token_id, letter}.intersection(one.token_ids[:-1])
+
+
 @pytest.mark.parametrize("max_batch", [2, 256])
 def test_a_stop_string_cuts_the_unstopped_sample(model, tokenizer, max_batch):
     free = flat(draw(model, tokenizer))
