@@ -67,7 +67,7 @@ def test_what_is_no_model_is_one_sentence_and_leaves_nothing(tmp_path):
 
 FEW = {
     "sampling": {
-        "questions": 5, "samples": 8, "conditioned_questions": 5, "conditioned_samples": 2, "shots": "smlib",
+        "questions": 5, "samples": 8, "conditioned_questions": 3, "conditioned_samples": 2, "shots": "smlib",
         "temperature": 0.8, "max_new_tokens": 40,
     },
     "sft": {"batch": 4, "learning_rate": 5e-5, "epochs": 3.0},
@@ -106,7 +106,7 @@ def test_a_real_model_goes_through_stages_01_to_04_and_exploration(smollm2, tmp_
         stage(run, settings, progress=False)
     tokenizer = pipeline.load_tokenizer(settings)
     rows = require(run, "01_sampling").read_rows("rationales")
-    assert len(rows) == 5 * 8 + 5 * 2 * 2
+    assert len(rows) == 5 * 8 + 3 * 2 * 2
     for row in rows + require(run, "06_solutions").read_rows("solutions"):
         assert encoding.decode(tokenizer, row["token_ids"]) == row["text"]
         assert "\nQ:" not in row["text"]

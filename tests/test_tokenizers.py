@@ -19,8 +19,6 @@ FEW = {
     "reward": {"questions": 0, "batch": 4, "epochs": 1.0, "pairs": "base"},
     "ppo": {"updates": 1, "warmup_updates": 0, "episodes": 8, "samples_per_question": 4, "minibatch": 4},
     "explore": {"samples": 8, "k": 2},
-    "dpo": {"batch": 4, "epochs": 1.0},
-    "evaluation": {"questions": 2, "published": 0, "samples": 2},
 }
 
 
@@ -41,7 +39,7 @@ def make_base(kind, folder, style):
                 documents.append(encoding.encode_question(tokenizer, problem, given=given) + tail)
     ids = models.pad_right(documents, -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(150):
+    for _ in range(100):
         model(input_ids=ids.clamp(min=0), labels=ids).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -81,11 +79,11 @@ def test_every_stage_has_the_tokens_that_were_drawn(kind, tmp_path, monkeypatch)
     for row in rows:
         assert encoding.decode(tokenizer, row["token_ids"]) == row["text"]
         assert row["text"].startswith(f"{blank}Ann starts with")
-    conditioned = [row for row in rows if row["source"] == "conditioned" and row["correct"]]
-    assert len(conditioned) == 8  # two for the gold answer of each question
+    problems = {problem.id: problem for problem in load("gsm8k", "train")}
+    conditioned = [row for row in rows if row["given"] == problems[row["id"]].answer]
+    assert len(conditioned) == 8 and all(row["correct"] for row in conditioned)
     assert all(row["reanswer_correct"] for row in conditioned), "the filter keeps them all"
 
-    problems = {problem.id: problem for problem in load("gsm8k", "train")}
     ranked = [row for row in require(run, "02_ranking").read_rows("ranked") if row["side"] == "+"]
     asked = {identity: encoding.encode_question(tokenizer, problem) for identity, problem in problems.items()}
     expected = [[*asked[row["id"]], *row["token_ids"], tokenizer.eos_token_id] for row in ranked]
@@ -109,7 +107,8 @@ def test_every_stage_has_the_tokens_that_were_drawn(kind, tmp_path, monkeypatch)
             for tail in map(tuple, tails):
                 assert tail in drawn or (tail[:-1] in drawn and tail[-1] in ends)
 
-    explore_pipeline.run(run, settings, progress=False)
+    for stage in list(explore_pipeline.STAGES.values())[:4]:
+        stage(run, settings, progress=False)
     for row in require(run, "06_solutions").read_rows("solutions"):
         assert encoding.decode(tokenizer, row["token_ids"]) == row["text"]
     for pair in require(run, "06_exploration").read_rows("pairs"):
