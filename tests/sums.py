@@ -3,7 +3,9 @@
 import hashlib
 import json
 
-from smlib import downloads, prompts
+import torch
+
+from smlib import downloads, models, prompts
 
 SUMS = [(3, 4), (2, 6), (1, 8), (5, 2), (4, 4), (6, 1), (2, 7)]
 TRAIN, TEST, SHOWN = SUMS[:4], SUMS[4:6], SUMS[6]
@@ -41,3 +43,14 @@ def publish(task: str, folder, patch) -> None:
     exemplars = {"right": [shown], "wrong": [shown | {"given": "5"}]}
     patch.setattr(prompts, "_own_exemplars", lambda: {"word_problems": exemplars, "math": exemplars})
     prompts.shots.cache_clear()
+
+
+def learn(model, documents: list[list[int]], times: int) -> None:
+    """Let a model read all documents, as token ids, so many times."""
+    ids = models.pad_right(documents, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(times):
+        model(input_ids=ids.clamp(min=0), labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()

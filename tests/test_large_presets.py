@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from sums import TRAIN, publish, steps
+from sums import TRAIN, learn, publish, steps
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from smlib import encoding, explore_pipeline, models, pipeline, prompts, results
@@ -47,13 +47,7 @@ def make_base(task: str, kind: str, folder) -> str:
                 head = encoding.encode_prompt(spelled, prompts.open_prompt(problem, prompts.shots(task, shots)))
                 told = " " + "\n".join([*steps(task, a, b, total), answer])
                 documents.append(head + encoding.encode_completion(spelled, told))
-    ids = models.pad_right(documents, -100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(60):
-        model(input_ids=ids.clamp(min=0), labels=ids).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    learn(model, documents, 60)
     for part in (model, spelled):
         part.save_pretrained(folder)
     return str(folder)
