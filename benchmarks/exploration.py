@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=TABLE)
     args = parser.parse_args()
     settings, run = preset(args.preset, args.task), pipeline.run_folder(args.run, args.preset, args.task, 0)
-    tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(require(run, "06_rft").path("model"))
+    tokenizer, model = pipeline.load_tokenizer(settings), models.load_policy(require(run, "06_rft").path("model"))
     problems = {problem.id: problem for problem in pipeline.training_problems(settings)}
     everything = explore_pipeline.wrong_rationales(tokenizer, problems, require(run, "06_selection").read_rows("pairs"))
     few = everything[:: max(1, len(everything) // args.rationales)][: args.rationales]

@@ -146,7 +146,8 @@ def _parser() -> argparse.ArgumentParser:
         "--model", default="tiny", help="tiny (default), smollm2, a folder, a GGUF file or a hub id, with @REVISION"
     )
     sample.add_argument("--shots", default="none", help="exemplars before the question: none (default), smlib or wei")
-    sample.add_argument("--prompt", default="plain", help="plain (default), or chat: the model's own chat template")
+    asks = "plain (default), or chat: the model's own chat template"
+    sample.add_argument("--prompt", default="plain", choices=("plain", "chat"), help=asks)
     sample.add_argument("--engine", default="native", help="native (default) or vllm")
     precision = "of the model (default: float32; of vllm what the files have)"
     sample.add_argument("--weights", choices=("float32", "bfloat16", "nf4"), help=precision)
@@ -251,7 +252,7 @@ def show_data(datasets: list[str]) -> int:
 
 def sample(args) -> int:
     """Draw samples of a dataset's questions into a folder of shards (smlib.bulk)."""
-    from smlib import encoding, models, pipeline, prompts
+    from smlib import models, pipeline, prompts
     from smlib.bulk import Bulk
     from smlib.engines import make_engine
     from smlib.problems import TASKS, generate, load
@@ -261,17 +262,18 @@ def sample(args) -> int:
         problems = generate(args.dataset, args.questions or 1000, args.seed, split=args.split)
     else:
         problems = load(args.dataset, args.split, limit=args.questions)
-    source = {"base": args.model, "base_sha256": models.weights_sha256(args.model), "dataset": args.dataset}
+    # "asked" tells folders of prompts that are token ids from older ones
+    source = {"asked": "token ids", "dataset": args.dataset}
+    source |= {"base": args.model, "base_sha256": models.weights_sha256(args.model)}
     if args.weights not in (None, "float32"):
         source["weights"] = args.weights
     if args.prompt != "plain":
         source["prompt"] = args.prompt
-    held = {"weights": args.weights, "cache_tokens": args.cache_tokens, "workers": args.workers}
+    held = {"weights": args.weights, "cache_tokens": args.cache_tokens, "workers": args.workers, "prompt": args.prompt}
     if args.rows is not None:
         held["rows"] = args.rows
     prompts.shots(args.dataset, args.shots)  # refuses unknown ones before the model is loaded
     engine = make_engine(args.engine, args.model, **held)
-    encoding.use_prompt(engine.tokenizer, args.prompt)
     bulk = Bulk(args.out, engine, source, args.shard)
     counts = bulk.draw(
         _Asked(engine.tokenizer, problems, args.shots), args.samples, temperature=args.temperature, top_p=args.top_p,

@@ -63,13 +63,13 @@ def reward_rows(
         if ranked:
             interval = evaluation.accuracy_interval(sum(ranked), len(ranked))
             rows.append(row(f"held-out pairs of the {name}", sum(ranked) / len(ranked), interval, len(ranked)))
-    judge, tokenizer = models.load_policy(stage.path("model")), models.load_tokenizer(settings.base)
+    judge, tokenizer = models.load_policy(stage.path("model")), pipeline.load_tokenizer(settings)
     fresh = pipeline.fresh_problems(settings, len(answered) // len(settings.tasks))
     problems = {problem.id: problem for problem in fresh}
     best, mean = [], []
     for answer in answered:
-        asked = [problems[answer["id"]]] * len(answer["sampled_texts"])
-        scores = reward_model.score(judge, tokenizer, asked, answer["sampled_texts"])
+        asked = [problems[answer["id"]]] * len(answer["sampled_ids"])
+        scores = reward_model.score(judge, tokenizer, asked, answer["sampled_ids"])
         best.append(evaluation.best_of_n(scores, answer["sampled_correct"]))
         mean.append(sum(answer["sampled_correct"]) / len(asked))
     rows.append(row(f"best of {len(asked)}", sum(best) / len(best), evaluation.mean_interval(best), len(best)))
@@ -124,7 +124,7 @@ def step_pairs(run_dir: str | Path, settings: Settings, progress: bool = True) -
     the end of the wrong rationale, end-of-sequence included. "first wrong step": the step checker says where, in place
     of the search; chosen is what k completions from before it find.
     """
-    tokenizer = models.load_tokenizer(settings.base)
+    tokenizer = pipeline.load_tokenizer(settings)
     outcome = require(run_dir, "06_selection").read_rows("pairs")
     known = {problem.id: problem for problem in pipeline.training_problems(settings)}
     wrong = explore_pipeline.wrong_rationales(tokenizer, known, outcome)
@@ -176,7 +176,7 @@ def step_policy(
     if stage.done:
         return stage
     with stage.recording():
-        tokenizer, model = models.load_tokenizer(settings.base), models.load_policy(tuned.path("model"))
+        tokenizer, model = pipeline.load_tokenizer(settings), models.load_policy(tuned.path("model"))
         label = f"DPO, {name}" if progress else None
         stage.write_rows("log", dpo.train_dpo(model, tokenizer, pairs, seed=settings.seed, progress=label, **how))
         stage.write_model("model", model, tokenizer)

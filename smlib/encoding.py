@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from itertools import chain, takewhile
 from weakref import WeakKeyDictionary
 
+from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -37,7 +38,7 @@ class _Exact:
 
     size: its vocabulary's. lead: the ids that it puts before a text, such as bos. inside: a copy of it for a text in
     the middle of a document, which takes special tokens that are spelled out for text. special: the ids that are no
-    text.
+    text; a token for unknown letters stands for some.
     """
 
     size: int
@@ -58,9 +59,17 @@ def _exact(tokenizer: PreTrainedTokenizerBase) -> _Exact:
         lead = _lead(tokenizer)
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         special |= set(tokenizer.all_special_ids)
+        special.discard(inside.token_to_id(_unknown(spec["model"]) or ""))
         known = _Exact(len(tokenizer), lead, inside, frozenset(special))
         _known[tokenizer] = known
     return known
+
+
+def _unknown(model: dict) -> str | None:
+    """The token that a tokenizer's model has for letters that it does not know."""
+    if model.get("unk_id") is not None:
+        return model["vocab"][model["unk_id"]][0]
+    return model.get("unk_token")
 
 
 def _lead(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -68,8 +77,8 @@ def _lead(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     for text in chain(("1", "a"), tokenizer.get_vocab()):
         if plain := tokenizer(text, add_special_tokens=False)["input_ids"]:
             framed = tokenizer(text)["input_ids"]
-            places = range(len(framed) - len(plain) + 1)
-            return tuple(framed[: next(place for place in places if framed[place : place + len(plain)] == plain)])
+            places = [place for place in range(len(framed)) if framed[place : place + len(plain)] == plain]
+            return tuple(framed[: places[0]] if places else ())
     return ()
 
 
@@ -138,12 +147,20 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[in
     return list(takewhile(lambda token: token not in special, ids))
 
 
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text of each token by itself, to show it: blanks are kept, and special tokens have their names."""
+    return [_exact(tokenizer).inside.decode([token], skip_special_tokens=False) for token in ids]
+
+
 def closed(tokenizer: PreTrainedTokenizerBase, completion: str | Sequence[int]) -> list[int]:
-    """A completion's token ids with their end: as drawn where it is token ids, encoded where it is a text."""
+    """A completion's token ids, followed by end-of-sequence: as drawn where it is token ids, encoded where it is text.
+
+    A completion that ended with another end token than the tokenizer's gets this one, which is what training shows.
+    """
     if isinstance(completion, str):
         return encode_completion(tokenizer, completion)
     ids = list(completion)
-    return ids if ids and ids[-1] in _exact(tokenizer).special else [*ids, tokenizer.eos_token_id]
+    return [*(ids[:-1] if ids and ids[-1] in _exact(tokenizer).special else ids), tokenizer.eos_token_id]
 
 
 def ends(tokenizer: PreTrainedTokenizerBase | None, generation: GenerationConfig) -> tuple[int, ...]:
@@ -170,7 +187,8 @@ def first_characters(
     """Token ids of exactly the first so many characters of a completion, and of a text after them.
 
     The completion's own tokens stand as far as they go. One that also holds what comes after the cut, such as
-    ".\\n\\n", is encoded anew, and together with the text after it, as the model would have written them.
+    ".\\n\\n", is encoded anew, and together with the text after it, as the model would have written them. (Amid bytes
+    that are no character there is no exact cut: some tokenizers decode a run of them as a whole.)
     """
     ids = _text_ids(tokenizer, ids)
     text = decode(tokenizer, ids)
@@ -189,8 +207,9 @@ def use_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
     """Ask questions "plain", or in the model's own "chat" template, wherever this tokenizer goes from now on.
 
     The same choice holds for sampling, SFT, reward model, PPO and evaluation, since all of them ask by
-    `encode_question`. In a chat the token that ends the assistant's turn becomes the tokenizer's end-of-sequence.
-    Raises ValueError for another name, and for "chat" where the tokenizer has no chat template.
+    `encode_question`. In a chat the token that ends the assistant's turn becomes the tokenizer's end-of-sequence, for
+    good: `models.load_tokenizer` calls this once. Raises ValueError for another name, and for "chat" where the
+    tokenizer has no chat template.
     """
     if prompt not in PROMPTS:
         raise UsageError(f"sampling.prompt {prompt!r} is unknown; choose one of: {', '.join(PROMPTS)}.")
@@ -208,9 +227,21 @@ def use_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The special token that follows what an assistant has said; None where the template puts none there."""
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "R51"}]
-    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("R51")[2].lstrip()
+    after = _rendered(tokenizer, turns, tokenize=False).rpartition("R51")[2].lstrip()
     specials = (tokenizer.convert_ids_to_tokens(token) for token in _exact(tokenizer).special)
     return max((token for token in specials if after.startswith(token)), key=len, default=None)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **options) -> str | list[int]:
+    """The turns in the model's chat template, which writes bos where the model wants one. Raises UsageError where the
+    template does not take them."""
+    try:  # Llama-3's would name the day, and a run that goes on tomorrow would ask other prompts
+        return tokenizer.apply_chat_template(turns, date_string="26 Jul 2024", **options)
+    except TemplateError as error:
+        raise UsageError(
+            f"the chat template of {tokenizer.name_or_path or 'this model'} refuses a question with "
+            f"{len(turns) // 2} exemplars before it: {error}; choose sampling.prompt = 'plain', or other shots."
+        ) from error
 
 
 def encode_question(
@@ -223,10 +254,7 @@ def encode_question(
     """
     if getattr(tokenizer, "smlib_prompt", "plain") == "chat":
         turns = prompts.chat(problem, given, shots)
-        # The template writes bos where the model wants one.
-        return tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
-        )
+        return _rendered(tokenizer, turns, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False)
     shown = prompts.shots(problem.dataset, shots, conditioned=given is not None)
     text = prompts.open_prompt(problem, shown) if given is None else prompts.conditioned_prompt(problem, given, shown)
     return encode_prompt(tokenizer, text)
@@ -245,7 +273,7 @@ def encode_reanswer(
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raise ValueError for a tokenizer that does not give back what is encoded, on which the pipeline cannot stand."""
+    """Raise ValueError for a tokenizer that the pipeline cannot use: it changes texts, or no token ends one."""
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError(f"{name} has a tokenizer without a fast version (tokenizer.json): choose another model.")
     for text in (" 18.", "18.", " Ann: 2 + 2 = 4.\nBob has 5.", "\nThe answer is"):
@@ -255,3 +283,5 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
                 f"the tokenizer of {name} changes texts: {text!r} comes back as {found!r}, so that prompts and answers "
                 "would not be what they seem: choose another model."
             )
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"the tokenizer of {name} has no end-of-sequence token: choose another model.")

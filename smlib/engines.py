@@ -104,7 +104,7 @@ def chosen(name: str, weights: str | None = None) -> str:
 
 def make_engine(
     name: str, base: str, *, weights: str | None = None, rows: int = MAX_BATCH, cache_tokens: int = 0,
-    cuda_graphs: bool = False, workers: int = 1, lora_rank: int = 0, share: float = 0.0,
+    cuda_graphs: bool = False, workers: int = 1, lora_rank: int = 0, share: float = 0.0, prompt: str = "plain",
 ) -> Engine:  # fmt: skip
     """The engine called `name`, "native", "vllm" or "auto", on a model: "tiny", a folder or a hub id.
 
@@ -116,6 +116,7 @@ def make_engine(
         processes of Ray's, each with such an engine.
     lora_rank: of vLLM, the greatest rank of adapters to come (`VLLMEngine.load_adapter`). share: of a GPU's memory that
         vLLM takes, 0 for nine tenths of what is free; without a GPU of the machine's, 0 for half of what is free.
+    prompt: how its tokenizer asks questions, "plain" or "chat" (`encoding.use_prompt`).
     """
     name = chosen(name, weights)
     if name not in ENGINES:
@@ -129,18 +130,19 @@ def make_engine(
         from smlib.ray_engine import RayEngine
 
         held = {"weights": weights, "rows": rows, "cache_tokens": cache_tokens, "cuda_graphs": cuda_graphs}
+        held["prompt"] = prompt
         return RayEngine(base, workers=workers, inner=name, **held)
     if name == "native":
-        model, tokenizer = models.load_policy(base, weights or "float32"), models.load_tokenizer(base)
-        return NativeEngine(model, tokenizer, rows, cache_tokens, cuda_graphs)
+        tokenizer = models.load_tokenizer(base, prompt)
+        return NativeEngine(models.load_policy(base, weights or "float32"), tokenizer, rows, cache_tokens, cuda_graphs)
     from smlib.vllm_engine import VLLMEngine
 
     options = {"dtype": "bfloat16" if weights == "nf4" else weights} if weights else {}
     options |= {"gpu_memory_utilization": share} if share else {}
     adapter = models.adapter_config(base)
     if adapter is None:
-        return VLLMEngine(base, lora_rank, **options)
-    engine = VLLMEngine(adapter.base_model_name_or_path, lora_rank=adapter.r, **options)
+        return VLLMEngine(base, lora_rank, prompt, **options)
+    engine = VLLMEngine(adapter.base_model_name_or_path, lora_rank=adapter.r, prompt=prompt, **options)
     engine.load_adapter(base)
     return engine
 

@@ -287,10 +287,8 @@ def _choose(tokenizer, start: Sequence[int], samples: Sequence[Sample], choice: 
     closed = []
     for one in samples:
         ids = [*start, *one.token_ids]
-        found = encoding.first_characters(tokenizer, ids, len(prompts.cut(encoding.decode(tokenizer, ids))))[
-            len(start) :
-        ]
-        closed.append((found, sum(one.logprobs[: len(found)])))
+        kept = encoding.first_characters(tokenizer, ids, len(prompts.cut(encoding.decode(tokenizer, ids))))
+        closed.append((kept[len(start) :], sum(one.logprobs[: len(kept) - len(start)])))
     if choice == "random":
         return closed[0][0]
     return min(closed, key=lambda found: len(found[0]) if choice == "shortest" else -found[1])[0]
@@ -359,7 +357,7 @@ def pit_report(
 
 
 def wrong_step(tokenizer: PreTrainedTokenizerBase, rationale: Rationale) -> int | None:
-    """The first wrong step, from 1; None if all steps are right, or of a dataset that the step checker knows not."""
+    """The first wrong step, from 1; None if all are right, or where the step checker does not know the dataset."""
     if not knows(rationale.problem.dataset):
         return None
     wrong = first_wrong_step(rationale.problem, encoding.decode(tokenizer, rationale.prefix(len(rationale.ends))))

@@ -152,9 +152,13 @@ def load_config(name: str) -> PretrainedConfig:
 def load_generation(name: str) -> GenerationConfig:
     """The model's generation config, whose end tokens end its completions; of a model without one, its own config's."""
     place, revision = locate(name)
-    try:
-        return GenerationConfig.from_pretrained(place, revision=revision)
-    except OSError:
+    with _explained(place, revision):
+        try:
+            return GenerationConfig.from_pretrained(place, revision=revision)
+        except OSError as error:
+            missing = any(isinstance(cause, errors.EntryNotFoundError) for cause in _causes(error))
+            if not Path(place).is_dir() and not missing:
+                raise  # the hub may have one
         return GenerationConfig.from_model_config(load_config(name))
 
 
@@ -170,8 +174,8 @@ def load_tokenizer(name: str = "tiny", prompt: str = "plain") -> PreTrainedToken
     place, revision = locate(name)
     with _explained(place, revision):
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
-    encoding.check_tokenizer(tokenizer, str(name))
     encoding.use_prompt(tokenizer, prompt)
+    encoding.check_tokenizer(tokenizer, str(name))
     special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
     for token in (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, *special):
         if token not in (None, tokenizer.eos_token):

@@ -26,7 +26,6 @@ from smlib import evaluation, models, ppo, ranking, rationales, reward_model, sf
 from smlib.answers import Reward
 from smlib.artifacts import Stage, require
 from smlib.bulk import Bulk
-from smlib.encoding import use_prompt
 from smlib.engines import Engine, chosen, make_engine
 from smlib.errors import UsageError
 from smlib.models import launched
@@ -558,7 +557,7 @@ def load_engine(settings: Settings, path: str | Path) -> Engine:
     a GPU."""
     models.free_memory()
     hardware = settings.hardware
-    engine = make_engine(
+    return make_engine(
         hardware.engine,
         str(path),
         weights=hardware.weights,
@@ -566,9 +565,8 @@ def load_engine(settings: Settings, path: str | Path) -> Engine:
         cache_tokens=hardware.cache_tokens,
         cuda_graphs=hardware.cuda_graphs,
         workers=hardware.workers,
+        prompt=settings.sampling.prompt,
     )
-    use_prompt(engine.tokenizer, settings.sampling.prompt)
-    return engine
 
 
 def load_trainable(settings: Settings, path: str | Path):
@@ -619,6 +617,8 @@ def stage_keys(settings: Settings, *groups: str) -> dict:
         common["base_sha256"] = digest
     if settings.lora.rank:
         common["lora"] = asdict(settings.lora)
+    if settings.sampling.prompt != "plain":  # every stage asks so
+        common["prompt"] = settings.sampling.prompt
     if settings.hardware.weights != "float32":  # the rest of the group changes no result
         common["weights"] = settings.hardware.weights
     return common | {group: asdict(getattr(settings, group)) for group in groups}

@@ -123,11 +123,12 @@ def lengths(settings: Settings, solution: float = Assumed.solution) -> Lengths:
     """Lengths of the run's training questions: exact for a base whose tokenizer is in a folder, else estimated."""
     problems = pipeline.training_problems(settings)
     count: Callable[[str], float] = estimated_tokens
-    asked = [count(prompts.open_prompt(problem)) for problem in problems]
     if models.weights_sha256(settings.base):
         tokenizer = pipeline.load_tokenizer(settings)
         asked = [len(encoding.encode_question(tokenizer, problem)) for problem in problems]
         count = lambda text: len(encoding.encode_prompt(tokenizer, text))  # noqa: E731
+    else:
+        asked = [count(prompts.open_prompt(problem)) for problem in problems]
     shots, tasks = settings.sampling.shots, settings.tasks
     return Lengths(
         mean(asked),

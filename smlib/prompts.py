@@ -18,11 +18,12 @@ from smlib.problems import KINDS, LETTERS, Problem, with_options
 
 ANSWER_LEAD = "The answer is"
 _ANSWER_LINE = re.compile(rf"^[ \t]*{ANSWER_LEAD}\b[^\n]*", re.MULTILINE)
-# What a model goes on with once it has answered, at the start of a line: "Q: ..." (no ratio, "Q:R = 2:3"), "Q. ...",
+# What a model goes on with once it has answered, at the start of a line: "Q: ..." (no ratio, "Q:R = 2:3"), "Q2. ...?",
 # "Question 2: ..." or a turn of a chat. It is searched in "\n" + text: a pattern that begins with a letter is fast.
 _NEXT_QUESTION = re.compile(
-    r"\n[ \t>*#]*(?:Q(?::(?!\w{1,3} ?[:=])|\.\s)|(?:Question|QUESTION|(?:Next|New) [Qq]uestion)(?: \d+)?\*{0,2} ?[:.]"
-    r"|(?:User|USER|Human|Assistant|ASSISTANT|System)\*{0,2}:|#+ ?(?:Instruction|Response)\b)"
+    r"\n[ \t>*#]*+(?:Q:(?!\w{1,3} ?[:=])|Q(?:\.|\d{1,2}[.:])\s[^\n]*\?"
+    r"|(?:Question|QUESTION|(?:Next|New) [Qq]uestion)(?: \d+)?\*{0,2}(?: ?[:.]| *(?:\n|$))"
+    r"|(?:User|USER|Human|Assistant|ASSISTANT)\*{0,2}:|(?:(?<=#)|(?<=# ))(?:Instruction|Response)\b)"
 )
 # Marks of chats and of documents, spelled out in a text.
 _MARKUP = re.compile(r"<\|[a-z_]+\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>")

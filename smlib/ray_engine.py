@@ -43,7 +43,7 @@ class RayEngine(Engine):
     base:    "tiny", a folder (there on every machine) or a hub id.
     inner:   the engine of a worker, "native" or "vllm". A worker takes one processor of the cluster, and a GPU, if
              there are any.
-    weights, cache_tokens, cuda_graphs: of the workers' engines, as in `engines.make_engine`.
+    weights, cache_tokens, cuda_graphs, prompt: of the workers' engines, as in `engines.make_engine`.
     rows:    samples that a worker draws together. A worker that dies loses as many.
 
     Every call of `sample` or `sample_ids` starts its workers anew, which takes tens of seconds: give it many prompts.
@@ -60,6 +60,7 @@ class RayEngine(Engine):
         rows: int = MAX_BATCH,
         cache_tokens: int = 0,
         cuda_graphs: bool = False,
+        prompt: str = "plain",
     ):
         if inner not in ENGINES:
             raise UsageError(f"inner is {inner!r}, but must be one of: {', '.join(ENGINES)}.")
@@ -68,8 +69,9 @@ class RayEngine(Engine):
                 raise UsageError(f"{name} is {value}, but must be at least 1.")
         self.base, self.workers, self.inner, self.rows = base, workers, inner, rows
         self.held = {"weights": weights, "rows": rows, "cache_tokens": cache_tokens, "cuda_graphs": cuda_graphs}
+        self.held["prompt"] = prompt
         self.name = inner  # the samples are those of the inner engine, whatever the number of workers
-        self.tokenizer = models.load_tokenizer(base)
+        self.tokenizer = models.load_tokenizer(base, prompt)
         adapter = models.adapter_config(base)
         config = models.load_config(adapter.base_model_name_or_path if adapter else base)
         self.limit = getattr(config, "max_position_embeddings", None)

@@ -240,7 +240,7 @@ def token_scores(
     """What each token of a rationale adds to its score, in nats: (tokens, values), as many; they sum to the score."""
     head, tail = encoding.encode_question(tokenizer, problem), encoding.closed(tokenizer, rationale)
     values = models.packed_logprobs(model, models.pack([(head, [tail])], tokenizer.pad_token_id, model.device))
-    return [tokenizer.decode([token]) for token in tail], values.tolist()
+    return encoding.pieces(tokenizer, tail), values.tolist()
 
 
 class LearnedReward:

@@ -44,7 +44,7 @@ SHARED_PROMPT_MODELS = ("llama", "mistral", "qwen2", "qwen3")  # plain softmax a
 class Sample:
     """One completion.
 
-    text:          decoded completion without special tokens, cut before the first stop string.
+    text:          decoded completion before its first special token, cut before the first stop string.
     token_ids:     the drawn tokens, with the special token that ended the sample if one was drawn, and with the tokens
                    of the stop string that did.
     logprobs:      log p of each drawn token, in nats, under the model itself: no temperature, no truncation. It
@@ -147,9 +147,9 @@ def sample_ids(
 ) -> list[list[Sample]]:
     """`sample` for prompts that are token ids already (with <bos>, if the model wants one).
 
-    So a partial rationale is continued: its ids are those of the prompt plus those of the part. A sample ends with an
-    end token of `model.generation_config` or any special token (`encoding.ends`). Without a tokenizer, `text` is "" and
-    only the former end it. Default keys are the token
+    So a partial rationale is continued: its ids are those of the prompt plus those of the part. A sample ends with any
+    end token of `model.generation_config` and of the tokenizer (`encoding.ends`). Without a tokenizer, `text` is "".
+    Default keys are the token
     ids, joined by blanks.
     """
     if keys is None:

@@ -39,9 +39,7 @@ class SamplingSettings:
     top_p: float = 1.0
     max_new_tokens: int = 128
     shots: str = "none"  # exemplars before the base's questions: "none", "smlib" (ours) or "wei" (Wei et al.)
-    prompt: str = (
-        "plain"  # how every stage asks: "plain" ("Q: ... A:") or, for instruct models, "chat" (their template)
-    )
+    prompt: str = "plain"  # how every stage asks: "plain" ("Q: ... A:"), or "chat", an instruct model's own template
 
     def __post_init__(self):
         _check("sampling.shots", self.shots, ("none", *SOURCES))

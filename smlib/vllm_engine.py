@@ -34,21 +34,22 @@ class VLLMEngine(Engine):
     """vLLM on one model.
 
     base: "tiny", a folder, or a hub id, best with "@" and a revision. lora_rank: the greatest rank of an adapter that
-    `load_adapter` may be given, 0 for none. options: arguments of `vllm.LLM`, such as dtype (by default the
-    checkpoint's own), max_model_len, tensor_parallel_size or gpu_memory_utilization (the share of a GPU to take, by
-    default nine tenths of what is free; without one of the machine's memory, by default half of what is free).
+    `load_adapter` may be given, 0 for none. prompt: as in `engines.make_engine`. options: arguments of `vllm.LLM`, such
+    as dtype (by default the checkpoint's own), max_model_len, tensor_parallel_size or gpu_memory_utilization (the share
+    of a GPU to take, by default nine tenths of what is free; without one of the machine's memory, by default half of
+    what is free).
     """
 
     name = "vllm"
 
-    def __init__(self, base: str, lora_rank: int = 0, **options):
+    def __init__(self, base: str, lora_rank: int = 0, prompt: str = "plain", **options):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report its use to its makers
         # Here, so that the module can be imported without vLLM, and since it takes seconds.
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        self.tokenizer, self.generation = models.load_tokenizer(base), models.load_generation(base)
+        self.tokenizer, self.generation = models.load_tokenizer(base, prompt), models.load_generation(base)
         self.lora, self.loaded = None, 0
         if lora_rank:
             options = {"enable_lora": True, "max_lora_rank": _lora_rank(lora_rank)} | options

@@ -8,11 +8,13 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from spelled import SPECIAL, TOKENIZERS
 from tiny_model import tokenizer as tiny
-from tokenizers import normalizers
-from transformers import GenerationConfig
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from smlib import encoding, prompts
+from smlib import encoding, models, pipeline, prompts
 from smlib.problems import Problem
+from smlib.settings import preset
 
 PROBLEM = Problem("gsm8k/train/0", "gsm8k", "Ann has 3 nuts and gets 4. How many are it?", "7", "number")
 WORDS = [
@@ -142,7 +144,31 @@ def test_a_completion_is_closed_once():
     ids = encoding.encode_completion(tokenizer, " 7.", eos=False)
     assert encoding.closed(tokenizer, " 7.") == encoding.closed(tokenizer, ids) == [*ids, 2]
     assert encoding.closed(tokenizer, (*ids, 2)) == [*ids, 2]
+    assert encoding.closed(tokenizer, (*ids, 1)) == [*ids, 2]  # another end: what training never shows
     assert encoding.closed(tokenizer, ()) == [2]
+
+
+@every_kind
+def test_pieces_show_every_blank(kind):
+    tokenizer = MADE[kind]
+    ids = encoding.encode_completion(tokenizer, " Ann has 18.\nThe end")
+    shown = encoding.pieces(tokenizer, ids)
+    assert "".join(shown[:-1]) == " Ann has 18.\nThe end" and shown[-1] == tokenizer.eos_token
+
+
+def test_an_unknown_letter_ends_no_text():
+    backend = Tokenizer(WordLevel({"<unk>": 0, "</s>": 1, " 18": 2, ".": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split(Regex(r" \w+|."), "isolated"), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    assert encoding.decode(tokenizer, encoding.encode_completion(tokenizer, " 18€.")) == " 18."
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+    tokenizer = TOKENIZERS["byte-level (GPT-2)"]()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no end-of-sequence token: choose another model"):
+        models.load_tokenizer(str(tmp_path))
 
 
 def test_tokens_that_were_added_later_are_known():
@@ -217,6 +243,36 @@ def test_bos_comes_once_in_a_chat():
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
     assert tokenizer.eos_token == "</s>"
     assert ids.count(tokenizer.eos_token_id) == len(prompts.exemplars("gsm8k"))
+
+
+def test_a_chat_names_no_day_and_a_template_that_refuses_is_one_sentence():
+    tokenizer = instruct()
+    day = "{% if not date_string is defined %}{{ strftime_now('%d') }}{% endif %}{{ date_string }}"
+    tokenizer.chat_template = day + tokenizer.chat_template
+    assert tokenizer.decode(encoding.encode_question(tokenizer, PROBLEM)).startswith("26 Jul 2024<|turn|>user")
+    tokenizer.chat_template = "{{ raise_exception('only one turn') }}"
+    with pytest.raises(ValueError, match="refuses a question with 8 exemplars before it: only one turn; choose"):
+        encoding.encode_question(tokenizer, PROBLEM, shots="smlib")
+
+
+def test_stages_of_plain_and_chat_runs_do_not_mix():
+    plain, chat = (preset("smoke", "coin_flip", sampling={"prompt": prompt}) for prompt in encoding.PROMPTS)
+    for group in ("sft", "reward", "ppo", "evaluation", "dpo"):
+        asked = pipeline.stage_keys(chat, group)
+        assert asked.pop("prompt") == "chat" and asked == pipeline.stage_keys(plain, group)
+
+
+def test_an_engine_s_tokenizer_is_the_stages_own(tmp_path):
+    """Its ends, too: samples end with the assistant's turn."""
+    TOKENIZERS["instruct (chat template)"]().save_pretrained(tmp_path)
+    tokenizer = models.load_tokenizer(str(tmp_path), "chat")
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path)
+    settings = preset("smoke", "coin_flip", base=str(tmp_path), sampling={"prompt": "chat"})
+    with pipeline.load_engine(settings, settings.base) as engine:
+        assert (engine.tokenizer.eos_token, engine.tokenizer.pad_token) == (tokenizer.eos_token, tokenizer.pad_token)
+        ends = encoding.ends(engine.tokenizer, engine.model.generation_config)
+        assert tokenizer.convert_tokens_to_ids("<|end|>") in ends
 
 
 def test_a_chat_without_a_template_is_refused():

@@ -75,6 +75,7 @@ def test_the_engine_is_made_as_the_settings_say(monkeypatch):
     monkeypatch.setattr(pipeline, "make_engine", make)
     assert pipeline.load_engine(small(engine="auto", rollout_rows=7, cuda_graphs=True, workers=2), "some/model") is made
     options = {"weights": "float32", "rows": 7, "cache_tokens": 0, "cuda_graphs": True, "workers": 2}
+    options |= {"prompt": "plain"}
     assert asked == [(("auto", "some/model"), options)]
     with make_engine("native", "tiny", weights="bfloat16", rows=7, cuda_graphs=True) as engine:
         assert str(engine.model.dtype) == "torch.bfloat16"

@@ -2,6 +2,7 @@ import json
 import os
 import random
 import re
+import time
 from contextlib import suppress
 from itertools import pairwise
 
@@ -115,6 +116,11 @@ def test_cut_gives_a_beginning_and_cuts_once(text):
         (" Restating the Q: how many?\nThe answer is 5.", " Restating the Q: how many?\nThe answer is 5."),
         (" P:Q:R = 2:3:4\nQ:R = 3:4\nQ:3 = 2", " P:Q:R = 2:3:4\nQ:R = 3:4\nQ:3 = 2"),
         (" 5.\nQ. next?", " 5."),
+        (" 5.\nQ2: next?\nA: 6", " 5."),
+        (" Q1: 5 + 3 = 8.\nQ2: 8 + 1 = 9.", " Q1: 5 + 3 = 8.\nQ2: 8 + 1 = 9."),
+        (" of P and\nQ. Then x = 5.", " of P and\nQ. Then x = 5."),
+        (" 5.\n### Question 3\nnext", " 5."),
+        ("System: x + y = 3", "System: x + y = 3"),
         (" 5.\nPoint Q.\nQ.E.D.", " 5.\nPoint Q.\nQ.E.D."),
         (" 5.\n\nQuestion: next?", " 5."),
         (" 5.\n\n**Question 2:** next?", " 5."),
@@ -138,6 +144,14 @@ def test_cut_gives_a_beginning_and_cuts_once(text):
 )
 def test_before_next_question_by_hand(text, before):
     assert prompts.before_next_question(text) == before
+
+
+@pytest.mark.parametrize("repeated", ["#", " ", ">#", "Q", "\nQ", "\n#", "Q. "])
+def test_a_text_of_one_mark_takes_no_longer_than_its_length(repeated):
+    """A policy may write a mark without end; a pattern that tries every way through it would stall the training."""
+    started = time.process_time()
+    prompts.before_next_question("\n" + repeated * (40_000 // len(repeated)))
+    assert time.process_time() - started < 0.5
 
 
 @given(WRITTEN | st.text("Q:a_ \n"))
