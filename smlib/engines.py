@@ -141,7 +141,7 @@ def make_engine(
     options |= {"gpu_memory_utilization": share} if share else {}
     adapter = models.adapter_config(base)
     if adapter is None:
-        return VLLMEngine(base, lora_rank, prompt, **options)
+        return VLLMEngine(base, lora_rank, prompt=prompt, **options)
     engine = VLLMEngine(adapter.base_model_name_or_path, lora_rank=adapter.r, prompt=prompt, **options)
     engine.load_adapter(base)
     return engine

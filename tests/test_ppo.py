@@ -569,9 +569,9 @@ def test_what_the_hardware_needs_changes_nothing_but_rounding(tmp_path, kind, ha
     """Not even which updates stop early, and where."""
     rate = 1e-2 if "adapters" in kind else QUICK.learning_rate
     plan = replace(QUICK, epochs=3, max_update_kl=0.004, updates=3, learning_rate=rate)
-    whole = run(tmp_path / "whole", plan, kind)
+    whole = run(tmp_path / "whole", plan, kind, seed=2)  # at seed 0 a gradient is all but zero
     assert len({row["steps"] for row in whole[0]}) > 1
-    close(whole, run(tmp_path / "parts", plan, kind, **hardware))
+    close(whole, run(tmp_path / "parts", plan, kind, seed=2, **hardware))
 
 
 def test_no_more_rows_are_drawn_at_once_than_allowed(tmp_path, monkeypatch):
