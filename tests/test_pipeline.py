@@ -213,7 +213,7 @@ def test_vllm_draws_ppos_rollouts_where_the_settings_want_it(with_adapters, monk
     for name in ("auto", "vllm"):
         found = engine(rollout_engine=name, weights="bfloat16")
         assert (found.base, found.rank) == (str(run / "02_sft" / "model"), settings.lora.rank)
-        assert found.options == {"dtype": "bfloat16", "gpu_memory_utilization": 0.35}
+        assert found.options == {"prompt": "plain", "dtype": "bfloat16", "gpu_memory_utilization": 0.35}
     assert engine(engine="vllm") is None
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
     assert engine(rollout_engine="auto") is None
