@@ -38,6 +38,17 @@ def _name(roles, weight):
     return next(name for name, other in roles.named_parameters() if other is weight)
 
 
+class SaysYes:
+    """A reward that reads tokens: `says_yes` of all that was drawn, behind special tokens, too."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def of_samples(self, problems, samples):
+        drawn = [self.tokenizer.decode(one.token_ids, skip_special_tokens=True) for one in samples]
+        return says_yes(problems, drawn)
+
+
 def large_roles(grouped: bool) -> Adapters:
     config = tiny_config()
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2 if grouped else 4, 8
@@ -54,7 +65,8 @@ def train(kind: str, out: Path, accelerator: Accelerator | None = None):
         hardware = {"micro_batch": 2, "recompute": True, "rollout_rows": 6}
     roles = large_roles(kind == "large, grouped") if large else make_roles(kind)
     problems, tokenizer = questions(4), make_tokenizer()
-    ppo.train(roles, says_yes, problems, tokenizer, plan, out, accelerator=accelerator, checkpoint_every=2, **hardware)
+    reward = SaysYes(tokenizer) if large else says_yes
+    ppo.train(roles, reward, problems, tokenizer, plan, out, accelerator=accelerator, checkpoint_every=2, **hardware)
     return roles
 
 
