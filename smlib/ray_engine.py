@@ -152,10 +152,7 @@ def score(
     finally:
         if started:
             _stop()
-    scores = {}
-    for (identity, (_, tails)), found in zip(questions, done, strict=True):
-        scores |= {(identity, tuple(tail)): one for tail, one in zip(tails, found, strict=True)}
-    return [scores[key] for key in keys]
+    return reward_model.in_order(questions, keys, done)
 
 
 def start(workers: int) -> bool:

@@ -198,6 +198,11 @@ def score(
     """
     questions, keys = by_question(tokenizer, problems, rationales)
     found = score_ids(model, [ids for _, ids in questions], tokenizer.pad_token_id, tokens_per_batch)
+    return in_order(questions, keys, found)
+
+
+def in_order(questions: list, keys: list[tuple[str, tuple[int, ...]]], found: Sequence[list[float]]) -> list[float]:
+    """A score for every key: questions and keys as `by_question` gives them, found as `score_ids` does."""
     scores = {}
     for (identity, (_, tails)), values in zip(questions, found, strict=True):
         scores |= {(identity, tuple(tail)): value for tail, value in zip(tails, values, strict=True)}

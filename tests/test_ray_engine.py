@@ -139,11 +139,11 @@ def test_two_workers_score_what_one_process_scores(engine, expected, native, tmp
     native.tokenizer.save_pretrained(tmp_path)
     texts = [(problem, one.text) for problem, found in zip(PROBLEMS, expected, strict=True) for one in found]
     texts.sort(key=lambda pair: pair[1])  # the questions in any order, some texts twice
-    scores = ray_engine.score(tmp_path, *zip(*texts, strict=True), workers=2)
+    scores = ray_engine.score(tmp_path, native.tokenizer, *zip(*texts, strict=True), workers=2)
     assert scores == pytest.approx(
         reward_model.score(native.model, native.tokenizer, *zip(*texts, strict=True)), abs=1e-3
     )
-    assert ray_engine.score(tmp_path, [], [], workers=2) == []
+    assert ray_engine.score(tmp_path, native.tokenizer, [], [], workers=2) == []
 
 
 def test_two_workers_make_the_evaluation_that_one_process_makes(engine, tmp_path):
