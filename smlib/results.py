@@ -14,8 +14,9 @@ import numpy as np
 
 from smlib import evaluation
 from smlib.answers import grade
-from smlib.artifacts import MANIFEST, replacing, require
+from smlib.artifacts import MANIFEST, require
 from smlib.errors import UsageError
+from smlib.files import replacing
 from smlib.pipeline import METHODS, test_problems
 from smlib.problems import Problem
 from smlib.prompts import split_answer
