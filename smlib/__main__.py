@@ -23,15 +23,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 import nbformat
 import papermill
 import psutil
 from jupyter_client.kernelspec import NoSuchKernel
 from nbclient.exceptions import DeadKernelError
-from nbconvert import HTMLExporter
 from papermill.engines import NBClientEngine, papermill_engines
 
+from smlib import pages
 from smlib.artifacts import MANIFEST, code_version, replacing
 from smlib.errors import UsageError, UserError
 
@@ -542,9 +543,7 @@ def _execute(source: Path, target: Path, values: dict, watch: "_Watch") -> None:
         ) from error
     finally:
         if target.exists():
-            page, _ = HTMLExporter().from_filename(str(target))
-            with replacing(target.with_suffix(".html")) as tmp:
-                tmp.write_text(page, encoding="utf-8")
+            pages.write_page(target)
 
 
 class _Watch:
@@ -645,26 +644,20 @@ def _write_index(out: Path, values: dict, timings: dict) -> None:
     """index.html: one row for every notebook of the run, finished or not."""
     rows = []
     for page in sorted((out / "notebooks").glob("*.html")):
-        name = html.escape(page.stem)
         entry = timings.get(page.stem)
         time_used = _clock(entry["seconds"]) if entry else "not finished"
         memory = f"{entry['peak_mib']} MiB" if entry else ""
-        link = f'<a href="notebooks/{name}.html">{name}</a>'
+        link = f'<a href="notebooks/{quote(page.name)}">{html.escape(page.stem)}</a>'
         rows.append(f"<tr><td>{link}</td><td>{time_used}</td><td>{memory}</td></tr>")
     asked = html.escape(", ".join(f"{name} = {value!r}" for name, value in values.items()))
     total = _clock(sum(entry["seconds"] for entry in timings.values()))
-    text = f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(out.name)}</title>
-<style>body {{ font: 16px/1.5 sans-serif; max-width: 45rem; margin: 2rem auto; padding: 0 1rem }}
-td, th {{ text-align: left; padding: .2rem 2rem .2rem 0 }}</style></head><body>
-<h1>{html.escape(out.name)}</h1>
+    body = f"""<h1>{html.escape(out.name)}</h1>
 <p>{asked}<br>smlib {html.escape(code_version())}</p>
 <table><tr><th>notebook</th><th>time</th><th>peak memory</th></tr>
 {chr(10).join(rows)}
-<tr><th>together</th><th>{total}</th><th></th></tr></table></body></html>
-"""
+<tr><th>together</th><th>{total}</th><th></th></tr></table>"""
     with replacing(out / "index.html") as tmp:
-        tmp.write_text(text, encoding="utf-8")
+        tmp.write_text(pages.document(out.name, body), encoding="utf-8")
 
 
 def publish(out: Path, root: Path) -> None:
