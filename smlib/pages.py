@@ -52,7 +52,9 @@ def page(notebook, title: str) -> str:
         elif cell.cell_type == "code" and (cell.source or cell.outputs):
             cells.append(_code(cell))
             if any(output.output_type == "error" for output in cell.outputs):
-                stopped = f'<p class="stopped">Stopped by an error in <a href="#error">In [{cell.execution_count}]</a>.</p>'
+                stopped = (
+                    f'<p class="stopped">Stopped by an error in <a href="#error">In [{cell.execution_count}]</a>.</p>'
+                )
     return document(title, "\n".join([stopped, *cells]))
 
 
