@@ -24,17 +24,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 import nbformat
 import papermill
 import psutil
 from jupyter_client.kernelspec import NoSuchKernel
 from nbclient.exceptions import DeadKernelError
-from nbconvert import HTMLExporter
 from papermill.engines import NBClientEngine, papermill_engines
 from traitlets.config import Config
 from typing_extensions import TypedDict
 
+from smlib import pages
 from smlib.artifacts import MANIFEST, code_version, require
 from smlib.errors import UsageError, UserError
 from smlib.files import DamagedError, explain, load_json, locked, replacing, sha256, write_text
@@ -650,8 +651,7 @@ def _execute(source: Path, target: Path, values: dict, watch: "_Watch") -> None:
         ) from error
     finally:
         if target.exists():
-            page, _ = HTMLExporter().from_filename(str(target))
-            write_text(target.with_suffix(".html"), page)
+            pages.write_page(target)
 
 
 @contextmanager
@@ -758,25 +758,19 @@ def _write_index(out: Path, values: dict, timings: dict) -> None:
     """index.html: one row for every notebook of the run, finished or not."""
     rows = []
     for page in sorted((out / "notebooks").glob("*.html")):
-        name = html.escape(page.stem)
         entry = timings.get(page.stem)
         time_used = _clock(entry["seconds"]) if entry else "not finished"
         memory = f"{entry['peak_mib']} MiB" if entry else ""
-        link = f'<a href="notebooks/{name}.html">{name}</a>'
+        link = f'<a href="notebooks/{quote(page.name)}">{html.escape(page.stem)}</a>'
         rows.append(f"<tr><td>{link}</td><td>{time_used}</td><td>{memory}</td></tr>")
     asked = html.escape(", ".join(f"{name} = {value!r}" for name, value in values.items()))
     total = _clock(sum(entry["seconds"] for entry in timings.values()))
-    text = f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(out.name)}</title>
-<style>body {{ font: 16px/1.5 sans-serif; max-width: 45rem; margin: 2rem auto; padding: 0 1rem }}
-td, th {{ text-align: left; padding: .2rem 2rem .2rem 0 }}</style></head><body>
-<h1>{html.escape(out.name)}</h1>
+    body = f"""<h1>{html.escape(out.name)}</h1>
 <p>{asked}<br>smlib {html.escape(code_version())}</p>
 <table><tr><th>notebook</th><th>time</th><th>peak memory</th></tr>
 {chr(10).join(rows)}
-<tr><th>together</th><th>{total}</th><th></th></tr></table></body></html>
-"""
-    write_text(out / "index.html", text)
+<tr><th>together</th><th>{total}</th><th></th></tr></table>"""
+    write_text(out / "index.html", pages.document(out.name, body))
 
 
 def publish(out: Path, root: Path) -> None:

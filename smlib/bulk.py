@@ -212,7 +212,7 @@ class _Header(TypedDict):
 
 
 def _header(path: Path) -> _Header | None:
-    """The first line of a shard's file; None where the file is not whole, as its last line says, or not of this form."""
+    """The first line of a shard's file; None where the file is not whole, as its last line says, or of another form."""
     digest, last = hashlib.sha256(), b""
     with path.open("rb") as file:
         first = file.readline()
