@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import quote
 
 import nbformat
@@ -32,6 +33,7 @@ import psutil
 from jupyter_client.kernelspec import NoSuchKernel
 from nbclient.exceptions import DeadKernelError
 from papermill.engines import NBClientEngine, papermill_engines
+from pydantic import ConfigDict, Field
 from traitlets.config import Config
 from typing_extensions import TypedDict
 
@@ -477,10 +479,13 @@ class _Timing(TypedDict):
     files: dict[str, str]  # figures, tables and pages -> SHA-256
 
 
+_Timings = dict[Annotated[str, Field(pattern=r"^\d\d_")], _Timing]
+
+
 def _timings(out: Path) -> dict[str, _Timing]:
     """What was executed in this run; nothing where the file is damaged, since to execute again costs little."""
     try:
-        return load_json(out / "timings.json", dict[str, _Timing]) or {}
+        return load_json(out / "timings.json", _Timings) or {}
     except DamagedError as error:
         print(f"{error}: all notebooks are executed again, and the stages are read", file=sys.stderr)
         return {}
@@ -511,16 +516,18 @@ def verify(out: Path) -> int:
             require(out, name).verify()
         except UserError as error:
             faults.append(str(error))
-    timings = {}
-    for state, shape in (("run.json", dict[str, object]), ("timings.json", dict[str, _Timing])):
+    states = {"run.json": _Asked, "timings.json": _Timings}
+    for state, shape in states.items():
         try:
-            timings = load_json(out / state, shape) or {}
+            states[state] = load_json(out / state, shape) or {}
         except DamagedError as error:
             faults.append(f"{error}: the next run writes it anew")
+            states[state] = {}
+    timings = states["timings.json"]
     for notebook, entry in timings.items():
         lost = _lost(out, entry, int(notebook[:2]))
         faults += [f"{out / name} is missing or damaged: the next run makes it again" for name in lost]
-    if not names and not timings:
+    if not names and not any((out / state).exists() for state in states):
         raise RunError(f"{out} holds no run: give --out, or --preset, --task and --seed, of one that was begun.")
     print("\n".join(faults) or f"{out}: {len(names)} stages and {len(timings)} notebooks are as they were written")
     return min(len(faults), 1)
@@ -572,15 +579,21 @@ def _checked(sources: dict, values: dict) -> dict:
     return checked
 
 
+class _Asked(TypedDict, total=False):
+    """run.json: the parameters, by name."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    OVERRIDES: dict[str, dict | str]
+
+
 def _claim(out: Path, values: dict) -> None:
     """Make the run folder ours; refuse one that holds another run."""
     try:
-        known = load_json(out / "run.json") or values
-        found = _deciding(known)
-    except (DamagedError, AttributeError) as error:
+        found = load_json(out / "run.json", _Asked) or values
+    except DamagedError as error:
         print(f"{error}: it is written anew; each stage knows by itself how it was made", file=sys.stderr)
-        found = _deciding(values)
-    asked = _deciding(values)
+        found = values
+    asked, found = _deciding(values), _deciding(found)
     for name in found | asked:
         mine, other = asked.get(name, "(not set)"), found.get(name, "(not set)")
         if mine != other:
@@ -735,7 +748,7 @@ def _earlier_seconds(out: Path, values: dict) -> dict:
     seconds = {}
     for path in sorted(out.parent.glob("*/timings.json"), key=lambda path: path.stat().st_mtime):
         with suppress(DamagedError, OSError):  # of a neighbour: it stops its own run alone
-            run, timings = load_json(path.with_name("run.json")), load_json(path, dict[str, _Timing])
+            run, timings = load_json(path.with_name("run.json")), load_json(path, _Timings)
             if run and all(run.get(key) == values.get(key) for key in ("PRESET", "TASK")):
                 seconds |= {name: entry["seconds"] for name, entry in timings.items()}
     return seconds

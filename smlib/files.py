@@ -139,14 +139,15 @@ def _sha256(path: str, size: int, changed: int) -> str:
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold the lock file `path`, one process at a time; BusyError at once where another has it.
 
-    The operating system takes the lock from a process that has ended, however it ended, so that none is ever stale. The
-    file stays: if it were deleted, two could hold "the" lock. what: what is being done, for the message.
+    The operating system takes the lock from a process that has ended, however it ended, so that none is ever stale.
+    what: what is being done, for the message.
     """
+    new = [folder for folder in (path.parent, path.parent.parent) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(path, timeout=0), path.with_suffix(".owner")
     try:
         lock.acquire()
-    except Timeout:
+    except (Timeout, FileNotFoundError):  # the folder went with another's lock just now
         raise BusyError(f"another process{_owner(owner)} is {what}: wait until it has ended, or stop it") from None
     try:
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
@@ -154,6 +155,10 @@ def locked(path: Path, what: str) -> Iterator[None]:
         yield
     finally:
         owner.unlink(missing_ok=True)
+        with suppress(OSError):  # others hold a lock here, or it is Windows
+            path.unlink()  # who is waiting for it sees that it has lost its name, and begins again
+            for folder in new:
+                folder.rmdir()  # nothing was written
         lock.release()
 
 
