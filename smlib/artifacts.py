@@ -72,6 +72,7 @@ class Manifest(_Asked):
     counts: dict[str, int]
     files: dict[str, _File]
     wall_seconds: float
+    digest: str  # of all else that is in it
 
 
 class Stage:
@@ -92,8 +93,7 @@ class Stage:
     @property
     def fingerprint(self) -> str:
         """A short hash of the settings and of what is read: the same on every machine and day for the same files."""
-        text = _dumps([self.name, self.settings, self.inputs], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _digest([self.name, self.settings, self.inputs])[:16]
 
     @property
     def done(self) -> bool:
@@ -113,7 +113,7 @@ class Stage:
     @property
     def manifest(self) -> Manifest | None:
         """What a finished stage recorded: settings, versions, counts, files, wall_seconds, peak_mib; else None."""
-        return _recorded(self.folder / MANIFEST, Manifest)
+        return _read_manifest(self.folder)
 
     def hashes(self, names: Iterable[str]) -> dict[str, str]:
         """File -> SHA-256 of these files and folders, by the manifest."""
@@ -172,7 +172,7 @@ class Stage:
             "wall_seconds": round(seconds, 2),
             "peak_mib": round(peak_mib()),
         }
-        self.write_json(MANIFEST, manifest)
+        self.write_json(MANIFEST, manifest | {"digest": _digest(manifest)})
         (self.folder / UNFINISHED).unlink()
 
     def path(self, name: str) -> Path:
@@ -237,7 +237,7 @@ def require(run_dir: str | Path, name: str) -> Stage:
     Raises StageMismatch where it, or one that it was made from, was made from what has been made again since.
     """
     folder = Path(run_dir) / name
-    if not (found := _recorded(folder / MANIFEST, Manifest)):
+    if not (found := _read_manifest(folder)):
         state = "is not finished" if folder.exists() else "does not exist"
         notebook = f"notebook {name[:2]} (notebooks/{name[:2]}_*.ipynb)"
         raise StageError(f"{folder} {state}: first run {notebook} with the same RUN_DIR.")
@@ -250,6 +250,15 @@ def require(run_dir: str | Path, name: str) -> Stage:
             _refuse_other_inputs(folder, {earlier: now}, {earlier: files})
     stage._check(found["files"], contents=False)
     return stage
+
+
+def lineage(stage: Stage) -> dict[str, object]:
+    """Everything that decided a finished stage: {"02_sft: sft.epochs": 1.0, ...} of it and of all that it was made
+    from, the earliest first. Raises StageError where one of these is not there any more."""
+    found = {}
+    for earlier in stage.inputs:
+        found |= lineage(require(stage.folder.parent, earlier))
+    return found | {f"{stage.name}: {key}": value for key, value in _flat(stage.settings).items()}
 
 
 def refuse_difference(folder: Path, ours: dict, theirs: dict, place: str) -> None:
@@ -309,6 +318,20 @@ def _recorded(path: Path, shape: type):
             f"{error} (or another version of smlib wrote it): delete the folder {path.parent}, and make that stage "
             "again."
         ) from error
+
+
+def _read_manifest(folder: Path) -> Manifest | None:
+    found = _recorded(folder / MANIFEST, Manifest)
+    if found and found["digest"] != _digest({key: value for key, value in found.items() if key != "digest"}):
+        raise StageError(
+            f"{folder / MANIFEST} was edited or damaged after it was written: delete the folder {folder}, and make "
+            "that stage again."
+        )
+    return found
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(_dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _flat(values: dict, prefix: str = "") -> dict:

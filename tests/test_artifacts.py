@@ -268,6 +268,40 @@ def test_a_damaged_manifest_is_refused(tmp_path):
         stage.done  # noqa: B018
 
 
+WRONG = [
+    "",
+    "{",
+    "[]",
+    "3",
+    "null",
+    "{}",
+    '{"settings": {}, "inputs": {}}',
+    '{"settings": [], "inputs": 1, "files": {}}',
+]
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_json_of_another_shape_in_place_of_a_manifest_is_refused(tmp_path, text):
+    stage = finished(tmp_path)
+    (stage.folder / "manifest.json").write_text(text)
+    for use in (lambda: stage.done, lambda: require(tmp_path, "01_sampling"), lambda: stage.path("samples.jsonl")):
+        with pytest.raises(StageError, match=r"manifest\.json is damaged: .*delete the folder .*01_sampling"):
+            use()
+
+
+def test_a_flipped_byte_anywhere_is_found(tmp_path):
+    """In the data when it is read, in the manifest at once."""
+    stage = finished(tmp_path)
+    for file in ("manifest.json", "samples.jsonl"):
+        path, whole = stage.folder / file, (stage.folder / file).read_bytes()
+        for place in range(len(whole)):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 2]) + whole[place + 1 :])
+            with pytest.raises((StageError, StageMismatch)):
+                require(tmp_path, "01_sampling").read_rows("samples")
+        path.write_bytes(whole)
+    assert require(tmp_path, "01_sampling").read_rows("samples") == [{"n": 1}, {"n": 2}]
+
+
 class Model:
     """Stands for a model or tokenizer: saves one file into a folder."""
 
