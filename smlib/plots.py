@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from smlib.answers import grade
+from smlib.files import replacing
 from smlib.problems import Problem
 from smlib.prompts import split_answer
 from smlib.steps import check_steps, knows

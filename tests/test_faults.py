@@ -93,7 +93,7 @@ def flip(path):
 
 
 def cut(path):
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-3])
 
 
 @pytest.mark.slow
