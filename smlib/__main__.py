@@ -30,11 +30,11 @@ from urllib.parse import quote
 import nbformat
 import papermill
 import psutil
+from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import NoSuchKernel
 from nbclient.exceptions import DeadKernelError
 from papermill.engines import NBClientEngine, papermill_engines
 from pydantic import ConfigDict, Field
-from traitlets.config import Config
 from typing_extensions import TypedDict
 
 from smlib import pages
@@ -619,8 +619,17 @@ class _Engine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, watch, **kwargs):
         watch.cells = nb_man.nb.cells
-        patient = Config(KernelManager={"shutdown_wait_time": 2 * PATIENCE})  # it takes half of it before SIGTERM
-        return super().execute_managed_notebook(nb_man, kernel_name, config=patient, **kwargs)
+        return super().execute_managed_notebook(nb_man, kernel_name, kernel_manager_class=_Kernel, **kwargs)
+
+
+class _Kernel(AsyncKernelManager):
+    """jupyter's own, which is to be found, so that one that is interrupted gets more time than one that has failed."""
+
+    latest: "_Kernel | None" = None
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        _Kernel.latest = self
 
 
 def _execute(source: Path, target: Path, values: dict, watch: "_Watch") -> None:
@@ -673,6 +682,8 @@ def _announced(number: int) -> Iterator[None]:
 
     def handler(*arguments):
         print("\nStopping: what is running may end its step and save it first; once more to stop at once.", flush=True)
+        if _Kernel.latest:
+            _Kernel.latest.shutdown_wait_time = 2 * PATIENCE  # it takes half of it before SIGTERM
         before(*arguments)
 
     before = signal.getsignal(number)
