@@ -22,6 +22,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from smlib.artifacts import MANIFEST, StageError, StageMismatch, refuse_difference, replacing
+from smlib.declared import Rows, checked
 from smlib.engines import Engine
 from smlib.errors import UsageError
 from smlib.progress import progress_bar
@@ -36,8 +37,7 @@ class Bulk:
     """
 
     def __init__(self, folder: str | Path, engine: Engine, source: dict, shard: int = 64):
-        if shard < 1:
-            raise UsageError(f"shard is {shard}, but must be at least 1 question.")
+        shard = checked("shard", shard, Rows, 64)
         self.folder, self.engine, self.shard, self.name = Path(folder), engine, shard, engine.name
         self.tokenizer = engine.tokenizer
         self.source = {"engine": engine.name, **source, "shard": shard}
@@ -67,7 +67,7 @@ class Bulk:
         """
         drawing = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
         drawing |= {"top_p": top_p, "top_k": top_k, "stop": tuple(stop)}
-        check_drawing(n=n, keys=(), first=0, prompts=0, **{k: v for k, v in drawing.items() if k != "seed"})
+        check_drawing(n=n, keys=(), first=0, prompts=0, **drawing)
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / ".lock", timeout=0):
