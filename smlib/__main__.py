@@ -36,6 +36,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from smlib import declared
 from smlib.artifacts import MANIFEST, code_version, replacing
 from smlib.errors import UsageError, UserError
+from smlib.folders import named_folder
 from smlib.problems import PUBLISHED, TASKS, DatasetError, generate, load, splits
 from smlib.prompts import SOURCES
 
@@ -52,7 +53,6 @@ KERNEL_ENVIRONMENT = {
 OPTIONS = {  # what they may be, whatever the command
     "dataset": Literal[*TASKS, *PUBLISHED],
     "model": declared.Text,
-    "out": declared.Text,
     "seed": declared.Seed,
     "questions": declared.Questions,
     "samples": declared.Samples,
@@ -229,9 +229,8 @@ def _check_options(args) -> None:
         if name in OPTIONS and value is not None:
             option = name if name == "dataset" else "--" + name.replace("_", "-")
             setattr(args, name, declared.checked(option, value, OPTIONS[name]))
-    out = Path(getattr(args, "out", None) or ".")
-    if file := next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None):
-        raise UsageError(f"--out = {str(out)!r} cannot be made, as {str(file)!r} is a file: give another folder")
+    if getattr(args, "out", None) is not None:
+        named_folder("--out", args.out)
 
 
 def overrides(args) -> dict:
@@ -253,8 +252,8 @@ def settings_of(args):
     for name, value in args.set:
         if name in groups:
             raise UsageError(
-                f"{name} = {declared.shown(value)} is not allowed: {name} is a group of settings, so name one of them too, as in "
-                "ppo.updates=10"
+                f"{name} = {declared.shown(value)} is not allowed: {name} is a group of settings, so name one of them, "
+                "as in ppo.updates=10"
             )
         if args.command != "run" and "." not in name:
             raise UsageError(

@@ -18,10 +18,11 @@ from smlib.errors import UsageError
 
 # Upper bounds are far above what anyone wants: they refuse a slip that would fill the memory, or run for years.
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # numpy takes no other
-DrawnSeed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # of samples; PPO makes one of its seed for every update
+Natural = Annotated[int, Field(ge=0, le=2**63 - 1)]  # a sample's number, or its seed: PPO makes one for every update
 Questions = Annotated[int, Field(ge=1, le=100_000)]  # per task; the largest published train split has 97,467
 QuestionsOrZero = Annotated[int, Field(ge=0, le=100_000)]
 Samples = Annotated[int, Field(ge=1, le=10_000)]  # of one question
+Drawn = Annotated[int, Field(ge=1, le=100_000_000)]  # of one prompt in one call
 SamplesOrZero = Annotated[int, Field(ge=0, le=10_000)]
 Tokens = Annotated[int, Field(ge=1, le=1_000_000)]  # of one completion
 TopK = Annotated[int, Field(ge=0, le=10_000_000)]  # tokens kept of the vocabulary, 0 = all

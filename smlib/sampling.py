@@ -30,11 +30,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from smlib.declared import (
-    DrawnSeed,
+    Drawn,
     Held,
+    Natural,
     Rows,
-    Samples,
-    SamplesOrZero,
     Share,
     Temperature,
     Tokens,
@@ -613,13 +612,13 @@ class Ending:
 
 def check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, seed, prompts: int) -> None:
     """Raise ValueError for the first argument that no engine takes."""
-    checked("n", n, Samples, 8)
+    checked("n", n, Drawn, 8)
     checked("temperature", temperature, Temperature, 1.0)
     checked("max_new_tokens", max_new_tokens, Tokens, 128)
     checked("top_p", top_p, Share, 1.0)
     checked("top_k", top_k, TopK, 0)
-    checked("first", first, SamplesOrZero, 0)
-    checked("seed", seed, DrawnSeed, 0)
+    checked("first", first, Natural, 0)
+    checked("seed", seed, Natural, 0)
     if isinstance(stop, str) or "" in stop:
         raise UsageError(f"stop is {stop!r}, but must be a sequence of non-empty strings, such as ('Q:',).")
     if len(keys) != prompts:

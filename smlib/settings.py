@@ -364,8 +364,8 @@ def _override(settings, values: dict, prefix: str):
             if not isinstance(given, dict):
                 first = fields(old)[0].name
                 raise UsageError(
-                    f"setting {name} = {shown(value)} is not allowed: {name} is a group of settings, so give one of them, "
-                    f"such as {name}.{first} = {getattr(old, first)!r}"
+                    f"setting {name} = {shown(value)} is not allowed: {name} is a group of settings, so give a dict, "
+                    f"such as {{{first!r}: {getattr(old, first)!r}}}"
                 )
             value = _override(old, given, f"{name}.")
         changes[name] = value
