@@ -36,7 +36,6 @@ from papermill.engines import NBClientEngine, papermill_engines
 from smlib import declared
 from smlib.artifacts import MANIFEST, code_version, replacing
 from smlib.errors import UsageError, UserError
-from smlib.folders import named_folder
 from smlib.problems import PUBLISHED, TASKS, DatasetError, generate, load, splits
 from smlib.prompts import SOURCES
 
@@ -121,6 +120,7 @@ def _run_command(argv: list[str]) -> int:
     if args.command == "explore":
         return explore(args)
     from smlib.pipeline import run_folder  # here, because they import torch
+    from smlib.settings import preset
 
     settings = settings_of(args)  # refuses an unknown name before anything is written
     from smlib import pipeline, plan
@@ -131,6 +131,7 @@ def _run_command(argv: list[str]) -> int:
         named["OVERRIDES"] = changed
     _, given = asked(ROOT / "notebooks", named, args.first, args.last)
     pipeline.check_policy(settings, "ppo", given.get("REWARD", "learned"), given.get("TRACKER", ""))
+    preset(given.get("LARGE", "llama2-7b"), given.get("LARGE_TASK", "gsm8k"), args.seed)
     if args.dry_run:
         print(dry_run(settings))
         return 0
@@ -230,7 +231,7 @@ def _check_options(args) -> None:
             option = name if name == "dataset" else "--" + name.replace("_", "-")
             setattr(args, name, declared.checked(option, value, OPTIONS[name]))
     if getattr(args, "out", None) is not None:
-        named_folder("--out", args.out)
+        declared.named_folder("--out", args.out)
 
 
 def overrides(args) -> dict:

@@ -10,6 +10,7 @@ a whole number is declared and 2.0 where a fraction is, so that a stage has one 
 
 from dataclasses import fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Annotated, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -21,6 +22,7 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # numpy takes no other
 Natural = Annotated[int, Field(ge=0, le=2**63 - 1)]  # a sample's number, or its seed: PPO makes one for every update
 Questions = Annotated[int, Field(ge=1, le=100_000)]  # per task; the largest published train split has 97,467
 QuestionsOrZero = Annotated[int, Field(ge=0, le=100_000)]
+Asked = Annotated[int, Field(ge=0, le=10_000_000)]  # questions in all
 Samples = Annotated[int, Field(ge=1, le=10_000)]  # of one question
 Drawn = Annotated[int, Field(ge=1, le=100_000_000)]  # of one prompt in one call
 SamplesOrZero = Annotated[int, Field(ge=0, le=10_000)]
@@ -38,6 +40,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 ShareOrZero = Annotated[float, Field(ge=0, le=1)]
 Size = Annotated[float, Field(gt=0, le=1e9)]
 SizeOrZero = Annotated[float, Field(ge=0, le=1e9)]
+Weight = Annotated[float, Field(ge=-1e9, le=1e9)]
 Text = Annotated[str, Field(pattern=r"^\P{Cc}*[^\s\p{Cc}]\P{Cc}*$")]  # not blank, one line
 
 _WORDS = {
@@ -76,6 +79,14 @@ def checked(name: str, value, kind, like=None):
         return _adapter(kind).validate_python(value)
     except ValidationError:
         raise UsageError(_sentence(name, value, kind, like)) from None
+
+
+def named_folder(name: str, text: str) -> Path:
+    """The folder that the option called `name` gives. UsageError where there can be none."""
+    folder = Path(checked(name, text, Text))
+    if file := next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None):
+        raise UsageError(f"{name} = {text!r} is not allowed, since {str(file)!r} is a file: give another folder")
+    return folder
 
 
 def _sentence(name: str, value, kind, like) -> str:

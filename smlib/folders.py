@@ -6,8 +6,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from smlib.declared import Text, checked
-from smlib.errors import UsageError, UserError
+from smlib.errors import UserError
 
 
 class CacheError(UserError, OSError):
@@ -15,14 +14,6 @@ class CacheError(UserError, OSError):
 
 
 _CACHE_OUT = "set XDG_CACHE_HOME to a folder, by its whole path, that can be written"
-
-
-def named_folder(name: str, text: str) -> Path:
-    """The folder that the option called `name` gives. Raises UsageError where there cannot be one."""
-    folder = Path(checked(name, text, Text))
-    if file := next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None):
-        raise UsageError(f"{name} = {text!r} is not allowed, since {str(file)!r} is a file: give another folder")
-    return folder
 
 
 def cache_folder() -> Path:

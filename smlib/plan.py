@@ -429,10 +429,9 @@ def check_settings(settings: Settings, config, names: Sequence[str] = ()) -> Non
     _check_batches(settings, names, pipeline.launched().num_processes)  # from here on each looks at its own GPU
     models.check_targets(config, settings.lora.rank, settings.lora.targets)
     check_room("sampling.max_new_tokens", settings.sampling.max_new_tokens, config)
-    if not names or "04_ppo" in names:
-        check_room("ppo.max_new_tokens", settings.ppo.max_new_tokens, config)
-        if settings.tasks[0] not in TASKS:
-            pipeline.ppo_problems(settings)  # of a published dataset there may be too few
+    check_room("ppo.max_new_tokens", settings.ppo.max_new_tokens, config)
+    if settings.tasks[0] not in TASKS and (not names or "04_ppo" in names):
+        pipeline.ppo_problems(settings)  # of a published dataset there may be too few
 
 
 def _check_batches(settings: Settings, names: Sequence[str], processes: int) -> None:

@@ -95,11 +95,13 @@ class PPOSettings(Declared):
         super().__post_init__()
         if self.episodes % self.samples_per_question:
             raise UsageError(
-                f"episodes = {self.episodes} is no multiple of samples_per_question = "
+                f"ppo.episodes = {self.episodes} is no multiple of ppo.samples_per_question = "
                 f"{self.samples_per_question}; make it one, so that every question gets all its samples."
             )
         if self.center_by_question and self.samples_per_question < 2:
-            raise UsageError("center_by_question needs samples_per_question of at least 2; raise it or switch it off.")
+            raise UsageError(
+                "ppo.center_by_question = True needs ppo.samples_per_question of at least 2; raise it, or give False."
+            )
         if (asked := self.updates * self.questions) > MAX_QUESTIONS:
             raise UsageError(
                 f"ppo.updates = {self.updates} with {self.questions} questions each asks {asked:,}, and at most "

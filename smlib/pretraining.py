@@ -26,11 +26,10 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smlib import encoding, models, prompts
-from smlib.declared import Seed, Tokens, checked
+from smlib.declared import Seed, Tokens, checked, named_folder
 from smlib.engines import NativeEngine
 from smlib.errors import UsageError
 from smlib.evaluation import evaluate, summarise
-from smlib.folders import named_folder
 from smlib.problems import TASKS, Problem, generate
 from smlib.steps import WRITERS, compute, parse, swap, turn
 
