@@ -97,13 +97,24 @@ def ppo_problems(settings: Settings):
     Of a published train split the questions after those of stages 01 and 03, round after round in another order; all
     of them where less than one update's are left.
     """
-    each = settings.ppo.questions // len(settings.tasks)  # evenly, see Settings
+    each = ppo_questions_per_task(settings)
     if settings.tasks[0] in TRAIN_SETS:
         questions = _train_split(settings.tasks[0], settings.seed)
         left = questions[settings.sampling.questions + settings.reward.questions :]
         return _in_rounds(left if len(left) >= each else questions, each, f"ppo/{settings.seed}")
     pools = [generate(task, each * settings.ppo.updates, _PPO + settings.seed) for task in settings.tasks]
     return lambda update: [problem for pool in pools for problem in pool[update * each : (update + 1) * each]]
+
+
+def ppo_questions_per_task(settings: Settings) -> int:
+    """How many questions of each task an update asks; raises ValueError where they do not come out even."""
+    each, odd = divmod(settings.ppo.questions, len(settings.tasks))
+    if odd:
+        raise UsageError(
+            f"PPO asks {settings.ppo.questions} questions per update, no multiple of the {len(settings.tasks)} tasks; "
+            "change ppo.episodes or ppo.samples_per_question"
+        )
+    return each
 
 
 def _in_rounds(pool: list[Problem], each: int, name: str):

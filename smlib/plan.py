@@ -430,8 +430,10 @@ def check_settings(settings: Settings, config, names: Sequence[str] = ()) -> Non
     models.check_targets(config, settings.lora.rank, settings.lora.targets)
     check_room("sampling.max_new_tokens", settings.sampling.max_new_tokens, config)
     check_room("ppo.max_new_tokens", settings.ppo.max_new_tokens, config)
-    if settings.tasks[0] not in TASKS and (not names or "04_ppo" in names):
-        pipeline.ppo_problems(settings)  # of a published dataset there may be too few
+    if not names or "04_ppo" in names:
+        pipeline.ppo_questions_per_task(settings)
+        if settings.tasks[0] not in TASKS:
+            pipeline.ppo_problems(settings)  # of a published dataset there may be too few
 
 
 def _check_batches(settings: Settings, names: Sequence[str], processes: int) -> None:

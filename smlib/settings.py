@@ -196,11 +196,6 @@ class Settings(Declared):
                 "hardware.rollout_engine = 'vllm' takes over adapters of a base that is not rounded to 4 bits: give "
                 "lora.rank from 1 and other hardware.weights, or rollout_engine = 'native'"
             )
-        if self.ppo.questions % len(self.tasks):
-            raise UsageError(
-                f"PPO asks {self.ppo.questions} questions per update, no multiple of the {len(self.tasks)} tasks; "
-                "change ppo.episodes or ppo.samples_per_question"
-            )
         if self.sampling.shots != "none" and "chain_arithmetic" in self.tasks:
             raise UsageError(
                 f"preset {self.preset!r} shows exemplars (sampling.shots = {self.sampling.shots!r}), and task "

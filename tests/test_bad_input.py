@@ -120,7 +120,6 @@ def test_what_the_error_names_is_allowed(group, name, kind, default):
             {"ppo": {"episodes": 8, "samples_per_question": 16}},
             "episodes = 8 is no multiple of ppo.samples_per_question",
         ),
-        ({"ppo": {"episodes": 40}}, "5 questions per update, no multiple of the 4 tasks"),
         ({"ppo": {1: 2}}, "setting 'ppo.1' is unknown"),
         ({"base": ""}, "setting base = '' is not allowed: give a text that is not blank"),
         ({"base": 3}, "setting base = 3"),
@@ -199,6 +198,10 @@ run --out out --from -1 :: --from -1
 run --out out --to 77 :: --to 77
 run --out out --to -2 :: --to -2
 run --out out --to x :: 'x'
+run --out out --set ppo.episodes=40 :: 5 questions per update, no multiple of the 4 tasks
+run --dry-run --set ppo.episodes=40 :: 5 questions per update, no multiple of the 4 tasks
+stage --out out --set ppo.episodes=40 :: 5 questions per update, no multiple of the 4 tasks
+policy --out out --set ppo.episodes=40 :: 5 questions per update, no multiple of the 4 tasks
 run --dry-run --from 5 --to 2 :: --from 5 --to 2
 run --dry-run --from 99 :: --from 99
 run --dry-run --to -1 :: --to -1
