@@ -109,8 +109,8 @@ def shown(value) -> str:
     """repr, cut where it is long."""
     try:
         text = repr(value)
-    except ValueError:  # a whole number of more digits than Python writes
-        text = hex(value)
+    except ValueError:  # Python writes 4,300 digits at most
+        text = f"{type(value).__name__} of very many digits"
     return text if len(text) <= 100 else f"{text[:90]}..."
 
 
