@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smlib import ablations, pipeline
-from smlib.artifacts import StageError, replacing, require
+from smlib.artifacts import StageError, require
+from smlib.files import replacing
 from smlib.settings import preset
 
 

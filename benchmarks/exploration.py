@@ -24,8 +24,9 @@ import torch
 
 from smlib import encoding, explore, explore_pipeline, models, pipeline, prompts
 from smlib.answers import grade
-from smlib.artifacts import replacing, require
+from smlib.artifacts import require
 from smlib.engines import NativeEngine
+from smlib.files import replacing
 from smlib.settings import preset
 
 TABLE = Path(__file__).parents[1] / "results" / "exploration.csv"

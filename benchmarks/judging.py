@@ -23,8 +23,8 @@ from pathlib import Path
 
 from smlib import math_answers
 from smlib.answers import Verdict, grade, grade_many
-from smlib.artifacts import replacing
 from smlib.evaluation import TEXT_DAVINCI_002
+from smlib.files import replacing
 from smlib.problems import KINDS, Problem
 from smlib.results import write_csv
 

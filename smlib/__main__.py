@@ -14,28 +14,33 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import threading
 import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+from urllib.parse import quote
 
 import nbformat
 import papermill
 import psutil
 from jupyter_client.kernelspec import NoSuchKernel
 from nbclient.exceptions import DeadKernelError
-from nbconvert import HTMLExporter
 from papermill.engines import NBClientEngine, papermill_engines
+from pydantic import ConfigDict, Field
+from traitlets.config import Config
+from typing_extensions import TypedDict
 
-from smlib import declared
-from smlib.artifacts import MANIFEST, code_version, replacing
+from smlib import declared, pages
+from smlib.artifacts import MANIFEST, code_version, require
 from smlib.errors import UsageError, UserError
+from smlib.files import DamagedError, explain, load_json, locked, replacing, sha256, write_text
 from smlib.problems import PUBLISHED, TASKS, DatasetError, generate, load, splits
 from smlib.prompts import SOURCES
 
@@ -67,12 +72,16 @@ OPTIONS = {  # what they may be, whatever the command
 }
 
 
+PATIENCE = 600  # seconds for an interrupted notebook to save what it was at
+
+
 class RunError(UserError):
     """A run that cannot start or go on; the message names the fault and the way out."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Exit code 0, or 1 after an error that its user can put right, or 130 after Ctrl-C.
+    """Run one command. Exit code 0, or 1 after an error that its user can put right, or 130 after Ctrl-C (SIGINT) and
+    143 after SIGTERM, which a batch system sends: both save what can be gone on from.
 
     Such an error is one message, with --debug after its traceback. Any other exception is a bug and goes on.
     """
@@ -81,16 +90,38 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows another, and the run goes on
             stream.reconfigure(errors=instead)
     try:
-        return _run_command([argument for argument in argv if argument != "--debug"])
+        with _handling(signal.SIGTERM, _terminate):
+            return _run_command([argument for argument in argv if argument != "--debug"])
     except (UserError, OSError) as error:  # OSError: a file that is missing or may not be written, a full disk
         if "--debug" in argv:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         logging.getLogger("asyncio").disabled = True  # at exit it would print the traceback of the interrupted cell
         print("\nStopped. The same command goes on from here.", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which does what Ctrl-C does."""
+
+
+def _terminate(*_) -> None:
+    raise _Terminated
+
+
+@contextmanager
+def _handling(number: int, handler) -> Iterator[None]:
+    """Within, that handler for a signal; where Python lets no handler be set, outside the main thread, nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def _run_command(argv: list[str]) -> int:
@@ -125,11 +156,13 @@ def _run_command(argv: list[str]) -> int:
     settings = settings_of(args)  # refuses an unknown name before anything is written
     from smlib import pipeline, plan
 
+    if args.verify:
+        return verify(run_folder(args.out or "", args.preset, args.task, args.seed).resolve())
     named, values = {"PRESET": args.preset, "TASK": args.task, "SEED": args.seed}, dict(args.set)
     named |= {name: value for name, value in values.items() if "." not in name}
     if changed := overrides(args):
         named["OVERRIDES"] = changed
-    _, given = asked(ROOT / "notebooks", named, args.first, args.last)
+    _, given = requested(ROOT / "notebooks", named, args.first, args.last)
     pipeline.check_policy(settings, "ppo", given.get("REWARD", "learned"), given.get("TRACKER", ""))
     preset(given.get("LARGE", "llama2-7b"), given.get("LARGE_TASK", "gsm8k"), args.seed)
     if args.dry_run:
@@ -156,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--from", dest="first", type=int, metavar="N", help=again)
     run.add_argument("--to", dest="last", type=int, metavar="N", help="stop after notebook N")
     run.add_argument("--dry-run", action="store_true", help="print what it takes: samples, memory, hours, disk")
+    run.add_argument("--verify", action="store_true", help="read every file of the run and say what is damaged")
     run.add_argument("--publish", action="store_true", help="copy figures and results to the repository's")
     run.add_argument("--refresh", action="store_true", help="put the executed notebooks into notebooks/")
     results = commands.add_parser("results", help="pool finished runs of several seeds: a table, results/PRESET.csv")
@@ -435,10 +469,14 @@ def run(notebooks_dir: Path, out: Path, values: dict, *, first: int | None = Non
     A notebook is done when it was executed with the same source and parameters, and no notebook before it has
     been executed since. `first` executes again from that number on. Raises RunError at the first failure.
     """
-    sources, values = asked(notebooks_dir, values, first, last)
-    _claim(out, values)
-    timings = _read(out / "timings.json")
-    expected = _earlier_seconds(out, values)
+    sources, values = requested(notebooks_dir, values, first, last)
+    with locked(out / ".locks" / "run.lock", f"running the notebooks of {out}"):
+        _claim(out, values)
+        _run(sources, out, values, first, last)
+
+
+def _run(sources: dict, out: Path, values: dict, first: int | None, last: int | None) -> None:
+    timings, expected = _timings(out), _earlier_seconds(out, values)
     for position, (path, notebook) in enumerate(sources.items(), start=1):
         number, name = int(path.name[:2]), path.stem
         if (first is not None and number < first) or (last is not None and number > last):
@@ -446,26 +484,28 @@ def run(notebooks_dir: Path, out: Path, values: dict, *, first: int | None = Non
         label = f"[{position}/{len(sources)}] {name}"
         mine = {key: value for key, value in values.items() if key in parameters(notebook)}
         entry = {"source": _source_hash(notebook), "parameters": mine}
-        before = timings.get(name, {"stages": []})
-        same = all(before.get(key) == entry[key] for key in entry)
-        same = same and set(before["stages"]) <= set(_stages(out, number))  # else deleted, to be made again
-        if same and first is None:
+        before = timings.get(name)
+        same = before and all(before[key] == entry[key] for key in entry)
+        if same and first is None and not _lost(out, before, number):
             print(f"{label} · done before")
             continue
         timings = {stem: entry for stem, entry in timings.items() if stem < name}  # the rest gets new inputs
         _write(out / "timings.json", timings)
         left = [expected.get(later.stem) for later in list(sources)[position - 1 :] if _within(later, last)]
         given = {"RUN_DIR": str(out)} if "RUN_DIR" in parameters(notebook) else {}
+        there = _shown(out)
         try:
             with _Watch(label, left) as watch:
                 _execute(path, out / "notebooks" / path.name, mine | given, watch)
-            timings[name] = entry | watch.measured() | {"stages": _stages(out, number)}
+            made = [file for file, state in _shown(out).items() if there.get(file) != state]
+            files = {file.relative_to(out).as_posix(): sha256(file) for file in made}
+            timings[name] = entry | watch.measured() | {"stages": _stages(out, number), "files": files}
         finally:
             _write(out / "timings.json", timings)
             _write_index(out, values, timings)
 
 
-def asked(notebooks_dir: Path, values: dict, first: int | None, last: int | None) -> tuple[dict, dict]:
+def requested(notebooks_dir: Path, values: dict, first: int | None, last: int | None) -> tuple[dict, dict]:
     """The numbered notebooks of a folder, path -> notebook, and the values as `run` gives them to the notebooks.
 
     Raises RunError for a value, or a number of a notebook, that is not allowed.
@@ -480,6 +520,72 @@ def asked(notebooks_dir: Path, values: dict, first: int | None, last: int | None
     if first is not None and last is not None and first > last:
         raise RunError(f"--from {first} --to {last}: no notebook is left between them; give --to from {first} on.")
     return sources, _checked(sources, values)
+
+
+class _Timing(TypedDict):
+    """What timings.json has of an executed notebook."""
+
+    source: str  # hash of the notebook
+    parameters: dict
+    seconds: float
+    peak_mib: int
+    cells: int
+    stages: list[str]
+    files: dict[str, str]  # figures, tables and pages -> SHA-256
+
+
+_Timings = dict[Annotated[str, Field(pattern=r"^\d\d_")], _Timing]
+
+
+def _timings(out: Path) -> dict[str, _Timing]:
+    """What was executed in this run; nothing where the file is damaged, since to execute again costs little."""
+    try:
+        return load_json(out / "timings.json", _Timings) or {}
+    except DamagedError as error:
+        print(f"{error}: all notebooks are executed again, and the stages are read", file=sys.stderr)
+        return {}
+
+
+def _shown(out: Path) -> dict[Path, tuple]:
+    """The figures, tables and pages of a run, each with what changes when it is written."""
+    found = {}
+    for path in (path for folder in ("figures", "results", "notebooks") for path in (out / folder).glob("[!.]*.*")):
+        state = path.stat()
+        found[path] = (state.st_mtime_ns, state.st_ino, state.st_size)
+    return found
+
+
+def _lost(out: Path, entry: _Timing, number: int) -> list[str]:
+    """The stages, figures, tables and pages of an executed notebook that were deleted or damaged since."""
+    damaged = [
+        name for name, digest in entry["files"].items() if not (out / name).is_file() or sha256(out / name) != digest
+    ]
+    return damaged + sorted(set(entry["stages"]) - set(_stages(out, number)))
+
+
+def verify(out: Path) -> int:
+    """Read every file of a run and print what is damaged, missing or out of date; 1 if anything is."""
+    faults, names = [], sorted(path.parent.name for path in out.glob(f"*/{MANIFEST}"))
+    for name in names:
+        try:
+            require(out, name).verify()
+        except UserError as error:
+            faults.append(str(error))
+    states = {"run.json": _Asked, "timings.json": _Timings}
+    for state, shape in states.items():
+        try:
+            states[state] = load_json(out / state, shape) or {}
+        except DamagedError as error:
+            faults.append(f"{error}: the next run writes it anew")
+            states[state] = {}
+    timings = states["timings.json"]
+    for notebook, entry in timings.items():
+        lost = _lost(out, entry, int(notebook[:2]))
+        faults += [f"{out / name} is missing or damaged: the next run makes it again" for name in lost]
+    if not names and not any((out / state).exists() for state in states):
+        raise RunError(f"{out} holds no run: give --out, or --preset, --task and --seed, of one that was begun.")
+    print("\n".join(faults) or f"{out}: {len(names)} stages and {len(timings)} notebooks are as they were written")
+    return min(len(faults), 1)
 
 
 def _stages(out: Path, number: int) -> list[str]:
@@ -532,9 +638,21 @@ def _checked(sources: dict, values: dict) -> dict:
     return found
 
 
+class _Asked(TypedDict, total=False):
+    """run.json: the parameters, by name."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    OVERRIDES: dict[str, dict | str]
+
+
 def _claim(out: Path, values: dict) -> None:
     """Make the run folder ours; refuse one that holds another run."""
-    asked, found = _deciding(values), _deciding(_read(out / "run.json") or values)
+    try:
+        found = load_json(out / "run.json", _Asked) or values
+    except DamagedError as error:
+        print(f"{error}: it is written anew; each stage knows by itself how it was made", file=sys.stderr)
+        found = values
+    asked, found = _deciding(values), _deciding(found)
     for name in found | asked:
         mine, other = asked.get(name, "(not set)"), found.get(name, "(not set)")
         if mine != other:
@@ -560,7 +678,8 @@ class _Engine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, watch, **kwargs):
         watch.cells = nb_man.nb.cells
-        return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+        patient = Config(KernelManager={"shutdown_wait_time": 2 * PATIENCE})  # it takes half of it before SIGTERM
+        return super().execute_managed_notebook(nb_man, kernel_name, config=patient, **kwargs)
 
 
 def _execute(source: Path, target: Path, values: dict, watch: "_Watch") -> None:
@@ -571,17 +690,18 @@ def _execute(source: Path, target: Path, values: dict, watch: "_Watch") -> None:
         os.environ["JUPYTER_PATH"] = here + os.pathsep + os.environ.get("JUPYTER_PATH", "")
     papermill_engines.register("smlib", _Engine)
     try:
-        papermill.execute_notebook(
-            source,
-            target,
-            values,
-            engine_name="smlib",
-            kernel_name="python3",
-            cwd=source.parent,
-            progress_bar=False,
-            watch=watch,
-            extra_arguments=["--log-level=50"],  # the kernel's own log is not for the reader
-        )
+        with _announced(signal.SIGINT), _announced(signal.SIGTERM):
+            papermill.execute_notebook(
+                source,
+                target,
+                values,
+                engine_name="smlib",
+                kernel_name="python3",
+                cwd=source.parent,
+                progress_bar=False,
+                watch=watch,
+                extra_arguments=["--log-level=50"],  # the kernel's own log is not for the reader
+            )
     except papermill.PapermillExecutionError as error:
         cell = error.cell_index + (0 if values else 1)  # counted from 1, without the cell papermill put in
         raise RunError(
@@ -603,9 +723,20 @@ def _execute(source: Path, target: Path, values: dict, watch: "_Watch") -> None:
         ) from error
     finally:
         if target.exists():
-            page, _ = HTMLExporter().from_filename(str(target))
-            with replacing(target.with_suffix(".html")) as tmp:
-                tmp.write_text(page, encoding="utf-8")
+            pages.write_page(target)
+
+
+@contextmanager
+def _announced(number: int) -> Iterator[None]:
+    """Within, the signal says before it is handled that its end may take some time."""
+
+    def handler(*arguments):
+        print("\nStopping: what is running may end its step and save it first; once more to stop at once.", flush=True)
+        before(*arguments)
+
+    before = signal.getsignal(number)
+    with _handling(number, handler) if callable(before) else nullcontext():
+        yield
 
 
 class _Watch:
@@ -675,9 +806,10 @@ def _earlier_seconds(out: Path, values: dict) -> dict:
     """Seconds by notebook, from the newest run of this preset and task in this folder or beside it."""
     seconds = {}
     for path in sorted(out.parent.glob("*/timings.json"), key=lambda path: path.stat().st_mtime):
-        run = _read(path.with_name("run.json"))
-        if all(run.get(key) == values.get(key) for key in ("PRESET", "TASK")):
-            seconds |= {name: entry["seconds"] for name, entry in _read(path).items()}
+        with suppress(DamagedError, OSError):  # of a neighbour: it stops its own run alone
+            run, timings = load_json(path.with_name("run.json")), load_json(path, _Timings)
+            if run and all(run.get(key) == values.get(key) for key in ("PRESET", "TASK")):
+                seconds |= {name: entry["seconds"] for name, entry in timings.items()}
     return seconds
 
 
@@ -690,42 +822,27 @@ def _source_hash(notebook) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _read(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError:
-        raise RunError(f"{path} is not valid JSON: delete the folder {path.parent}.") from None
-
-
 def _write(path: Path, value: dict) -> None:
-    with replacing(path) as tmp:
-        tmp.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def _write_index(out: Path, values: dict, timings: dict) -> None:
     """index.html: one row for every notebook of the run, finished or not."""
     rows = []
     for page in sorted((out / "notebooks").glob("*.html")):
-        name = html.escape(page.stem)
         entry = timings.get(page.stem)
         time_used = _clock(entry["seconds"]) if entry else "not finished"
         memory = f"{entry['peak_mib']} MiB" if entry else ""
-        link = f'<a href="notebooks/{name}.html">{name}</a>'
+        link = f'<a href="notebooks/{quote(page.name)}">{html.escape(page.stem)}</a>'
         rows.append(f"<tr><td>{link}</td><td>{time_used}</td><td>{memory}</td></tr>")
     asked = html.escape(", ".join(f"{name} = {value!r}" for name, value in values.items()))
     total = _clock(sum(entry["seconds"] for entry in timings.values()))
-    text = f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(out.name)}</title>
-<style>body {{ font: 16px/1.5 sans-serif; max-width: 45rem; margin: 2rem auto; padding: 0 1rem }}
-td, th {{ text-align: left; padding: .2rem 2rem .2rem 0 }}</style></head><body>
-<h1>{html.escape(out.name)}</h1>
+    body = f"""<h1>{html.escape(out.name)}</h1>
 <p>{asked}<br>smlib {html.escape(code_version())}</p>
 <table><tr><th>notebook</th><th>time</th><th>peak memory</th></tr>
 {chr(10).join(rows)}
-<tr><th>together</th><th>{total}</th><th></th></tr></table></body></html>
-"""
-    with replacing(out / "index.html") as tmp:
-        tmp.write_text(text, encoding="utf-8")
+<tr><th>together</th><th>{total}</th><th></th></tr></table>"""
+    write_text(out / "index.html", pages.document(out.name, body))
 
 
 def publish(out: Path, root: Path) -> None:
@@ -742,7 +859,7 @@ def refresh(out: Path, notebooks_dir: Path) -> None:
 
     Only a run with the notebooks' own parameters can be: else their outputs would contradict their source.
     """
-    timings = _read(out / "timings.json")
+    timings = _timings(out)
     for path in sorted(notebooks_dir.glob("[0-9][0-9]_*.ipynb")):
         defaults = parameters(_notebook(path))
         if path.stem not in timings:

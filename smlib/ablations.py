@@ -172,7 +172,7 @@ def step_policy(
     folder, chosen = branch(run_dir, f"pairs-{name.replace(' ', '-')}", ("06_rft",)), settings.dpo
     tuned = require(folder, "06_rft")
     how = {"beta": chosen.beta, "epochs": chosen.epochs, "learning_rate": rate, "batch": chosen.batch}
-    stage = Stage(folder, "06_step_dpo", {"pairs": name, "seed": settings.seed} | how, inputs=[tuned])
+    stage = Stage(folder, "06_step_dpo", {"pairs": name, "seed": settings.seed} | how, {tuned: ["model"]})
     if stage.done:
         return stage
     with stage.recording():

@@ -1,9 +1,11 @@
 """Stages on disk: every arrow of the pipeline is a folder that a reader can open and a run can resume from.
 
 A stage writes its data first and `manifest.json` last, each file in one atomic step. So a manifest means that
-the stage is complete, and a killed run leaves either a whole file or none.
+the stage is complete, and a killed run leaves either a whole file or none. The manifest has the size and the SHA-256 of
+every file, and of every file of an earlier stage that was read: what was damaged, or made from what has been made again
+since, is refused.
 
-    stage = Stage(RUN_DIR, "02_ranking", {"seed": 0, "max_pairs": 8}, inputs=[sampling])
+    stage = Stage(RUN_DIR, "02_ranking", {"seed": 0, "max_pairs": 8}, {sampling: ["rationales.jsonl"]})
     if not stage.done:
         with stage.recording():
             stage.write_rows("pairs", pairs)
@@ -11,22 +13,23 @@ the stage is complete, and a killed run leaves either a whole file or none.
 """
 
 import dataclasses
-import errno
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+from pydantic import ConfigDict
+from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
 from smlib.errors import UserError
+from smlib.files import DamagedError, load_json, locked, remove, replacing, sha256, write_text
 
 try:
     import resource
@@ -50,63 +53,110 @@ class StageMismatch(StageError):
     """The folder holds a stage that was made with other settings, another seed or other inputs."""
 
 
+class _Asked(TypedDict):
+    """What a stage is asked to do: unfinished.json."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    settings: dict
+    inputs: dict[str, dict[str, str]]  # stage -> file that is read of it -> SHA-256
+
+
+class _File(TypedDict):
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Asked):
+    """What a finished stage has recorded; what is not named here is for the reader."""
+
+    counts: dict[str, int]
+    files: dict[str, _File]
+    wall_seconds: float
+    digest: str  # of all else that is in it
+
+
 class Stage:
     """One stage folder, `run_dir/name`, with everything that decides its contents.
 
     settings: what the result depends on, the seed included, as plain JSON values or dataclasses.
-    inputs: the finished stages that this one reads.
+    inputs: the finished stages that this one reads, each with the files or folders that it reads of it.
     """
 
-    def __init__(self, run_dir: str | Path, name: str, settings: dict, inputs: Sequence["Stage"] = ()):
+    def __init__(
+        self, run_dir: str | Path, name: str, settings: dict, inputs: Mapping["Stage", Iterable[str]] | None = None
+    ):
         self.name = name
         self.folder = Path(run_dir) / name
         self.settings = json.loads(_dumps(settings))  # as it comes back from disk: tuples become lists
-        self.inputs = {stage.name: stage.fingerprint for stage in inputs}
+        self.inputs = {stage.name: stage.hashes(names) for stage, names in (inputs or {}).items()}
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of the settings and of the inputs' fingerprints: the same on every machine and day."""
-        text = _dumps([self.name, self.settings, self.inputs], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """A short hash of the settings and of what is read: the same on every machine and day for the same files."""
+        return _digest([self.name, self.settings, self.inputs])[:16]
 
     @property
     def done(self) -> bool:
-        """True: complete, read it. False: make it. StageMismatch: the folder belongs to other settings."""
-        for file in (UNFINISHED, MANIFEST):
-            if found := _load(self.folder / file):
-                # inputs come second: a setting that differs is named before a fingerprint that does
-                ours = _flat(self.settings) | _flat(self.inputs)
-                theirs = _flat(found["settings"]) | _flat(found["inputs"])
-                refuse_difference(self.folder, ours, theirs, "RUN_DIR")
-        return bool(found)
+        """True: complete, read it. False: make it.
+
+        StageMismatch: the folder belongs to other settings or inputs. StageError: it is damaged, as far as the sizes of
+        its files tell; their contents are checked where they are read.
+        """
+        for found in (_recorded(self.folder / UNFINISHED, _Asked), manifest := self.manifest):
+            if found:
+                refuse_difference(self.folder, _flat(self.settings), _flat(found["settings"]), "RUN_DIR")
+                _refuse_other_inputs(self.folder, self.inputs, found["inputs"])
+        if manifest:
+            self._check(manifest["files"], contents=False)
+        return bool(manifest)
 
     @property
-    def manifest(self) -> dict:
-        """What a finished stage recorded: settings, versions, counts, files, wall_seconds, peak_mib."""
-        return _load(self.folder / MANIFEST) or {}
+    def manifest(self) -> Manifest | None:
+        """What a finished stage recorded: settings, versions, counts, files, wall_seconds, peak_mib; else None."""
+        return _read_manifest(self.folder)
+
+    def hashes(self, names: Iterable[str]) -> dict[str, str]:
+        """File -> SHA-256 of these files and folders, by the manifest."""
+        return {file: found["sha256"] for name in names for file, found in self._files(name).items()}
 
     @contextmanager
     def recording(self) -> Iterator["Stage"]:
         """Measure the block that makes the stage; a clean exit writes the manifest, an error leaves none.
 
-        Files of a stage that was cut off stay, so that a trainer can go on from its checkpoint (wall_seconds
-        is then that of the last part). peak_mib is this process's high-water mark, earlier work included.
+        One process at a time: BusyError where another is recording this stage. Files of a stage that was cut off stay,
+        so that a trainer can go on from its checkpoint (wall_seconds is then that of the last part). peak_mib is this
+        process's high-water mark, earlier work included.
         """
-        if self.done:
-            raise StageError(f"{self.folder} is complete: read it, or delete the folder to make it again.")
-        for tmp in self.folder.glob("*.tmp"):  # left by a killed run
-            _remove(tmp)
-        self.write_json(UNFINISHED, {"settings": self.settings, "inputs": self.inputs})
-        started = time.perf_counter()
-        try:
-            yield self
-        except RuntimeError as error:
-            if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it takes seconds
-                raise StageError(f"{self.folder}: the GPU's memory ran out. {LESS_MEMORY}") from error
-            raise
-        seconds = time.perf_counter() - started
-        (self.folder / UNFINISHED).unlink()
-        files = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
+        with locked(self.folder.parent / ".locks" / f"{self.name}.lock", f"making {self.folder}"):
+            if self.done:
+                raise StageError(
+                    f"{self.folder} is complete (another process may just have made it): give the same command again "
+                    "to read it, or delete the folder to make it again."
+                )
+            for tmp in [*self.folder.rglob("*.tmp")]:  # left by a killed run
+                remove(tmp)
+            self._refuse_unknown()
+            self.write_json(UNFINISHED, {"settings": self.settings, "inputs": self.inputs})
+            started = time.perf_counter()
+            try:
+                yield self
+            except RuntimeError as error:
+                if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it takes seconds
+                    raise StageError(f"{self.folder}: the GPU's memory ran out. {LESS_MEMORY}") from error
+                raise
+            self._finish(time.perf_counter() - started)
+
+    def _refuse_unknown(self) -> None:
+        """Raise StageError where files are there and nothing says what they were made with: they may be of others."""
+        there = sorted(self.folder.glob("[!.]*"))
+        if there and self.folder / UNFINISHED not in there:
+            raise StageError(
+                f"{self.folder} holds {there[0].name!r}, and neither {MANIFEST} nor {UNFINISHED} says what it was made "
+                f"with: choose another RUN_DIR, or delete the folder {self.folder}."
+            )
+
+    def _finish(self, seconds: float) -> None:
+        files = [path for path in sorted(self.folder.rglob("*")) if path.is_file() and path.name != UNFINISHED]
         manifest = {
             "stage": self.name,
             "fingerprint": self.fingerprint,
@@ -115,30 +165,52 @@ class Stage:
             "code": code_version(),
             "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES},
             "counts": {f.stem: f.read_bytes().count(b"\n") for f in files if f.suffix == ".jsonl"},
-            "files": {f.relative_to(self.folder).as_posix(): _sha256(f) for f in files},
+            "files": {
+                file.relative_to(self.folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+                for file in files
+            },
             "wall_seconds": round(seconds, 2),
             "peak_mib": round(peak_mib()),
         }
-        self.write_json(MANIFEST, manifest)
+        self.write_json(MANIFEST, manifest | {"digest": _digest(manifest)})
+        (self.folder / UNFINISHED).unlink()
 
     def path(self, name: str) -> Path:
         """Path of a file or folder of this stage; in a finished stage its contents are checked by SHA-256."""
-        if files := self.manifest.get("files"):
-            wanted = [file for file in files if file == name or file.startswith(f"{name}/")]
-            if not wanted:
-                raise StageError(f"{self.folder} has no {name!r}; it has: {', '.join(files)}.")
-            for file in (self.folder / file for file in wanted):
-                if not file.exists() or _sha256(file) != files[file.relative_to(self.folder).as_posix()]:
-                    raise StageError(
-                        f"{file} is missing, cut short or was edited after it was written: delete the folder "
-                        f"{self.folder} and run notebook {self.name[:2]} again."
-                    )
+        if self.manifest:
+            files = self._files(name)
+            self._check(files, contents=True)
+            there = {file.relative_to(self.folder).as_posix() for file in (self.folder / name).rglob("[!.]*")}
+            if strays := [file for file in sorted(there - set(files)) if (self.folder / file).is_file()]:
+                raise StageError(f"{self.folder / strays[0]} is no file of this stage: move it elsewhere.")
         return self.folder / name
+
+    def verify(self) -> None:
+        """Read every file of a finished stage, and raise StageError for the first that is not as it was written."""
+        require(self.folder.parent, self.name)
+        for name in sorted({file.split("/")[0] for file in self.manifest["files"]}):
+            self.path(name)
+
+    def _files(self, name: str) -> dict[str, _File]:
+        """The record of a file, or of the files in a folder."""
+        files = (self.manifest or {"files": {}})["files"]
+        if not (found := {file: record for file, record in files.items() if f"{file}/".startswith(f"{name}/")}):
+            raise StageError(f"{self.folder} has no {name!r}; it has: {', '.join(files)}.")
+        return found
+
+    def _check(self, files: dict[str, _File], contents: bool) -> None:
+        for name, record in files.items():
+            file = self.folder / name
+            whole = file.is_file() and file.stat().st_size == record["bytes"]
+            if not whole or (contents and sha256(file) != record["sha256"]):
+                raise StageError(
+                    f"{file} is missing, cut short or was edited after it was written: delete the folder "
+                    f"{self.folder} and run notebook {self.name[:2]} again."
+                )
 
     def write_rows(self, name: str, rows: Iterable) -> None:
         """Write rows (dicts or dataclasses) to `name`.jsonl, one a line, whole or not at all."""
-        with replacing(self.folder / f"{name}.jsonl") as tmp, tmp.open("w", encoding="utf-8") as file:
-            file.writelines(_dumps(row) + "\n" for row in rows)
+        write_text(self.folder / f"{name}.jsonl", "".join(_dumps(row) + "\n" for row in rows))
 
     def read_rows(self, name: str) -> list[dict]:
         """The rows of `name`.jsonl as dicts, in the order written."""
@@ -146,11 +218,10 @@ class Stage:
             return [json.loads(line) for line in file]
 
     def write_json(self, name: str, value) -> None:
-        with replacing(self.folder / name) as tmp:
-            tmp.write_text(_dumps(value, indent=1) + "\n", encoding="utf-8")
+        write_text(self.folder / name, _dumps(value, indent=1) + "\n")
 
     def read_json(self, name: str):
-        return _load(self.path(name))
+        return load_json(self.path(name), object)
 
     def write_model(self, name: str, *parts) -> Path:
         """Save a model, and its tokenizer, into a folder: `stage.write_model("model", model, tokenizer)`."""
@@ -161,15 +232,33 @@ class Stage:
 
 
 def require(run_dir: str | Path, name: str) -> Stage:
-    """The finished stage `name` of a run; where it is not on disk, an error names the notebook to run."""
+    """The finished stage `name` of a run; where it is not on disk, an error names the notebook to run.
+
+    Raises StageMismatch where it, or one that it was made from, was made from what has been made again since.
+    """
     folder = Path(run_dir) / name
-    if not (found := _load(folder / MANIFEST)):
+    if not (found := _read_manifest(folder)):
         state = "is not finished" if folder.exists() else "does not exist"
         notebook = f"notebook {name[:2]} (notebooks/{name[:2]}_*.ipynb)"
         raise StageError(f"{folder} {state}: first run {notebook} with the same RUN_DIR.")
     stage = Stage(run_dir, name, found["settings"])
     stage.inputs = found["inputs"]
+    for earlier, files in stage.inputs.items():
+        if (Path(run_dir) / earlier / MANIFEST).exists():  # else it was deleted, to save room
+            there = require(run_dir, earlier).manifest["files"]
+            now = {file: there[file]["sha256"] for file in files if file in there}
+            _refuse_other_inputs(folder, {earlier: now}, {earlier: files})
+    stage._check(found["files"], contents=False)
     return stage
+
+
+def lineage(stage: Stage) -> dict[str, object]:
+    """Everything that decided a finished stage: {"02_sft: sft.epochs": 1.0, ...} of it and of all that it was made
+    from, the earliest first. Raises StageError where one of these is not there any more."""
+    found = {}
+    for earlier in stage.inputs:
+        found |= lineage(require(stage.folder.parent, earlier))
+    return found | {f"{stage.name}: {key}": value for key, value in _flat(stage.settings).items()}
 
 
 def refuse_difference(folder: Path, ours: dict, theirs: dict, place: str) -> None:
@@ -183,6 +272,19 @@ def refuse_difference(folder: Path, ours: dict, theirs: dict, place: str) -> Non
             raise StageMismatch(
                 f"{folder} was made with {key} = {other!r}, and now {key} = {mine!r} is "
                 f"asked for: choose another {place}, or delete the folder {folder}."
+            )
+
+
+def _refuse_other_inputs(folder: Path, ours: dict, theirs: dict) -> None:
+    """Raise StageMismatch for the first file that `folder` was made from (theirs) and that is now another (ours)."""
+    was = {f"{stage}/{file}": digest for stage, files in theirs.items() for file, digest in files.items()}
+    now = {f"{stage}/{file}": digest for stage, files in ours.items() for file, digest in files.items()}
+    for file in was | now:
+        if was.get(file) != now.get(file):
+            raise StageMismatch(
+                f"{folder} was made from another {file} than there is now (SHA-256 {was.get(file, 'none')[:12]}, now "
+                f"{now.get(file, 'none')[:12]}), as {file.split('/')[0]} was made again since: delete the folder "
+                f"{folder} to make it again too, or choose another RUN_DIR."
             )
 
 
@@ -202,45 +304,34 @@ def code_version() -> str:
     return version("smlib") + f"+{commit}" * bool(commit)
 
 
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """Yield a temporary path that takes target's place if the block ends well, and is removed if not."""
-    tmp = target.with_name(target.name + ".tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield tmp
-        for path in [tmp, *tmp.rglob("*")]:
-            if path.is_file():
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())  # the contents are on the disk before the name is
-        if target.is_dir():
-            _remove(target)
-        os.replace(tmp, target)
-    except BaseException as error:
-        _remove(tmp)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
-            raise StageError(
-                f"No space left on the disk to write {target}: free some space, or choose another RUN_DIR; "
-                "no half-written file was left behind."
-            ) from error
-        raise
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def _dumps(value, **kwargs) -> str:
     # NaN and infinity are not JSON, and in a result they are a fault that should not travel on
     return json.dumps(value, ensure_ascii=False, allow_nan=False, default=dataclasses.asdict, **kwargs)
 
 
-def _load(path: Path):
-    """The JSON value in a file, or None where there is no file."""
+def _recorded(path: Path, shape: type):
+    """What a stage has written of itself, or None where there is no file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except ValueError as error:
-        raise StageError(f"{path} is not valid JSON ({error}): delete the folder {path.parent}.") from error
+        return load_json(path, shape)
+    except DamagedError as error:
+        raise StageError(
+            f"{error} (or another version of smlib wrote it): delete the folder {path.parent}, and make that stage "
+            "again."
+        ) from error
+
+
+def _read_manifest(folder: Path) -> Manifest | None:
+    found = _recorded(folder / MANIFEST, Manifest)
+    if found and found["digest"] != _digest({key: value for key, value in found.items() if key != "digest"}):
+        raise StageError(
+            f"{folder / MANIFEST} was edited or damaged after it was written: delete the folder {folder}, and make "
+            "that stage again."
+        )
+    return found
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(_dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
@@ -249,8 +340,3 @@ def _flat(values: dict, prefix: str = "") -> dict:
     for key, item in values.items():
         flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
     return flat
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

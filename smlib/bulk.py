@@ -6,9 +6,10 @@
         ...
 
 The folder holds manifest.json, which says what the samples depend on, and files such as shard-000003.0-8.jsonl: the
-samples number 0 to 7 of the fourth `shard` questions. A shard is drawn, written in one atomic step, and forgotten, so
-memory does not grow with the number of questions, and a killed run loses at most the shard it was at. The same call
-goes on where it stopped; with a larger n it draws the new samples only, into files of their own (0-8, then 8-16).
+samples number 0 to 7 of the fourth `shard` questions, under a header with a hash of that manifest. A shard is drawn,
+written in one atomic step, and forgotten, so memory does not grow with the number of questions, and a killed run loses
+at most the shard it was at. The same call goes on where it stopped; with a larger n it draws the new samples only, into
+files of their own (0-8, then 8-16).
 """
 
 import dataclasses
@@ -16,17 +17,22 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
-from smlib.artifacts import MANIFEST, StageError, StageMismatch, refuse_difference, replacing
+from smlib.artifacts import MANIFEST, StageError, StageMismatch, refuse_difference
 from smlib.declared import Rows, checked
 from smlib.engines import Engine
 from smlib.errors import UsageError
+from smlib.files import DamagedError, load_json, locked, write_text
 from smlib.progress import progress_bar
 from smlib.sampling import Sample, check_drawing
+
+_SHARDS = "shard-" + "[0-9]" * 6 + ".*-*.jsonl"
 
 
 class Bulk:
@@ -63,18 +69,16 @@ class Bulk:
 
         Returns {"drawn": samples drawn now, "found": samples that were on disk, "dropped": damaged files that were
         drawn again}. Raises StageMismatch, naming what differs, where the folder was made with something else, and
-        StageError where another process is writing to it.
+        BusyError where another process is writing to it.
         """
         drawing = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
         drawing |= {"top_p": top_p, "top_k": top_k, "stop": tuple(stop)}
         check_drawing(n=n, keys=(), first=0, prompts=0, **drawing)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self.folder / ".lock", timeout=0):
-                self._check_manifest(drawing)
-                return self._draw(questions, n, drawing, progress)
-        except Timeout:
-            raise StageError(f"{self.folder} is being written by another process: choose another folder.") from None
+        with locked(self.folder / ".locks" / "draw.lock", f"drawing into {self.folder}"):
+            self._check_manifest(drawing)
+            counts = self._draw(questions, n, drawing, progress)
+            self._write_manifest()  # all shards were there, and it was deleted
+            return counts
 
     def sample_ids(self, prompt_ids: list[list[int]], n: int, *, keys: list[str], **drawing) -> list[list[Sample]]:
         """`draw` and `read` in one: an engine whose samples are on disk, so that a killed run goes on."""
@@ -97,7 +101,7 @@ class Bulk:
                 for first, last in missing:
                     draw = self.engine.sample if isinstance(prompts[0], str) else self.engine.sample_ids
                     samples = draw(prompts, last - first, keys=keys, first=first, **drawing)
-                    self._write({"shard": number, "first": first, "last": last}, drawing, block, samples)
+                    self._write({"shard": number, "first": first, "last": last}, block, samples)
                     tokens += sum(len(one.token_ids) for group in samples for one in group)
                 drawn = sum(last - first for first, last in missing) * len(block)
                 counts["drawn"] += drawn
@@ -114,6 +118,7 @@ class Bulk:
             if (header := _header(path)) is None:
                 damaged.append(path)
                 continue
+            self._refuse_other(path, header, self.manifest)
             if header["questions"] != _digest(block):
                 raise StageMismatch(
                     f"{path} holds other questions than are asked for, or in another order, from question "
@@ -129,12 +134,15 @@ class Bulk:
 
         Raises StageError where a file is damaged, or has fewer than n samples: `draw` makes it good.
         """
-        for shard in sorted({int(path.name[6:12]) for path in self.folder.glob("shard-*.jsonl")}):
+        if (manifest := self._read_manifest()) is None:
+            raise StageError(f"{self.folder} has no {MANIFEST}, so that nobody knows how it was drawn: draw again.")
+        for shard in sorted({int(path.name[6:12]) for path in self.folder.glob(_SHARDS)}):
             found: dict[str, list[Sample]] = {}
             for path in self._files(shard):
                 header = _header(path)
                 if header is None or header["first"] != max(map(len, found.values()), default=0):
                     raise StageError(f"{path} is damaged, or the file before it is missing: draw again.")
+                self._refuse_other(path, header, manifest)
                 with path.open(encoding="utf-8") as file:
                     for line in islice(file, 1, 1 + header["rows"]):
                         row = json.loads(line)
@@ -144,13 +152,25 @@ class Bulk:
                     raise StageError(f"{self.folder} has {len(samples)} of {n} samples of {key!r}: draw {n} first.")
                 yield key, samples[:n]
 
-    def _manifest(self, drawing: dict) -> dict:
-        return json.loads(json.dumps(self.source | {f"drawing.{name}": value for name, value in drawing.items()}))
-
     def _check_manifest(self, drawing: dict) -> None:
-        path, ours = self.folder / MANIFEST, self._manifest(drawing)
-        theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else ours
-        refuse_difference(self.folder, ours, theirs, "folder")
+        """Refuse samples that were drawn otherwise."""
+        self.manifest = json.loads(json.dumps(self.source | {f"drawing.{k}": value for k, value in drawing.items()}))
+        if theirs := self._read_manifest():
+            refuse_difference(self.folder, self.manifest, theirs, "folder")
+
+    def _read_manifest(self) -> dict | None:
+        try:
+            return load_json(self.folder / MANIFEST)
+        except DamagedError as error:
+            raise StageError(f"{error}: delete that file, and draw with the same settings again.") from error
+
+    def _refuse_other(self, path: Path, header: "_Header", manifest: dict) -> None:
+        """Raise StageMismatch where a shard was drawn under another manifest, which somebody has deleted since."""
+        if header["made"] != _digest(manifest):
+            raise StageMismatch(
+                f"{path} was drawn with other settings than are asked for, and the {MANIFEST} that said which is gone: "
+                f"choose another folder, or delete {self.folder}."
+            )
 
     def _files(self, shard: int) -> list[Path]:
         """The files of a shard, first samples first."""
@@ -158,21 +178,18 @@ class Bulk:
             self.folder.glob(f"shard-{shard:06d}.*.jsonl"), key=lambda path: int(path.name.split(".")[1].split("-")[0])
         )
 
-    def _write(self, header: dict, drawing: dict, block: list, samples: list[list[Sample]]) -> None:
-        """A header, one row a question, and last the SHA-256 of all lines before; the manifest before the first."""
+    def _write_manifest(self) -> None:
         if not (self.folder / MANIFEST).exists():
-            with replacing(self.folder / MANIFEST) as tmp:
-                tmp.write_text(json.dumps(self._manifest(drawing), indent=1) + "\n", encoding="utf-8")
+            write_text(self.folder / MANIFEST, json.dumps(self.manifest, indent=1) + "\n")
+
+    def _write(self, header: dict, block: list, samples: list[list[Sample]]) -> None:
+        """A header, one row a question, and last the SHA-256 of all lines before; the manifest before the first."""
+        self._write_manifest()
         path = self.folder / f"shard-{header['shard']:06d}.{header['first']}-{header['last']}.jsonl"
-        header |= {"questions": _digest(block), "rows": len(block)}
-        digest = hashlib.sha256()
-        with replacing(path) as tmp, tmp.open("w", encoding="utf-8") as file:
-            rows = ({"key": key, "samples": list(map(_plain, n))} for (key, _), n in zip(block, samples, strict=True))
-            for row in chain([header], rows):
-                line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-                digest.update(line.encode())
-                file.write(line)
-            file.write(_end(digest))
+        header |= {"made": _digest(self.manifest), "questions": _digest(block), "rows": len(block)}
+        rows = ({"key": key, "samples": list(map(_plain, n))} for (key, _), n in zip(block, samples, strict=True))
+        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in chain([header], rows))
+        write_text(path, text + _end(hashlib.sha256(text.encode())))
 
 
 def _blocks(questions: Iterable, size: int) -> Iterator[list]:
@@ -181,12 +198,21 @@ def _blocks(questions: Iterable, size: int) -> Iterator[list]:
         yield block
 
 
-def _digest(block: list[tuple[str, str | list[int]]]) -> str:
-    return hashlib.sha256(json.dumps(block).encode()).hexdigest()
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _header(path: Path) -> dict | None:
-    """The first line of a shard's file; None where the file is not whole, as its last line says."""
+class _Header(TypedDict):
+    shard: int
+    first: int
+    last: int
+    made: str  # hash of the manifest
+    questions: str  # hash of keys and prompts
+    rows: int
+
+
+def _header(path: Path) -> _Header | None:
+    """The first line of a shard's file; None where the file is not whole, as its last line says, or of another form."""
     digest, last = hashlib.sha256(), b""
     with path.open("rb") as file:
         first = file.readline()
@@ -194,7 +220,10 @@ def _header(path: Path) -> dict | None:
         for line in file:
             digest.update(last)
             last = line
-    return json.loads(first) if last == _end(digest).encode() else None
+    if last != _end(digest).encode():
+        return None
+    with suppress(ValidationError):
+        return TypeAdapter(_Header).validate_json(first)
 
 
 def _end(digest) -> str:

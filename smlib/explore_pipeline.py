@@ -33,7 +33,7 @@ def draw_solutions(run_dir: Path, settings: Settings, progress: bool = True) -> 
     """06_solutions: the SFT model writes many solutions to every training question. Writes solutions.jsonl."""
     tuned = require(run_dir, "02_sft")
     keys = _keys(settings, temperature=settings.explore.temperature, samples=settings.explore.samples)
-    stage = Stage(run_dir, "06_solutions", keys | pipeline.engine_key(settings), inputs=[tuned])
+    stage = Stage(run_dir, "06_solutions", keys | pipeline.engine_key(settings), {tuned: ["model"]})
     if stage.done:
         return stage
     with stage.recording(), pipeline.load_engine(settings, tuned.path("model")) as engine:
@@ -51,7 +51,7 @@ def draw_solutions(run_dir: Path, settings: Settings, progress: bool = True) -> 
 def select(run_dir: Path, settings: Settings) -> Stage:
     """06_selection: what RFT learns from, and outcome pairs. Writes rft.jsonl and pairs.jsonl."""
     drawn, most = require(run_dir, "06_solutions"), settings.explore.max_per_question
-    stage = Stage(run_dir, "06_selection", _keys(settings, max_per_question=most), inputs=[drawn])
+    stage = Stage(run_dir, "06_selection", _keys(settings, max_per_question=most), {drawn: ["solutions.jsonl"]})
     if stage.done:
         return stage
     with stage.recording():
@@ -71,7 +71,7 @@ def select(run_dir: Path, settings: Settings) -> Stage:
 def train_rft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     """06_rft: the base again, not the SFT model, fine-tuned on the RFT set. Writes model/ and log.jsonl."""
     selected = require(run_dir, "06_selection")
-    stage = Stage(run_dir, "06_rft", pipeline.stage_keys(settings, "sft"), inputs=[selected])
+    stage = Stage(run_dir, "06_rft", pipeline.stage_keys(settings, "sft"), {selected: ["rft.jsonl"]})
     if stage.done:
         return stage
     with pipeline.recording_together(stage) as writes:
@@ -98,7 +98,8 @@ def find_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
     selected, tuned = require(run_dir, "06_selection"), require(run_dir, "06_rft")
     names = ("temperature", "k", "choice")
     keys = _keys(settings, **{name: getattr(settings.explore, name) for name in names})
-    stage = Stage(run_dir, "06_exploration", keys | pipeline.engine_key(settings), inputs=[selected, tuned])
+    read = {selected: ["pairs.jsonl"], tuned: ["model"]}
+    stage = Stage(run_dir, "06_exploration", keys | pipeline.engine_key(settings), read)
     if stage.done:
         return stage
     with stage.recording(), pipeline.load_engine(settings, tuned.path("model")) as engine:
@@ -151,7 +152,8 @@ def report_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Sta
     """
     selected, tuned = require(run_dir, "06_selection"), require(run_dir, "06_rft")
     keys = _keys(settings, temperature=settings.explore.temperature) | {"ks": KS, "reported": REPORTED}
-    stage = Stage(run_dir, "06_pit_report", keys | pipeline.engine_key(settings), inputs=[selected, tuned])
+    read = {selected: ["pairs.jsonl"], tuned: ["model"]}
+    stage = Stage(run_dir, "06_pit_report", keys | pipeline.engine_key(settings), read)
     if stage.done:
         return stage
     with stage.recording(), warnings.catch_warnings():
@@ -202,7 +204,7 @@ def train_outcome_dpo(run_dir: Path, settings: Settings, progress: bool = True) 
 
 def _train_dpo(run_dir: Path, settings: Settings, name: str, paired: Stage, rate: float, label: str) -> Stage:
     tuned = require(run_dir, "06_rft")
-    stage = Stage(run_dir, name, pipeline.stage_keys(settings, "dpo"), inputs=[tuned, paired])
+    stage = Stage(run_dir, name, pipeline.stage_keys(settings, "dpo"), {tuned: ["model"], paired: ["pairs.jsonl"]})
     if stage.done:
         return stage
     with pipeline.recording_together(stage) as writes:
@@ -231,7 +233,7 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     refuse_training_questions(sets, pipeline.training_problems(settings))
     files = {name: {"rows": len(found), **pinned_files(found[0].dataset)} for name, found in published.items()}
     keys = pipeline.stage_keys(settings, "evaluation") | {"published_sets": files} | pipeline.engine_key(settings)
-    stage = Stage(run_dir, "06_evaluation", keys, inputs=list(trained.values()))
+    stage = Stage(run_dir, "06_evaluation", keys, {source: ["model"] for source in trained.values()})
     if stage.done:
         return stage
     with stage.recording():

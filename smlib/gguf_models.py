@@ -15,8 +15,8 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from smlib.artifacts import replacing
 from smlib.errors import MissingLibrary, ModelError
+from smlib.files import replacing
 from smlib.folders import cache_folder
 
 SMOLLM2 = "smollm2"

@@ -230,7 +230,7 @@ def rank_rationales(run_dir: Path, settings: Settings) -> Stage:
     Writes ranked.jsonl (kept rationales with their side), pairs.jsonl (of the base's rationales) and fate.json.
     """
     sampled = require(run_dir, "01_sampling")
-    stage = Stage(run_dir, "02_ranking", stage_keys(settings, "ranking"), inputs=[sampled])
+    stage = Stage(run_dir, "02_ranking", stage_keys(settings, "ranking"), {sampled: ["rationales.jsonl"]})
     if stage.done:
         return stage
     with stage.recording():
@@ -244,7 +244,7 @@ def rank_rationales(run_dir: Path, settings: Settings) -> Stage:
 def train_sft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     """02_sft: the base, fine-tuned on r+. Writes model/ and log.jsonl."""
     ranked = require(run_dir, "02_ranking")
-    stage = Stage(run_dir, "02_sft", stage_keys(settings, "sft"), inputs=[ranked])
+    stage = Stage(run_dir, "02_sft", stage_keys(settings, "sft"), {ranked: ["ranked.jsonl"]})
     if stage.done:
         return stage
     with recording_together(stage) as writes:
@@ -271,7 +271,7 @@ def sample_again(run_dir: Path, settings: Settings, progress: bool = True) -> St
     """
     tuned = require(run_dir, "02_sft")
     keys = stage_keys(settings, "sampling", "ranking") | {"questions": settings.reward.questions}
-    stage = Stage(run_dir, "03_second_sampling", keys | engine_key(settings), inputs=[tuned])
+    stage = Stage(run_dir, "03_second_sampling", keys | engine_key(settings), {tuned: ["model"]})
     if stage.done:
         return stage
     with stage.recording(), load_engine(settings, tuned.path("model")) as engine:
@@ -295,7 +295,8 @@ def train_reward_model(run_dir: Path, settings: Settings, progress: bool = True)
     """03_reward_model: from the SFT model, on ranked pairs. Writes model/, log.jsonl and held_out.jsonl (scored)."""
     ranked, tuned = require(run_dir, "02_ranking"), require(run_dir, "02_sft")
     second = require(run_dir, "03_second_sampling")
-    stage = Stage(run_dir, "03_reward_model", stage_keys(settings, "reward"), inputs=[ranked, tuned, second])
+    read = {ranked: ["pairs.jsonl"], tuned: ["model"], second: ["pairs.jsonl"]}
+    stage = Stage(run_dir, "03_reward_model", stage_keys(settings, "reward"), read)
     if stage.done:
         return stage
     with recording_together(stage) as writes:
@@ -344,7 +345,7 @@ def train_policy(
     keys = stage_keys(settings, "ppo") | {"reward": reward}
     if method == "ppo":
         keys |= engine_key(settings, "rollout_engine")
-    stage = Stage(run_dir, f"04_{method}", keys, inputs=[tuned, rewarder])
+    stage = Stage(run_dir, f"04_{method}", keys, {tuned: ["model"], rewarder: ["model"]})
     if stage.done:
         return stage
     accelerator = models.accelerator(log_with=tracker or None, project_dir=stage.folder / "training")
@@ -434,7 +435,7 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     published, missing = published_problems(settings)
     files = {name: {"rows": len(found), **pinned_files(found[0].dataset)} for name, found in published.items()}
     keys = stage_keys(settings, "evaluation") | {"published_sets": files} | engine_key(settings)
-    stage = Stage(run_dir, "05_evaluation", keys, inputs=[tuned, rewarder, trained])
+    stage = Stage(run_dir, "05_evaluation", keys, {model: ["model"] for model in (tuned, rewarder, trained)})
     if stage.done:
         return stage
     with stage.recording():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from IPython.display import Code, display
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
@@ -57,7 +58,11 @@ SELF_EXPLORE = (
 
 
 def style() -> None:
-    """Matplotlib settings of all notebooks."""
+    """How figures and tables of all notebooks look.
+
+    A table may hold what a model wrote, so no $...$ in it is a formula: not in JupyterLab, nor in what reads the page.
+    """
+    pd.set_option("display.html.use_mathjax", False)
     plt.rcParams.update(
         {
             "figure.dpi": 110,

@@ -43,10 +43,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 from smlib import models
 from smlib.answers import Reward, grade_many
-from smlib.artifacts import replacing
 from smlib.declared import Declared, Passes, Rate, Rows, RowsOrZero, Samples, ShareOrZero, Size, SizeOrZero, Tokens
 from smlib.encoding import encode_question
 from smlib.errors import UsageError, UserError
+from smlib.files import replacing
 from smlib.models import CONTINUATIONS_PER_ROW, group_size, launched, pack, pad_right
 from smlib.problems import Problem
 from smlib.progress import progress_bar

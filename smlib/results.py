@@ -5,7 +5,6 @@ question. Accuracies are shares between 0 and 1.
 """
 
 import csv
-import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,9 @@ import numpy as np
 
 from smlib import evaluation
 from smlib.answers import grade
-from smlib.artifacts import MANIFEST, replacing, require
+from smlib.artifacts import MANIFEST, Stage, lineage, require
 from smlib.errors import UsageError
+from smlib.files import replacing
 from smlib.pipeline import METHODS, test_problems
 from smlib.problems import Problem
 from smlib.prompts import split_answer
@@ -153,17 +153,28 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def read_run(run_dir: str | Path) -> tuple[list[dict], Settings]:
-    """The answers of a finished run, and the settings that they depend on.
+    """The answers of a finished run, and the settings that they are read by."""
+    first, *more = _evaluations(run_dir)
+    kept = first.settings
+    task = kept["tasks"][0] if len(kept["tasks"]) == 1 else "all"
+    answers = [row for stage in (first, *more) for row in stage.read_rows("answers")]
+    return answers, preset(kept["preset"], task, kept["seed"], evaluation=kept["evaluation"])
 
-    Those of 06_evaluation are among them, where it is there and asked the same as 05_evaluation.
-    """
+
+def _evaluations(run_dir: str | Path) -> list[Stage]:
+    """05_evaluation, and 06_evaluation where it is there and asked the same."""
     stage = require(run_dir, "05_evaluation")
-    kept, answers = stage.manifest["settings"], stage.read_rows("answers")
     if (Path(run_dir) / "06_evaluation" / MANIFEST).exists():
         explored = require(run_dir, "06_evaluation")
-        answers += explored.read_rows("answers") if explored.settings == stage.settings else []
-    task = kept["tasks"][0] if len(kept["tasks"]) == 1 else "all"
-    return answers, preset(kept["preset"], task, kept["seed"], evaluation=kept["evaluation"])
+        if explored.settings == stage.settings:
+            return [stage, explored]
+    return [stage]
+
+
+def _decided(run_dir: str | Path) -> dict[str, object]:
+    """All that decided the answers of a run, of every stage, but the seed."""
+    found = {key: value for stage in _evaluations(run_dir) for key, value in lineage(stage).items()}
+    return {key: value for key, value in found.items() if not key.endswith(": seed")}
 
 
 def combine(paths: Sequence[str | Path]) -> list[dict]:
@@ -179,11 +190,8 @@ def combine(paths: Sequence[str | Path]) -> list[dict]:
         answers, settings = read_run(path)
         if settings.seed in tables:
             raise UsageError(f"{path} has seed {settings.seed}, as another of the runs has: give each seed once.")
-        same = dataclasses.replace(settings, seed=0)
-        if not tables:
-            first = same
-        elif same != first:
-            raise UsageError(f"{path} has another preset, task or evaluation than {paths[0]}: these cannot be pooled.")
+        if tables:
+            _refuse_other_run(path, paths[0])
         table = table_of(answers, settings)
         methods = {method for method, _, _ in table}
         tables[settings.seed] = table | contrasts(
@@ -200,13 +208,26 @@ def combine(paths: Sequence[str | Path]) -> list[dict]:
         by_seed = {seed: table[method, test_set, metric] for seed, table in tables.items()}
         ids = list(next(iter(by_seed.values())))
         means = [float(np.mean([values[identity] for values in by_seed.values()])) for identity in ids]
-        row = (first.preset, " ".join(map(str, tables)), method, test_set, metric, len(ids), float(np.mean(means)))
+        row = (settings.preset, " ".join(map(str, tables)), method, test_set, metric, len(ids), float(np.mean(means)))
         low, high = _interval(method, means)
         over_seeds = (None, None)
         if len(by_seed) > 1 and method != "base":
             over_seeds = _interval(method, [float(np.mean(list(values.values()))) for values in by_seed.values()])
         rows.append(dict(zip(POOLED_COLUMNS, (*row, low, high, *over_seeds), strict=True)))
     return rows
+
+
+def _refuse_other_run(path: str | Path, first: str | Path) -> None:
+    """Raise UsageError for the first key by which two runs differ, in any stage that both have."""
+    expected, made = _decided(first), _decided(path)
+    shared = {key.split(":")[0] for key in expected} & {key.split(":")[0] for key in made}
+    for key in expected | made:
+        one, other = expected.get(key, "(not set)"), made.get(key, "(not set)")
+        if one != other and key.split(":")[0] in shared:
+            raise UsageError(
+                f"{path} was made with {key} = {other!r}, and {first} with {one!r}: runs that differ in more than "
+                "their seed cannot be pooled."
+            )
 
 
 def read_csv(path: Path) -> list[dict]:

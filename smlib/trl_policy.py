@@ -37,8 +37,9 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from smlib import ppo
 from smlib.answers import Reward, grade_many
-from smlib.artifacts import refuse_difference, replacing
+from smlib.artifacts import refuse_difference
 from smlib.errors import UsageError
+from smlib.files import replacing
 from smlib.models import RECOMPUTING, packed_logprobs
 from smlib.ppo import PPOSettings
 from smlib.problems import Problem

@@ -1,6 +1,9 @@
 import errno
 import json
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smlib.artifacts import Stage, StageError, StageMismatch, peak_mib, require
+from smlib.files import DiskFullError
 
 SETTINGS = {"seed": 0, "sampling": {"temperature": 0.8, "samples": 8}}
 JSON = st.recursive(
@@ -23,7 +27,7 @@ JSON = st.recursive(
 
 
 def finished(run_dir, name="01_sampling", settings=SETTINGS, inputs=(), rows=({"n": 1}, {"n": 2})):
-    stage = Stage(run_dir, name, settings, inputs)
+    stage = Stage(run_dir, name, settings, {one: ["samples.jsonl"] for one in inputs})
     with stage.recording():
         stage.write_rows("samples", rows)
     return stage
@@ -45,7 +49,7 @@ def test_the_manifest_says_what_made_the_stage(tmp_path):
     assert manifest["counts"] == {"samples": 2}
     # the two lines '{"n": 1}' and '{"n": 2}', by coreutils' sha256sum
     expected = "8bc530da2d4a837766e1c6f8d47c9fc525e68757190ef7665c90c5e68894905d"
-    assert manifest["files"] == {"samples.jsonl": expected}
+    assert manifest["files"] == {"samples.jsonl": {"bytes": 18, "sha256": expected}}
     assert set(manifest["versions"]) == {"python", "torch", "transformers", "trl", "peft", "datasets"}
     assert manifest["code"].startswith("0.")
     assert manifest["wall_seconds"] >= 0
@@ -83,12 +87,92 @@ def test_other_settings_are_refused_by_the_differing_key(tmp_path, settings, key
     assert "another RUN_DIR" in message and str(tmp_path / "01_sampling") in message
 
 
-def test_other_inputs_are_refused(tmp_path):
+def made_again(stage, rows):
+    shutil.rmtree(stage.folder)
+    return finished(stage.folder.parent, stage.name, rows=rows)
+
+
+def test_a_stage_whose_input_was_made_again_with_other_contents_is_refused(tmp_path):
     first = finished(tmp_path)
     finished(tmp_path, "02_ranking", {"seed": 0}, [first])
-    other = finished(tmp_path / "other", settings=SETTINGS | {"seed": 1})
-    with pytest.raises(StageMismatch, match="01_sampling"):
-        Stage(tmp_path, "02_ranking", {"seed": 0}, [other]).done  # noqa: B018
+    again = made_again(first, [{"n": 1}, {"n": 2}])
+    assert Stage(tmp_path, "02_ranking", {"seed": 0}, {again: ["samples.jsonl"]}).done  # the contents are the same
+    other = made_again(first, [{"n": 3}])
+    with pytest.raises(StageMismatch) as error:
+        Stage(tmp_path, "02_ranking", {"seed": 0}, {other: ["samples.jsonl"]}).done  # noqa: B018
+    assert "another 01_sampling/samples.jsonl than there is now (SHA-256 8bc530da2d4a, now" in str(error.value)
+    with pytest.raises(StageMismatch, match=r"made again since: delete the folder .*02_ranking"):
+        require(tmp_path, "02_ranking")
+
+
+def test_what_was_made_from_a_stage_that_is_out_of_date_is_out_of_date_too(tmp_path):
+    first = finished(tmp_path)
+    second = finished(tmp_path, "02_ranking", inputs=[first])
+    finished(tmp_path, "03_reward_model", inputs=[second])
+    assert require(tmp_path, "03_reward_model").done
+    made_again(first, [{"n": 3}])
+    with pytest.raises(StageMismatch, match=r"02_ranking was made from another 01_sampling/samples\.jsonl"):
+        require(tmp_path, "03_reward_model")
+    shutil.rmtree(first.folder)  # to save room, say
+    assert require(tmp_path, "03_reward_model").done
+
+
+def test_what_is_not_read_of_a_stage_does_not_put_later_ones_out_of_date(tmp_path):
+    for clock in ("1.0", "2.0"):
+        with (first := Stage(tmp_path, "01_sampling", {})).recording():
+            first.write_rows("samples", [{"n": 1}])
+            first.write_json("log.json", {"seconds": clock})
+        if clock == "1.0":
+            finished(tmp_path, "02_ranking", inputs=[first])
+            shutil.rmtree(first.folder)
+    assert require(tmp_path, "02_ranking").done
+
+
+def test_files_that_nothing_speaks_for_are_not_taken_over(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Stage(tmp_path, "06_exploration", {"seed": 0}).recording() as stage:
+        stage.write_json("shards/0.json", {})
+        raise KeyboardInterrupt
+    (stage.folder / "unfinished.json").unlink()
+    other = Stage(tmp_path, "06_exploration", {"seed": 1})
+    with pytest.raises(StageError, match=r"holds 'shards', and neither manifest\.json nor"), other.recording():
+        pass
+
+
+def test_a_kill_between_the_manifest_and_the_end_leaves_a_finished_stage(tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    stage = Stage(tmp_path, "01_sampling", SETTINGS)
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patched, stage.recording():
+        stage.write_rows("samples", [{"n": 1}])
+        patched.setattr(Path, "unlink", killed)
+    assert Stage(tmp_path, "01_sampling", SETTINGS).done
+    assert require(tmp_path, "01_sampling").read_rows("samples") == [{"n": 1}]
+    with pytest.raises(StageMismatch, match="seed"):
+        Stage(tmp_path, "01_sampling", {"seed": 1}).done  # noqa: B018
+
+
+def test_one_process_at_a_time_makes_a_stage(tmp_path):
+    stage = Stage(tmp_path, "04_ppo", SETTINGS)
+    script = "import sys; from smlib.artifacts import Stage; import json\n"
+    script += f"with Stage(sys.argv[1], '04_ppo', {SETTINGS!r}).recording(): pass"
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with stage.recording():
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert f"BusyError: another process ({os.getpid()} on {socket.gethostname()}, since 20" in done.stderr
+        assert f"is making {stage.folder}: wait until it has ended, or stop it" in done.stderr
+    with pytest.raises(StageError, match="is complete"), stage.recording():
+        pass
+    assert subprocess.run(command, capture_output=True).returncode == 1  # complete
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
+    script = "import os, signal, sys; from smlib.artifacts import Stage\n"
+    script += f"with Stage(sys.argv[1], '04_ppo', {SETTINGS!r}).recording(): os.kill(os.getpid(), signal.SIGKILL)"
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)])
+    assert killed.returncode == -signal.SIGKILL
+    assert finished(tmp_path, "04_ppo").done
 
 
 def test_a_stage_that_was_cut_off_is_not_taken_over_by_other_settings(tmp_path):
@@ -107,12 +191,13 @@ def test_a_finished_stage_is_not_overwritten(tmp_path):
     assert stage.done
 
 
-def test_the_fingerprint_depends_on_settings_and_inputs_and_on_nothing_else(tmp_path):
-    first = finished(tmp_path / "a", rows=[{"n": 1}])
-    same = finished(tmp_path / "b", rows=[{"n": 2}])
-    other = Stage(tmp_path, "01_sampling", SETTINGS | {"seed": 1})
-    assert first.fingerprint == same.fingerprint != other.fingerprint
-    ranking = [Stage(tmp_path, "02_ranking", {"seed": 0}, [stage]) for stage in (first, same, other)]
+def test_the_fingerprint_depends_on_settings_and_what_is_read_and_on_nothing_else(tmp_path):
+    first, same = (finished(tmp_path / name, rows=[{"n": 1}]) for name in "ab")
+    other = finished(tmp_path / "c", rows=[{"n": 2}])
+    assert first.fingerprint == same.fingerprint == other.fingerprint
+    assert first.fingerprint != Stage(tmp_path, "01_sampling", SETTINGS | {"seed": 1}).fingerprint
+    reads = [{stage: ["samples.jsonl"]} for stage in (first, same, other)]
+    ranking = [Stage(tmp_path, "02_ranking", {"seed": 0}, inputs) for inputs in reads]
     assert ranking[0].fingerprint == ranking[1].fingerprint != ranking[2].fingerprint
     assert Stage("x", "s", {"a": 1, "b": 2}).fingerprint == Stage("y", "s", {"b": 2, "a": 1}).fingerprint
 
@@ -179,8 +264,42 @@ def test_a_file_that_the_stage_has_not_is_an_error_that_names_those_it_has(tmp_p
 def test_a_damaged_manifest_is_refused(tmp_path):
     stage = finished(tmp_path)
     cut_short(stage.folder / "manifest.json")
-    with pytest.raises(StageError, match=r"manifest\.json is not valid JSON"):
+    with pytest.raises(StageError, match=r"manifest\.json is damaged: Invalid JSON"):
         stage.done  # noqa: B018
+
+
+WRONG = [
+    "",
+    "{",
+    "[]",
+    "3",
+    "null",
+    "{}",
+    '{"settings": {}, "inputs": {}}',
+    '{"settings": [], "inputs": 1, "files": {}}',
+]
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_json_of_another_shape_in_place_of_a_manifest_is_refused(tmp_path, text):
+    stage = finished(tmp_path)
+    (stage.folder / "manifest.json").write_text(text)
+    for use in (lambda: stage.done, lambda: require(tmp_path, "01_sampling"), lambda: stage.path("samples.jsonl")):
+        with pytest.raises(StageError, match=r"manifest\.json is damaged: .*delete the folder .*01_sampling"):
+            use()
+
+
+def test_a_flipped_byte_anywhere_is_found(tmp_path):
+    """In the data when it is read, in the manifest at once."""
+    stage = finished(tmp_path)
+    for file in ("manifest.json", "samples.jsonl"):
+        path, whole = stage.folder / file, (stage.folder / file).read_bytes()
+        for place in range(len(whole)):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 2]) + whole[place + 1 :])
+            with pytest.raises((StageError, StageMismatch)):
+                require(tmp_path, "01_sampling").read_rows("samples")
+        path.write_bytes(whole)
+    assert require(tmp_path, "01_sampling").read_rows("samples") == [{"n": 1}, {"n": 2}]
 
 
 class Model:
@@ -205,6 +324,15 @@ def test_a_model_folder_is_replaced_whole_and_checked(tmp_path):
         stage.path("model")
 
 
+def test_a_file_that_came_into_a_model_folder_later_is_refused(tmp_path):
+    stage = Stage(tmp_path, "02_sft", {})
+    with stage.recording():
+        stage.write_model("model", Model("weights.bin"))
+    (stage.folder / "model" / "adapter_config.json").write_text("{}")  # the loader would take it for an adapter
+    with pytest.raises(StageError, match=r"adapter_config\.json is no file of this stage"):
+        require(tmp_path, "02_sft").path("model")
+
+
 def no_space(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -218,10 +346,10 @@ class FullDiskModel(Model):
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(tmp_path, monkeypatch):
     stage = Stage(tmp_path, "01_sampling", {})
     stage.write_rows("samples", [{"n": 1}])
-    with pytest.raises(StageError, match=r"No space left on the disk to write .*model"):
+    with pytest.raises(DiskFullError, match=r"No space left on the disk to write .*model"):
         stage.write_model("model", FullDiskModel("weights.bin"))
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(StageError, match=r"No space left on the disk to write .*samples\.jsonl"):
+    with pytest.raises(DiskFullError, match=r"No space left on the disk to write .*samples\.jsonl"):
         stage.write_rows("samples", [{"n": 2}])
     assert os.listdir(stage.folder) == ["samples.jsonl"]
     assert stage.read_rows("samples") == [{"n": 1}]
@@ -231,7 +359,7 @@ def test_a_number_that_is_no_number_does_not_reach_the_disk(tmp_path):
     stage = Stage(tmp_path, "05_evaluation", {})
     with pytest.raises(ValueError, match="not JSON compliant"):
         stage.write_rows("accuracy", [{"accuracy": float("nan")}])
-    assert os.listdir(stage.folder) == []
+    assert not stage.folder.exists()
 
 
 def test_files_left_by_a_kill_are_cleared_away(tmp_path):

@@ -11,10 +11,11 @@ import pytest
 from tiny_model import policy, tokenizer
 
 from smlib import __main__ as command
-from smlib import artifacts, engines
+from smlib import engines
 from smlib.artifacts import StageError, StageMismatch
 from smlib.bulk import Bulk
 from smlib.engines import NativeEngine
+from smlib.files import BusyError, DiskFullError
 from smlib.sampling import Sample, sample
 
 QUESTIONS = [(f"q{i}", f"Q: {'very ' * (i % 4)}long {i}?\nA:") for i in range(10)]
@@ -113,10 +114,25 @@ def test_what_does_not_fit_is_refused_and_named(tmp_path):
         bulk(tmp_path, shard=0)
 
 
+def test_samples_of_a_lost_manifest_are_not_taken_for_those_of_other_settings(tmp_path):
+    bulk(tmp_path).draw(QUESTIONS, 2, **DRAWING)
+    manifest = (tmp_path / "manifest.json").read_bytes()
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(StageError, match=r"has no manifest\.json"):
+        list(bulk(tmp_path).read())
+    with pytest.raises(StageMismatch, match=r"shard-000000\.0-2\.jsonl was drawn with other settings"):
+        bulk(tmp_path).draw(QUESTIONS, 2, **DRAWING | {"seed": 1})
+    assert bulk(tmp_path).draw(QUESTIONS, 3, **DRAWING) == {"drawn": 10, "found": 20, "dropped": 0}
+    assert (tmp_path / "manifest.json").read_bytes() == manifest
+    (tmp_path / "manifest.json").write_text("[1]")
+    with pytest.raises(StageError, match=r"manifest\.json is damaged: Input should be an object"):
+        bulk(tmp_path).draw(QUESTIONS, 3, **DRAWING)
+
+
 def test_two_writers_do_not_meet(tmp_path):
     class Meeting(Counting):
         def sample(self, *args, **kwargs):
-            with pytest.raises(StageError, match="being written by another process"):
+            with pytest.raises(BusyError, match=rf"another process \({os.getpid()} on .* is drawing into {tmp_path}"):
                 bulk(tmp_path).draw(QUESTIONS, 2, **DRAWING)
             return super().sample(*args, **kwargs)
 
@@ -124,16 +140,16 @@ def test_two_writers_do_not_meet(tmp_path):
 
 
 def test_a_full_disk_leaves_whole_shards(tmp_path, monkeypatch):
-    real, calls = artifacts.os.fsync, []
+    real, calls = os.fsync, []
 
     def full(descriptor):
         calls.append(descriptor)
-        if len(calls) == 3:  # the manifest, a shard, and then the disk is full
+        if len(calls) == 4:  # who draws, the manifest, a shard, and then the disk is full
             raise OSError(28, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr(artifacts.os, "fsync", full)
-    with pytest.raises(StageError, match="No space left"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFullError, match="No space left"):
         bulk(tmp_path).draw(QUESTIONS, 2, **DRAWING)
     monkeypatch.undo()
     assert list(numbers(tmp_path)) == ["q0", "q1", "q2", "q3"]

@@ -204,8 +204,9 @@ def test_a_pit_report_takes_an_even_choice(finished, tmp_path, monkeypatch):
 
 def test_with_lora_rft_and_dpo_are_merged_and_start_where_they_should(finished, tmp_path):
     """RFT moves away from the base, each DPO from RFT, by low-rank changes of the same layers; all are whole models."""
-    run, settings = branch(finished, tmp_path / "run", ["06_selection", "06_exploration"]), small(lora={"rank": 2})
+    run, settings = branch(finished, tmp_path / "run", ["06_selection"]), small(lora={"rank": 2})
     rft = explore_pipeline.train_rft(run, settings, progress=False)
+    explore_pipeline.find_pits(run, settings, progress=False)
     before = {"06_rft": models.load_policy("tiny")}
     for train in (explore_pipeline.train_step_dpo, explore_pipeline.train_outcome_dpo):
         stage = train(run, settings, progress=False)

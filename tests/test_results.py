@@ -2,12 +2,14 @@
 
 import csv
 import re
+import shutil
 
 import pytest
 
 from smlib import plots, results
 from smlib.__main__ import main
-from smlib.artifacts import Stage, require
+from smlib.artifacts import Stage, StageError, StageMismatch, require
+from smlib.errors import UsageError
 from smlib.evaluation import accuracy_interval, mean_interval, paired_test
 from smlib.pipeline import test_problems as questions_of
 from smlib.problems import Problem
@@ -206,11 +208,52 @@ def test_runs_that_do_not_belong_together_are_refused(two_runs, tmp_path):
         results.combine([two_runs[0], two_runs[0]])
     more = settings(2, questions=3)
     write_run(tmp_path / "c", more, answers(more))
-    with pytest.raises(ValueError, match="another preset, task or evaluation"):
+    with pytest.raises(ValueError, match=r"c was made with 05_evaluation: evaluation\.questions = 3, and .*a with 2"):
         results.combine([*two_runs, tmp_path / "c"])
     write_run(tmp_path / "d", settings(3), answers(settings(3), published=True))
     with pytest.raises(ValueError, match="other test sets or methods"):
         results.combine([*two_runs, tmp_path / "d"])
+
+
+def write_upstream(folder, seed, **sft):
+    """A run of two stages before the evaluation, which reads them."""
+    with Stage(folder, "02_sft", {"seed": seed, "base_sha256": "ab"} | sft).recording() as tuned:
+        tuned.write_rows("log", [{"seed": seed}])
+    with Stage(folder, "03_reward_model", {"seed": seed}, {tuned: ["log.jsonl"]}).recording() as judge:
+        judge.write_rows("log", [{"seed": seed}])
+    run = settings(seed)
+    keys = {"preset": run.preset, "tasks": run.tasks, "seed": seed, "base": run.base, "evaluation": run.evaluation}
+    with Stage(folder, "05_evaluation", keys, {judge: ["log.jsonl"]}).recording() as stage:
+        stage.write_rows("answers", answers(run))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"sft": {"learning_rate": 1e-3}}, r"02_sft: sft\.learning_rate = 0\.001, and .*0 with 0\.0006"),
+        ({"sft": {"learning_rate": 6e-4}, "lora": {"rank": 4}}, r"02_sft: lora\.rank = 4, and .*0 with '\(not set\)'"),
+        ({"sft": {"learning_rate": 6e-4}, "base_sha256": "cd"}, r"02_sft: base_sha256 = 'cd', and .*0 with 'ab'"),
+    ],
+)
+def test_runs_that_differ_anywhere_upstream_are_not_pooled(tmp_path, changed, words):
+    rate = {"sft": {"learning_rate": 6e-4}}
+    runs = [write_upstream(tmp_path / str(seed), seed, **rate) for seed in (0, 1)]
+    assert results.combine(runs)
+    with pytest.raises(UsageError, match=words):
+        results.combine([*runs, write_upstream(tmp_path / "2", 2, **changed)])
+    shutil.rmtree(tmp_path / "1" / "02_sft")
+    with pytest.raises(StageError, match="02_sft does not exist"):
+        results.combine(runs)  # nobody knows how it was made
+
+
+def test_a_run_whose_stage_was_made_again_is_not_pooled(tmp_path):
+    write_upstream(tmp_path / "0", 0)
+    shutil.rmtree(tmp_path / "0" / "02_sft")
+    with Stage(tmp_path / "0", "02_sft", {"seed": 0}).recording() as again:
+        again.write_rows("log", [{"seed": 3}])
+    with pytest.raises(StageMismatch, match="03_reward_model was made from another 02_sft"):
+        results.combine([tmp_path / "0"])
 
 
 def test_main_prints_a_table_and_writes_the_csv(two_runs, tmp_path, capsys):

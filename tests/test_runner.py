@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,10 @@ from papermill.engines import Engine
 
 import smlib.__main__ as runner
 from smlib import downloads, ppo
-from smlib.__main__ import RunError, _as_shown, main, parameters, publish, refresh, run
+from smlib.__main__ import RunError, _as_shown, main, parameters, publish, refresh, run, verify
+from smlib.artifacts import Stage
 from smlib.errors import UserError
+from smlib.files import BusyError, locked
 
 ROOT = Path(__file__).parents[1]
 VALUES = {"PRESET": "tiny", "TASK": "all", "SEED": 0}
@@ -210,6 +213,90 @@ def test_deleting_a_stage_makes_it_again(tmp_path, out):
 
 
 @pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("other")])
+@pytest.mark.parametrize("lost", ["figures/a.png", "results/b.csv", "notebooks/01_a.html", "notebooks/01_a.ipynb"])
+def test_a_page_or_figure_that_was_lost_is_made_again(tmp_path, out, lost, damage):
+    writes = 'for name in ("figures/a.png", "results/b.csv"):\n    Path(RUN_DIR, name).parent.mkdir(exist_ok=True)\n'
+    writes += '    Path(RUN_DIR, name).write_text("x")'
+    write_notebook(tmp_path / "notebooks", "00_start", LOG.format("00"))
+    write_notebook(tmp_path / "notebooks", "01_a", LOG.format("01") + "\n" + writes)
+    run(tmp_path / "notebooks", out, VALUES)
+    damage(out / lost)
+    assert verify(out) == 1
+    run(tmp_path / "notebooks", out, VALUES)
+    assert log(out) == ["00", "01", "01"] and verify(out) == 0
+    run(tmp_path / "notebooks", out, VALUES)
+    assert log(out) == ["00", "01", "01"]
+
+
+WRONG = ["", "{", "[]", "3", '{"00_start": 3}', '{"00_start": {"source": 1}}', "\udcff"]
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("text", WRONG)
+def test_a_damaged_timings_file_costs_time_alone(notebooks, out, text, capsys):
+    run(notebooks, out, VALUES)
+    (out / "timings.json").write_text(text, errors="surrogateescape")
+    assert verify(out) == 1
+    run(notebooks, out, VALUES)
+    assert log(out) == ["00", "01", "02"] * 2
+    assert "timings.json is damaged" in capsys.readouterr().err
+    assert verify(out) == 0
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"OVERRIDES": 3}', '{"OVERRIDES": {"ppo": []}}'])
+def test_a_damaged_run_file_is_written_anew(notebooks, out, text, capsys):
+    run(notebooks, out, VALUES)
+    whole = (out / "run.json").read_text()
+    (out / "run.json").write_text(text)
+    run(notebooks, out, VALUES)
+    assert (out / "run.json").read_text() == whole and log(out) == ["00", "01", "02"]
+    assert "run.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("file", ["run.json", "timings.json"])
+@pytest.mark.parametrize("text", WRONG)
+def test_a_damaged_file_of_a_neighbour_does_not_stop_a_run(notebooks, out, file, text):
+    run(notebooks, out, VALUES)
+    (out / file).write_text(text, errors="surrogateescape")
+    run(notebooks, out.with_name("y"), VALUES)
+    assert log(out.with_name("y")) == ["00", "01", "02"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(notebooks, out):
+    with locked(out / ".locks" / "run.lock", "at it"), pytest.raises(BusyError) as error:
+        run(notebooks, out, VALUES)
+    assert f"({os.getpid()} on " in str(error.value) and f"is running the notebooks of {out}" in str(error.value)
+    assert not out.exists()
+    run(notebooks, out, VALUES)
+    assert not (out / ".locks").exists()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_verify_names_what_is_damaged_and_what_is_out_of_date(tmp_path, out):
+    stage = "from smlib.artifacts import Stage\n"
+    stage += "first = Stage(RUN_DIR, '01_sampling', {})\nwith first.recording():\n"
+    stage += "    first.write_rows('a', [{'n': 1}])\nsecond = Stage(RUN_DIR, '01_more', {}, {first: ['a.jsonl']})\n"
+    stage += "with second.recording():\n    second.write_rows('b', [{'n': 1}])\n"
+    write_notebook(tmp_path / "notebooks", "01_sampling", stage)
+    run(tmp_path / "notebooks", out, VALUES)
+    assert verify(out) == 0
+    whole = (out / "01_more" / "b.jsonl").read_text()
+    (out / "01_more" / "b.jsonl").write_text(whole.replace("1", "2"))  # of the same size
+    assert verify(out) == 1
+    (out / "01_more" / "b.jsonl").write_text(whole)
+    shutil.rmtree(out / "01_sampling")
+    with Stage(out, "01_sampling", {}).recording() as other:
+        other.write_rows("a", [{"n": 2}])
+    assert verify(out) == 1
+    with pytest.raises(RunError, match="holds no run"):
+        verify(out / "nowhere")
+
+
+@pytest.mark.usefixtures("in_process")
 def test_starting_after_a_missing_stage_names_the_notebook_to_run_first(notebooks, out):
     write_notebook(notebooks, "02_ranking", 'from smlib.artifacts import require\nrequire(RUN_DIR, "01_sampling")')
     with pytest.raises(RunError, match=r"02_ranking stopped at cell 3 .* first run notebook 01"):
@@ -267,7 +354,9 @@ def test_what_a_run_was_asked_for_is_escaped_in_the_index(tmp_path, out):
 WAITING = LOG.format("01") + '\nimport time\nif not Path(RUN_DIR, "go").exists():\n    time.sleep(60)'
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
 def test_a_stopped_run_goes_on_where_it_was(notebooks, out, sent, code, monkeypatch):
     write_notebook(notebooks, "01_sampling", WAITING)
     script = "import signal, sys; from pathlib import Path; import smlib.__main__ as runner\n"
@@ -280,11 +369,11 @@ def test_a_stopped_run_goes_on_where_it_was(notebooks, out, sent, code, monkeypa
         while process.poll() is None and not ((out / "log").exists() and "01" in log(out)):
             time.sleep(0.1)
         process.send_signal(sent)
-        _, errors = process.communicate(timeout=300)
+        shown, errors = process.communicate(timeout=300)
     assert process.returncode == code
     assert "Traceback" not in errors
-    if sent == signal.SIGINT:
-        assert "The same command goes on from here" in errors
+    if sent != signal.SIGKILL:
+        assert "The same command goes on from here" in errors and "Stopping: what is running may end" in shown
     (out / "go").touch()
     assert log(out) == ["00", "01"]
     monkeypatch.setattr(runner, "_Engine", InProcess)
@@ -314,6 +403,7 @@ TERMINAL = """
 import sys
 import smlib.__main__ as runner
 from smlib.errors import UserError
+from smlib.files import BusyError, locked
 from smlib.progress import progress_bar
 
 def data(names):
