@@ -13,6 +13,9 @@ test: $(READY)  ## style, unit tests, the smoke pipeline, and the committed note
 	$(BIN)/pytest -q -n 2 --dist loadfile -m slow
 	$(BIN)/pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 notebooks
 
+test-faults: $(READY)  ## break every stage at every one of its file operations (an hour)
+	$(BIN)/pytest -q -n 2 -m "faults or slow" tests/test_faults.py
+
 test-ray: .venv-ray/.ready  ## the Ray engine's tests, in an environment of their own
 	.venv-ray/bin/pytest -q tests/test_ray_engine.py
 
@@ -72,4 +75,4 @@ $(READY): requirements.lock pyproject.toml
 	.venv-vllm/bin/pip install -q --no-deps -e .
 	@touch $@
 
-.PHONY: smollm2 run test test-ray test-vllm test-nf4 lab bench figures notebooks clean
+.PHONY: smollm2 run test test-faults test-ray test-vllm test-nf4 lab bench figures notebooks clean

@@ -571,7 +571,7 @@ def verify(out: Path) -> int:
             require(out, name).verify()
         except UserError as error:
             faults.append(str(error))
-    states = {"run.json": _Asked, "timings.json": _Timings}
+    states = {"run.json": _RunFile, "timings.json": _Timings}
     for state, shape in states.items():
         try:
             states[state] = load_json(out / state, shape) or {}
@@ -638,7 +638,7 @@ def _checked(sources: dict, values: dict) -> dict:
     return found
 
 
-class _Asked(TypedDict, total=False):
+class _RunFile(TypedDict, total=False):
     """run.json: the parameters, by name."""
 
     __pydantic_config__ = ConfigDict(extra="allow")
@@ -648,7 +648,7 @@ class _Asked(TypedDict, total=False):
 def _claim(out: Path, values: dict) -> None:
     """Make the run folder ours; refuse one that holds another run."""
     try:
-        found = load_json(out / "run.json", _Asked) or values
+        found = load_json(out / "run.json", _RunFile) or values
     except DamagedError as error:
         print(f"{error}: it is written anew; each stage knows by itself how it was made", file=sys.stderr)
         found = values

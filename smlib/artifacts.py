@@ -29,7 +29,18 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
 from smlib.errors import UserError
-from smlib.files import DamagedError, load_json, locked, remove, replacing, sha256, write_text
+from smlib.files import (
+    DamagedError,
+    DiskFullError,
+    explain,
+    is_full,
+    load_json,
+    locked,
+    remove,
+    replacing,
+    sha256,
+    write_text,
+)
 
 try:
     import resource
@@ -140,9 +151,11 @@ class Stage:
             started = time.perf_counter()
             try:
                 yield self
-            except RuntimeError as error:
+            except Exception as error:
                 if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it takes seconds
                     raise StageError(f"{self.folder}: the GPU's memory ran out. {LESS_MEMORY}") from error
+                if is_full(error) and not isinstance(error, DiskFullError):
+                    raise DiskFullError(explain(error, self.folder)) from error
                 raise
             self._finish(time.perf_counter() - started)
 

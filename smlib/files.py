@@ -71,21 +71,21 @@ def remove(path: Path) -> None:
 
 def is_full(error: BaseException) -> bool:
     """Whether that is a full disk's error: libraries that write by themselves have classes of their own for it."""
-    return getattr(error, "errno", None) in _FULL or "No space left on device" in str(error)
+    said = ("No space left on device", "inline_container.cc")  # safetensors; torch.save
+    return getattr(error, "errno", None) in _FULL or any(words in str(error) for words in said)
 
 
-def explain(error: OSError) -> str:
-    """An error of the operating system in a sentence."""
-    if not is_full(error) or isinstance(error, UserError):
+def explain(error: Exception, folder: str | Path = ".") -> str:
+    """The error in a sentence. folder: where is written, should the error not say it."""
+    if not is_full(error) or isinstance(error, DiskFullError):
         return str(error)
-    place = Path(error.filename or Path.cwd())
-    return _no_room(place, 1)
+    return _no_room(Path(getattr(error, "filename", None) or Path(folder) / "more"), 0)
 
 
 def _no_room(target: Path, size: int) -> str:
     folder = next(folder for folder in target.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(folder).free
-    missing = f"at least {mib(size - free)} more are needed" if size > free else "a quota or a limit forbids more"
+    missing = f"at least {mib(size - free)} more are needed" if size > free else "no more may be used"  # a quota, say
     return (
         f"No space left on the disk to write {target}: {mib(free)} are free in {folder}, and {missing}. Free some "
         "space there, or choose another folder, and give the same command again; no half-written file was left behind."

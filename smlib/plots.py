@@ -143,9 +143,8 @@ def print_steps(problem: Problem, text: str) -> None:
 
 def save(figure: Figure, run_dir: str | Path, name: str) -> None:
     """Write a figure to the run's figures/ as PNG."""
-    folder = Path(run_dir) / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png")
+    with replacing(Path(run_dir) / "figures" / f"{name}.png") as tmp:
+        figure.savefig(tmp, format="png")
 
 
 def grouped_bars(
