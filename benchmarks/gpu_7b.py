@@ -580,7 +580,7 @@ def ppo_update(bench: Bench, value: str, recompute: bool) -> None:
     phases = {name: memory.total(parts) for name, parts in memory.phases(job.config, held).items()}
     settings = ppo.PPOSettings(
         value=value, updates=2, episodes=job.episodes, samples_per_question=SAMPLES, minibatch=held.minibatch,
-        epochs=1, max_new_tokens=job.new, precision="bfloat16", max_update_kl=math.inf, learning_rate=1e-5,
+        epochs=1, max_new_tokens=job.new, precision="bfloat16", max_update_kl=1e9, learning_rate=1e-5,
     )  # fmt: skip
     roles = Adapters(adapted(job.config), share_trunk=value == "head")
     if recompute:

@@ -10,7 +10,6 @@ smlib.reward_model.train_reward_model, smlib.dpo.train_dpo and smlib.sampling.sa
 
 import copy
 import csv
-import math
 import tempfile
 from dataclasses import replace
 from itertools import product
@@ -153,7 +152,7 @@ def batch_of(config: LlamaConfig, choices: Choices) -> Batch:
 
 def steps(roles: Roles, optimizer, batch: Batch, choices: Choices) -> None:
     """Two optimizer steps: the first finds no moments yet."""
-    plan = PPOSettings(minibatch=choices.minibatch, epochs=2, max_update_kl=math.inf, precision=choices.precision)
+    plan = PPOSettings(minibatch=choices.minibatch, epochs=2, max_update_kl=1e9, precision=choices.precision)
     optimize(models.accelerator(), roles, optimizer, batch, plan, torch.Generator())
 
 

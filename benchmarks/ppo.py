@@ -117,7 +117,7 @@ def train(job: dict) -> dict:
     settings = ppo.PPOSettings(
         value=job["value"], updates=job["updates"] + 1, episodes=QUESTIONS * SAMPLES, samples_per_question=SAMPLES,
         epochs=job["epochs"], minibatch=MINIBATCH, learning_rate=LEARNING_RATE, value_learning_rate=LEARNING_RATE,
-        max_new_tokens=NEW_TOKENS, precision=job["precision"], max_update_kl=float("inf"),
+        max_new_tokens=NEW_TOKENS, precision=job["precision"], max_update_kl=1e9,
     )  # fmt: skip
 
     def problems(update):

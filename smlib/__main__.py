@@ -22,9 +22,9 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import quote
 
 import nbformat
@@ -37,10 +37,12 @@ from papermill.engines import NBClientEngine, papermill_engines
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
-from smlib import pages
+from smlib import declared, pages
 from smlib.artifacts import MANIFEST, code_version, require
 from smlib.errors import UsageError, UserError
 from smlib.files import DamagedError, explain, load_json, locked, replacing, sha256, write_text
+from smlib.problems import PUBLISHED, TASKS, DatasetError, generate, load, splits
+from smlib.prompts import SOURCES
 
 ROOT = Path(__file__).parents[1]
 KERNEL_ENVIRONMENT = {
@@ -50,6 +52,23 @@ KERNEL_ENVIRONMENT = {
     # tqdm, where there are no widgets; TRL, beside a vLLM that it was not tested with and that it does not use here
     "PYTHONWARNINGS": "ignore:IProgress not found,ignore:TRL currently supports vLLM",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+OPTIONS = {  # what they may be, whatever the command
+    "dataset": Literal[*TASKS, *PUBLISHED],
+    "model": declared.Text,
+    "seed": declared.Seed,
+    "questions": declared.Questions,
+    "samples": declared.Samples,
+    "shots": Literal["none", *SOURCES],
+    "engine": Literal["native", "vllm", "auto"],
+    "rows": declared.Rows,
+    "cache_tokens": declared.Held,
+    "workers": declared.Processes,
+    "temperature": declared.Temperature,
+    "top_p": declared.Share,
+    "max_new_tokens": declared.Tokens,
+    "shard": declared.Rows,
 }
 
 
@@ -111,6 +130,7 @@ def _run_command(argv: list[str]) -> int:
 
         return pretraining.main(argv[1:]) or 0
     args = _parser().parse_args(argv)
+    _check_options(args)
     if getattr(args, "task", "") is None:
         from smlib.settings import default_task
 
@@ -131,22 +151,26 @@ def _run_command(argv: list[str]) -> int:
     if args.command == "explore":
         return explore(args)
     from smlib.pipeline import run_folder  # here, because they import torch
+    from smlib.settings import preset
 
     settings = settings_of(args)  # refuses an unknown name before anything is written
     from smlib import pipeline, plan
 
     if args.verify:
         return verify(run_folder(args.out or "", args.preset, args.task, args.seed).resolve())
+    named, values = {"PRESET": args.preset, "TASK": args.task, "SEED": args.seed}, dict(args.set)
+    named |= {name: value for name, value in values.items() if "." not in name}
+    if changed := overrides(args):
+        named["OVERRIDES"] = changed
+    _, given = requested(ROOT / "notebooks", named, args.first, args.last)
+    pipeline.check_policy(settings, "ppo", given.get("REWARD", "learned"), given.get("TRACKER", ""))
+    preset(given.get("LARGE", "llama2-7b"), given.get("LARGE_TASK", "gsm8k"), args.seed)
     if args.dry_run:
         print(dry_run(settings))
         return 0
     pipeline.refuse_processes(["a run of the notebooks"])
     plan.check(settings)
     out = run_folder(args.out or "", args.preset, args.task, args.seed).resolve()
-    named, values = {"PRESET": args.preset, "TASK": args.task, "SEED": args.seed}, dict(args.set)
-    named |= {name: value for name, value in values.items() if "." not in name}
-    if changed := overrides(args):
-        named["OVERRIDES"] = changed
     run(ROOT / "notebooks", out, named, first=args.first, last=args.last)
     if args.publish:
         publish(out, ROOT)
@@ -174,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("datasets", nargs="*", metavar="DATASET", help="such as gsm8k (default: all thirteen)")
     sample = commands.add_parser("sample", help="draw samples in bulk, to disk; the same command goes on or widens")
     sample.add_argument("dataset", help="a generated task such as coin_flip, or a published one such as gsm8k")
-    sample.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder of the shards")
+    sample.add_argument("--out", required=True, metavar="FOLDER", help="folder of the shards")
     sample.add_argument("--split", default="train", help="train (default) or test")
     sample.add_argument("--questions", type=int, metavar="N", help="the first N (default: all; generated: 1,000)")
     sample.add_argument("--samples", type=int, default=8, metavar="K", help="per question (default 8)")
@@ -234,6 +258,16 @@ def _add_settings(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--out", metavar="RUN", help=out)
 
 
+def _check_options(args) -> None:
+    """Raise UsageError for an option's value that is not allowed, before anything is loaded or written."""
+    for name, value in vars(args).items():
+        if name in OPTIONS and value is not None:
+            option = name if name == "dataset" else "--" + name.replace("_", "-")
+            setattr(args, name, declared.checked(option, value, OPTIONS[name]))
+    if getattr(args, "out", None) is not None:
+        declared.named_folder("--out", args.out)
+
+
 def overrides(args) -> dict:
     """What --model and --set change of the preset, as `settings.preset` takes it."""
     changed: dict = {}
@@ -247,21 +281,28 @@ def overrides(args) -> dict:
 
 
 def settings_of(args):
-    from smlib.settings import preset
+    from smlib.settings import Settings, preset
 
-    if args.command != "run" and (names := [name for name, _ in args.set if "." not in name]):
-        raise UsageError(
-            f"{names[0]} is no setting, such as ppo.updates; notebooks' parameters are for the command run"
-        )
+    groups = [field.name for field in fields(Settings) if is_dataclass(field.type)]
+    for name, value in args.set:
+        if name in groups:
+            raise UsageError(
+                f"{name} = {declared.shown(value)} is not allowed: {name} is a group of settings, so name one of them, "
+                "as in ppo.updates=10"
+            )
+        if args.command != "run" and "." not in name:
+            raise UsageError(
+                f"{name} is no setting, such as ppo.updates; notebooks' parameters are for the command run"
+            )
     return preset(args.preset, args.task, args.seed, **overrides(args))
 
 
 def dry_run(settings) -> str:
     """The plan; where the dataset's questions are not to be had, of the generated coin flips in their place."""
     from smlib import plan
-    from smlib.problems import DatasetError
 
     try:
+        plan.check_settings(settings, plan.config_of(settings.base))
         return plan.describe(settings)
     except DatasetError as error:
         found = plan.describe(replace(settings, tasks=("coin_flip",)))
@@ -270,12 +311,10 @@ def dry_run(settings) -> str:
 
 def show_data(datasets: list[str]) -> int:
     """Load every split of the datasets, fetching what is not there; 1 if one cannot be used."""
-    from smlib.problems import PUBLISHED, DatasetError, load, splits
-
-    failed = 0
-    for dataset in datasets or PUBLISHED:
+    failed, named = 0, {dataset: splits(dataset) for dataset in datasets or PUBLISHED}  # refuses an unknown one
+    for dataset, parts in named.items():
         counts, problems = [], []
-        for split in splits(dataset):
+        for split in parts:
             try:
                 counts.append(f"{split} {len(load(dataset, split)):,}")
             except DatasetError as error:
@@ -291,9 +330,10 @@ def sample(args) -> int:
     from smlib import models, pipeline, prompts
     from smlib.bulk import Bulk
     from smlib.engines import make_engine
-    from smlib.problems import TASKS, generate, load
+    from smlib.sampling import check_room
 
     pipeline.refuse_processes(["a folder of samples"])
+    prompts.shots(args.dataset, args.shots)  # refuses a dataset without them before the model is loaded
     if args.dataset in TASKS:
         problems = generate(args.dataset, args.questions or 1000, args.seed, split=args.split)
     else:
@@ -308,9 +348,11 @@ def sample(args) -> int:
     held = {"weights": args.weights, "cache_tokens": args.cache_tokens, "workers": args.workers, "prompt": args.prompt}
     if args.rows is not None:
         held["rows"] = args.rows
-    prompts.shots(args.dataset, args.shots)  # refuses unknown ones before the model is loaded
+    adapter = models.adapter_config(args.model)
+    config = models.load_config(adapter.base_model_name_or_path if adapter else args.model)
+    check_room("--max-new-tokens", args.max_new_tokens, config)
     engine = make_engine(args.engine, args.model, **held)
-    bulk = Bulk(args.out, engine, source, args.shard)
+    bulk = Bulk(Path(args.out), engine, source, args.shard)
     counts = bulk.draw(
         _Asked(engine.tokenizer, problems, args.shots), args.samples, temperature=args.temperature, top_p=args.top_p,
         max_new_tokens=args.max_new_tokens, seed=args.seed, stop=prompts.stop(args.shots), progress=args.dataset,
@@ -380,6 +422,7 @@ def policy(args) -> int:
     from smlib import pipeline, plan
 
     settings = settings_of(args)
+    pipeline.check_policy(settings, args.method, args.reward, args.tracker)
     plan.check(settings, ["04_ppo"])
     run = pipeline.run_folder(args.out or "", args.preset, args.task, args.seed)
     stage = pipeline.train_policy(run, settings, args.method, args.reward, tracker=args.tracker)
@@ -409,11 +452,13 @@ def _assignment(text: str) -> tuple[str, object]:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, such as ppo.updates=10 or REWARD=checker")
     if name in ("PRESET", "TASK", "SEED", "RUN_DIR"):
         raise argparse.ArgumentTypeError(f"{name} has an option of its own, see --help")
+    if name == "OVERRIDES":
+        raise argparse.ArgumentTypeError("OVERRIDES is what --set makes of settings: name each, as in ppo.updates=10")
     if value.lower() in ("true", "false"):
         return name, value.lower() == "true"
     try:
         return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that literal_eval raises
         return name, value
 
 
@@ -424,14 +469,7 @@ def run(notebooks_dir: Path, out: Path, values: dict, *, first: int | None = Non
     A notebook is done when it was executed with the same source and parameters, and no notebook before it has
     been executed since. `first` executes again from that number on. Raises RunError at the first failure.
     """
-    sources = {path: _notebook(path) for path in sorted(notebooks_dir.glob("[0-9][0-9]_*.ipynb"))}
-    if not sources:
-        raise RunError(f"{notebooks_dir} holds no numbered notebooks: run inside a clone of the repository.")
-    numbers = [int(path.name[:2]) for path in sources]
-    for option, number in (("--from", first), ("--to", last)):
-        if number is not None and number not in numbers:
-            raise RunError(f"{option} {number}: there is no such notebook; choose one of {numbers}.")
-    values = _checked(sources, values)
+    sources, values = requested(notebooks_dir, values, first, last)
     with locked(out / ".locks" / "run.lock", f"running the notebooks of {out}"):
         _claim(out, values)
         _run(sources, out, values, first, last)
@@ -465,6 +503,23 @@ def _run(sources: dict, out: Path, values: dict, first: int | None, last: int | 
         finally:
             _write(out / "timings.json", timings)
             _write_index(out, values, timings)
+
+
+def requested(notebooks_dir: Path, values: dict, first: int | None, last: int | None) -> tuple[dict, dict]:
+    """The numbered notebooks of a folder, path -> notebook, and the values as `run` gives them to the notebooks.
+
+    Raises RunError for a value, or a number of a notebook, that is not allowed.
+    """
+    sources = {path: _notebook(path) for path in sorted(notebooks_dir.glob("[0-9][0-9]_*.ipynb"))}
+    if not sources:
+        raise RunError(f"{notebooks_dir} holds no numbered notebooks: run inside a clone of the repository.")
+    numbers = [int(path.name[:2]) for path in sources]
+    for option, number in (("--from", first), ("--to", last)):
+        if number is not None and number not in numbers:
+            raise RunError(f"{option} {number}: there is no such notebook; choose one of {numbers}.")
+    if first is not None and last is not None and first > last:
+        raise RunError(f"--from {first} --to {last}: no notebook is left between them; give --to from {first} on.")
+    return sources, _checked(sources, values)
 
 
 class _Timing(TypedDict):
@@ -562,21 +617,25 @@ def parameters(notebook) -> dict:
 
 
 def _checked(sources: dict, values: dict) -> dict:
-    """The values, each of a parameter that a notebook has and in the type of its default."""
-    from smlib.settings import as_declared
+    """The values, each of a parameter that a notebook has, as declared here or else in the type of its default."""
+    from smlib.settings import PRESETS, Tasks
 
-    defaults, checked = {}, {}
+    kinds = {"LARGE": Literal[*PRESETS], "LARGE_TASK": Tasks}
+    kinds |= dict.fromkeys(("FRESH_QUESTIONS", "HELD_OUT"), declared.Questions)
+    kinds |= dict.fromkeys(("SAMPLES", "DRAWS"), declared.Samples)
+    defaults, found = {}, {}
     for notebook in sources.values():
         defaults |= parameters(notebook)
     for name, value in values.items():
         if name not in defaults:
             known = ", ".join(sorted(set(defaults) - {"PRESET", "TASK", "SEED", "RUN_DIR"})) or "none"
             raise RunError(f"no notebook has a parameter {name}; those that --set can change: {known}.")
+        like = defaults[name]
         try:
-            checked[name] = value if defaults[name] is None else as_declared(name, value, defaults[name])
+            found[name] = value if like is None else declared.checked(name, value, kinds.get(name, type(like)), like)
         except UsageError as error:
             raise RunError(str(error)) from None
-    return checked
+    return found
 
 
 class _RunFile(TypedDict, total=False):

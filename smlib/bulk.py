@@ -25,6 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from smlib.artifacts import MANIFEST, StageError, StageMismatch, refuse_difference
+from smlib.declared import Rows, checked
 from smlib.engines import Engine
 from smlib.errors import UsageError
 from smlib.files import DamagedError, load_json, locked, write_text
@@ -42,8 +43,7 @@ class Bulk:
     """
 
     def __init__(self, folder: str | Path, engine: Engine, source: dict, shard: int = 64):
-        if shard < 1:
-            raise UsageError(f"shard is {shard}, but must be at least 1 question.")
+        shard = checked("shard", shard, Rows, 64)
         self.folder, self.engine, self.shard, self.name = Path(folder), engine, shard, engine.name
         self.tokenizer = engine.tokenizer
         self.source = {"engine": engine.name, **source, "shard": shard}
@@ -73,7 +73,7 @@ class Bulk:
         """
         drawing = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
         drawing |= {"top_p": top_p, "top_k": top_k, "stop": tuple(stop)}
-        check_drawing(n=n, keys=(), first=0, prompts=0, **{k: v for k, v in drawing.items() if k != "seed"})
+        check_drawing(n=n, keys=(), first=0, prompts=0, **drawing)
         with locked(self.folder / ".locks" / "draw.lock", f"drawing into {self.folder}"):
             self._check_manifest(drawing)
             counts = self._draw(questions, n, drawing, progress)

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from transformers import PreTrainedTokenizerBase
 
 from smlib import models, sampling
+from smlib.declared import Held, Processes, Rows, checked
 from smlib.encoding import encode_prompt
 from smlib.errors import MissingLibrary, UsageError, UserError
 from smlib.sampling import MAX_BATCH, Sample, Until, check_prompts
@@ -121,8 +122,9 @@ def make_engine(
     name = chosen(name, weights)
     if name not in ENGINES:
         raise UsageError(f"engine {name!r} is unknown; choose one of: {', '.join(ENGINES)}.")
-    if workers < 1:
-        raise UsageError(f"workers is {workers}, but must be at least 1.")
+    checked("workers", workers, Processes, 1)
+    checked("rows", rows, Rows, MAX_BATCH)
+    checked("cache_tokens", cache_tokens, Held, 0)
     if name == "vllm":
         _require("vllm")
     if workers > 1:

@@ -15,8 +15,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -26,6 +28,7 @@ from smlib import evaluation, models, ppo, ranking, rationales, reward_model, sf
 from smlib.answers import Reward
 from smlib.artifacts import Stage, require
 from smlib.bulk import Bulk
+from smlib.declared import checked
 from smlib.engines import Engine, chosen, make_engine
 from smlib.errors import UsageError
 from smlib.models import launched
@@ -94,18 +97,24 @@ def ppo_problems(settings: Settings):
     Of a published train split the questions after those of stages 01 and 03, round after round in another order; all
     of them where less than one update's are left.
     """
-    each, odd = divmod(settings.ppo.questions, len(settings.tasks))
-    if odd:
-        raise UsageError(
-            f"PPO asks {settings.ppo.questions} questions per update, no multiple of the {len(settings.tasks)} tasks; "
-            "change ppo.episodes or ppo.samples_per_question"
-        )
+    each = ppo_questions_per_task(settings)
     if settings.tasks[0] in TRAIN_SETS:
         questions = _train_split(settings.tasks[0], settings.seed)
         left = questions[settings.sampling.questions + settings.reward.questions :]
         return _in_rounds(left if len(left) >= each else questions, each, f"ppo/{settings.seed}")
     pools = [generate(task, each * settings.ppo.updates, _PPO + settings.seed) for task in settings.tasks]
     return lambda update: [problem for pool in pools for problem in pool[update * each : (update + 1) * each]]
+
+
+def ppo_questions_per_task(settings: Settings) -> int:
+    """How many questions of each task an update asks; raises ValueError where they do not come out even."""
+    each, odd = divmod(settings.ppo.questions, len(settings.tasks))
+    if odd:
+        raise UsageError(
+            f"PPO asks {settings.ppo.questions} questions per update, no multiple of the {len(settings.tasks)} tasks; "
+            "change ppo.episodes or ppo.samples_per_question"
+        )
+    return each
 
 
 def _in_rounds(pool: list[Problem], each: int, name: str):
@@ -331,18 +340,7 @@ def train_policy(
     Writes model/, for PPO with the value in model/value/, and log.csv and examples.jsonl in training/; a killed run
     goes on from its last checkpoint. Under `accelerate launch` or `torchrun` PPO's processes share the work.
     """
-    if method not in POLICY_METHODS:
-        raise UsageError(f"method {method!r} is unknown; choose one of: {', '.join(POLICY_METHODS)}.")
-    reward_model.weighted_sum(reward, dict.fromkeys(REWARDS))  # refuses an unknown one before anything is loaded
-    if method != "ppo" and tracker:
-        raise UsageError(
-            f"tracker {tracker!r} is for method 'ppo': {method!r} writes its log.csv alone; leave the tracker out"
-        )
-    if method != "ppo" and settings.hardware.rollout_engine == "vllm":
-        raise UsageError(
-            f"hardware.rollout_engine = 'vllm' is for method 'ppo': {method!r} draws by the native engine; give "
-            "hardware.rollout_engine = 'native' or 'auto'"
-        )
+    check_policy(settings, method, reward, tracker)
     tuned, rewarder = require(run_dir, "02_sft"), require(run_dir, "03_reward_model")
     keys = stage_keys(settings, "ppo") | {"reward": reward}
     if method == "ppo":
@@ -350,7 +348,7 @@ def train_policy(
     stage = Stage(run_dir, f"04_{method}", keys, {tuned: ["model"], rewarder: ["model"]})
     if stage.done:
         return stage
-    accelerator = make_accelerator(tracker, stage.folder / "training")
+    accelerator = models.accelerator(log_with=tracker or None, project_dir=stage.folder / "training")
     if accelerator.num_processes > 1 and method != "ppo":
         raise UsageError(
             f"method {method!r} trains in one process here: start it without accelerate launch or torchrun."
@@ -376,6 +374,25 @@ def train_policy(
         if writes:
             stage.write_model("model", trained, tokenizer)
     return stage
+
+
+def check_policy(settings: Settings, method: str, reward: str, tracker: str) -> None:
+    """Raise ValueError for what `train_policy` would not take, before anything is loaded."""
+    checked("method", method, Literal[*POLICY_METHODS])
+    reward_model.weighted_sum(reward, dict.fromkeys(REWARDS))
+    trackers = [str(one) for one in (*get_available_trackers(), LoggerType.ALL)]
+    if tracker and tracker not in trackers:
+        here = ", ".join(map(repr, trackers))
+        raise UsageError(f"tracker {tracker!r} is unknown or not installed here; install it, or choose one of: {here}")
+    if method != "ppo" and tracker:
+        raise UsageError(
+            f"tracker {tracker!r} is for method 'ppo': {method!r} writes its log.csv alone; leave the tracker out"
+        )
+    if method != "ppo" and settings.hardware.rollout_engine == "vllm":
+        raise UsageError(
+            f"hardware.rollout_engine = 'vllm' is for method 'ppo': {method!r} draws by the native engine; give "
+            "hardware.rollout_engine = 'native' or 'auto'"
+        )
 
 
 def make_roles(settings: Settings, tuned: Stage, rewarder: Stage) -> Roles:
@@ -405,19 +422,6 @@ def make_reward(formula: str, rewarder: Stage, tokenizer, roles: Roles | None = 
         judge = models.load_policy(rewarder.path("model"), weights)
         rewards["learned"] = reward_model.learned_reward(judge, tokenizer)
     return reward_model.weighted_sum(formula, rewards)
-
-
-def make_accelerator(tracker: str, folder: Path) -> Accelerator:
-    """accelerate as it was launched, with one of its trackers, or with none where tracker is ""."""
-    try:
-        accelerator = models.accelerator(log_with=tracker or None, project_dir=folder)
-    except ValueError as error:
-        raise UsageError(
-            f"tracker {tracker!r} cannot be used: {error}; install it, or choose 'tensorboard'."
-        ) from error
-    if tracker and not accelerator.log_with:  # accelerate says so in its log alone
-        raise UsageError(f"tracker {tracker!r} is not installed here; install it, or choose 'tensorboard'.")
-    return accelerator
 
 
 def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:

@@ -15,8 +15,8 @@ import os
 import re
 import textwrap
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from statistics import mean
 
 import psutil
@@ -27,6 +27,8 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 from smlib import encoding, memory, models, pipeline, ppo, prompts, reward_model, sft
 from smlib.engines import NativeEngine
 from smlib.errors import UsageError
+from smlib.problems import TASKS
+from smlib.sampling import check_room
 from smlib.settings import Settings
 
 # ---- what is assumed -----------------------------------------------------------------------------------------
@@ -36,6 +38,7 @@ STEPS = 3.5  # prefixes explored of a wrong rationale; at k = 4 half of the comp
 DRAW_SHARE, READ_SHARE, TRAIN_SHARE = 0.6, 0.5, 0.4  # reached of bandwidth (drawing) and of operations (the others)
 LAUNCH = 0.7e-3  # seconds per layer and step that transformers takes at least; 32 layers: 22 ms
 BUSY = 0.9  # rows of the sampler that still draw, on average (measured on a CPU: 227 of 256)
+ASKED = 10_000  # questions of a task that are looked at for their lengths
 WIDTH = 108  # characters of the plan's lines
 VLLM_ROWS = 256  # that vLLM draws at once; it starts its kernels as a graph, and LAUNCH does not hold
 
@@ -120,8 +123,10 @@ class Lengths:
 
 
 def lengths(settings: Settings, solution: float = Assumed.solution) -> Lengths:
-    """Lengths of the run's training questions: exact for a base whose tokenizer is in a folder, else estimated."""
-    problems = pipeline.training_problems(settings)
+    """Lengths of the run's training questions, of each task the first ASKED: exact for a base whose tokenizer is in a
+    folder, else estimated."""
+    few = replace(settings.sampling, questions=min(settings.sampling.questions, ASKED))
+    problems = pipeline.training_problems(replace(settings, sampling=few))
     count: Callable[[str], float] = estimated_tokens
     if models.weights_sha256(settings.base):
         tokenizer = pipeline.load_tokenizer(settings)
@@ -159,24 +164,34 @@ def expected(samples: int, right: float, distinct: float, value: Callable[[int, 
     of right ones is beta distributed with mean `right` (SPREAD)."""
     different = max(round(samples * distinct), 1)
     found = betabinom(different, right * SPREAD, (1 - right) * SPREAD)
-    return float(sum(found.pmf(n) * value(n, different - n) for n in range(different + 1)))
+    shares = found.pmf(range(different + 1))
+    return float(sum(share * value(n, different - n) for n, share in enumerate(shares)))
 
 
 def work(settings: Settings, assumed: Assumed = Assumed()) -> list[Work]:
     """Every stage that runs a model, in order; without stages 03 to 05 where no question is left for them."""
     found = lengths(settings, assumed.solution)
     try:
-        fresh = len(pipeline.second_problems(settings))
+        fresh = _number(settings, settings.reward.questions, pipeline.second_problems)
     except UsageError:
         fresh = 0
     motivated = _motivated(settings, found, assumed, fresh)
     return [*(motivated if fresh else motivated[:2]), *_explored(settings, found, assumed)]
 
 
+def _number(settings: Settings, each: int, problems: Callable[[Settings], list]) -> int:
+    """How many questions `problems` gives, `each` for every task; generated ones need not be made to be counted."""
+    return each * len(settings.tasks) if settings.tasks[0] in TASKS else len(problems(settings))
+
+
+def _trained_on(settings: Settings) -> int:
+    return _number(settings, settings.sampling.questions, pipeline.training_problems)
+
+
 def _motivated(settings: Settings, found: Lengths, assumed: Assumed, fresh: int) -> list[Work]:
     """Stages 01 to 05; fresh: questions of stage 03."""
     drawing, ranked, ppo = settings.sampling, settings.ranking, settings.ppo
-    questions, text = len(pipeline.training_problems(settings)), found.question + found.solution
+    questions, text = _trained_on(settings), found.question + found.solution
     hinted = len(settings.tasks) * min(drawing.conditioned_questions, questions) * 2 * drawing.conditioned_samples
     opened = questions * drawing.samples
     prompt, again = found.shown + found.question, 16  # tokens of an answer that is read off a rationale
@@ -221,7 +236,7 @@ def _motivated(settings: Settings, found: Lengths, assumed: Assumed, fresh: int)
 def _explored(settings: Settings, found: Lengths, assumed: Assumed) -> list[Work]:
     """Stages 06, of Self-Explore."""
     explored, dpo = settings.explore, settings.dpo
-    questions, text = len(pipeline.training_problems(settings)), found.question + found.solution
+    questions, text = _trained_on(settings), found.question + found.solution
     drawn = questions * explored.samples
     most = explored.max_per_question
     share = (explored.samples, assumed.tuned, assumed.distinct)
@@ -246,14 +261,18 @@ def _explored(settings: Settings, found: Lengths, assumed: Assumed) -> list[Work
 
 def _evaluation(stage: str, settings: Settings, found: Lengths, first: bool) -> Work:
     """In the first of the two the base reads exemplars, and the reward model scores what was sampled."""
-    tests, (published, _) = pipeline.test_problems(settings), pipeline.published_problems(settings)
+    published, _ = pipeline.published_problems(settings)
     methods = 3  # in each of the two stages
-    sampled = sum(map(len, tests.values()))
+    sampled = _number(settings, settings.evaluation.questions, _tested)
     asked = sampled + sum(map(len, published.values()))
     samples = methods * (asked + sampled * settings.evaluation.samples)
     read = methods * asked * found.question + first * asked * found.shown
     scored = first * methods * sampled * settings.evaluation.samples * (found.question / 4 + found.solution)
     return Work(stage, samples, read, samples * found.solution, scored)
+
+
+def _tested(settings: Settings) -> list:
+    return [problem for problems in pipeline.test_problems(settings).values() for problem in problems]
 
 
 # ---- speed and time ------------------------------------------------------------------------------------------
@@ -388,8 +407,7 @@ def check(settings: Settings, names: Iterable[str] = ()) -> None:
     accelerate shards the weights (FSDP, DeepSpeed): the table is of whole ones.
     """
     names, config = list(names), config_of(settings.base)
-    _check_batches(settings, names, pipeline.launched().num_processes)  # from here on each looks at its own GPU
-    models.check_targets(config, settings.lora.rank, settings.lora.targets)
+    check_settings(settings, config, names)
     if not memory.counts(config) or _sharded():
         return
     free, where = _free_memory()
@@ -405,7 +423,20 @@ def check(settings: Settings, names: Iterable[str] = ()) -> None:
     )
 
 
-def _check_batches(settings: Settings, names: list[str], processes: int) -> None:
+def check_settings(settings: Settings, config, names: Sequence[str] = ()) -> None:
+    """Raise ValueError where one of the stages named, or any, would find that a setting is not for this model, for its
+    questions or for the number of processes."""
+    _check_batches(settings, names, pipeline.launched().num_processes)  # from here on each looks at its own GPU
+    models.check_targets(config, settings.lora.rank, settings.lora.targets)
+    check_room("sampling.max_new_tokens", settings.sampling.max_new_tokens, config)
+    check_room("ppo.max_new_tokens", settings.ppo.max_new_tokens, config)
+    if not names or "04_ppo" in names:
+        pipeline.ppo_questions_per_task(settings)
+        if settings.tasks[0] not in TASKS:
+            pipeline.ppo_problems(settings)  # of a published dataset there may be too few
+
+
+def _check_batches(settings: Settings, names: Sequence[str], processes: int) -> None:
     """Raise ValueError where a batch of the stages named, or of any, does not come out even in micro batches."""
     rows = settings.hardware.micro_batch
     trainers = {"sft": ("02_sft", "06_rft"), "reward": ("03_reward_model",), "dpo": ("06_step_dpo", "06_outcome_dpo")}

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain, groupby, pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -43,6 +43,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 from smlib import models
 from smlib.answers import Reward, grade_many
+from smlib.declared import Declared, Passes, Rate, Rows, RowsOrZero, Samples, ShareOrZero, Size, SizeOrZero, Tokens
 from smlib.encoding import encode_question
 from smlib.errors import UsageError, UserError
 from smlib.files import replacing
@@ -54,57 +55,58 @@ from smlib.roles import Adapters, Roles, gathered
 from smlib.sampling import MAX_BATCH, Sample, sample_ids
 
 ALL = slice(None)
+MAX_QUESTIONS = 1_000_000  # of a whole training: a slip that asks more would fill the memory with them
 ENGINE_TOLERANCE = 0.05  # nats per token; two programs that round to bfloat16 by themselves are 0.01 to 0.02 apart
 LEAST_SHARE = 0.25  # of the policy's way from the reference that an engine must show
 SECONDS = ("rollout_seconds", "score_seconds", "update_seconds")  # phases in the log
 
 
 @dataclass(frozen=True)
-class PPOSettings:
+class PPOSettings(Declared):
     """Rollouts are always drawn at temperature 1: PPO's ratio is about the distribution that was sampled."""
 
-    value: str = "head"  # "head": on the policy's trunk; "model": a trunk, or with LoRA an adapter, of its own
-    updates: int = 60
-    episodes: int = 128  # completions per update
-    samples_per_question: int = 8  # of them, from the same question: the more, the better centred
-    epochs: int = 1  # passes over the completions of one update
-    minibatch: int = 16  # completions per optimizer step
-    learning_rate: float = 2.5e-4
-    value_learning_rate: float = 5e-4  # of the value head, and of its own trunk
-    warmup_updates: int = 3  # linear warm-up, then linear decay to zero
-    kl_coef: float = 0.08  # reward lost per nat of KL to the reference
-    kl_target: float = 0.0  # nats per completion that kl_coef is steered to; 0 = kl_coef stays fixed
-    kl_kind: str = "k1"
-    gamma: float = 1.0
-    lam: float = 1.0  # below 1 a reward at the end hardly reaches the early steps, unless the value sees them coming
-    clip: float = 0.2
-    value_clip: float = 0.2
-    value_coef: float = 0.1
-    max_grad_norm: float = 1.0  # of the policy and of the value, each by itself
-    max_new_tokens: int = 128
-    missing_end_penalty: float = 1.0  # taken from the reward of a completion that was cut by its length
+    value: Literal["head", "model"] = "head"  # on the policy's trunk; or a trunk, or with LoRA an adapter, of its own
+    updates: Rows = 60
+    episodes: Rows = 128  # completions per update
+    samples_per_question: Samples = 8  # of them, from the same question: the more, the better centred
+    epochs: Passes = 1  # over the completions of one update
+    minibatch: Rows = 16  # completions per optimizer step
+    learning_rate: Rate = 2.5e-4
+    value_learning_rate: Rate = 5e-4  # of the value head, and of its own trunk
+    warmup_updates: RowsOrZero = 3  # linear warm-up, then linear decay to zero
+    kl_coef: SizeOrZero = 0.08  # reward lost per nat of KL to the reference
+    kl_target: SizeOrZero = 0.0  # nats per completion that kl_coef is steered to; 0 = kl_coef stays fixed
+    kl_kind: Literal["k1", "k3"] = "k1"
+    gamma: ShareOrZero = 1.0
+    lam: ShareOrZero = 1.0  # below 1 a reward at the end hardly reaches the early steps, unless the value sees them
+    clip: Size = 0.2
+    value_clip: Size = 0.2
+    value_coef: SizeOrZero = 0.1
+    max_grad_norm: Size = 1.0  # of the policy and of the value, each by itself
+    max_new_tokens: Tokens = 128
+    missing_end_penalty: SizeOrZero = 1.0  # taken from the reward of a completion that was cut by its length
     center_by_question: bool = True  # score minus the mean score of the question's other samples (as in RLOO)
     normalize_reward: bool = True  # by the running mean and deviation of all scores so far
-    reward_clip: float = 1.0  # bound on the size of a shaped score, so that outliers do not rule; 0 = none
-    max_update_kl: float = 0.05  # nats per token between the sampling policy and the new one; then stop early
-    precision: str = "float32"  # of forward and backward passes; "bfloat16" where the hardware gains from it
+    reward_clip: SizeOrZero = 1.0  # bound on the size of a shaped score, so that outliers do not rule; 0 = none
+    max_update_kl: Size = 0.05  # nats per token between the sampling policy and the new one; then stop early
+    precision: Literal["float32", "bfloat16"] = "float32"  # of both passes; "bfloat16" where the hardware gains from it
 
     def __post_init__(self):
-        choices = {"kl_kind": ("k1", "k3"), "value": ("head", "model"), "precision": ("float32", "bfloat16")}
-        for name, (one, other) in choices.items():
-            if getattr(self, name) not in (one, other):
-                raise UsageError(f"{name} {getattr(self, name)!r} is unknown; choose {one!r} or {other!r}.")
-        counts = ("updates", "episodes", "samples_per_question", "epochs", "minibatch", "max_new_tokens")
-        for name, least in (*((name, 1) for name in counts), ("warmup_updates", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"ppo.{name} is {getattr(self, name)}, but must be at least {least}")
+        super().__post_init__()
         if self.episodes % self.samples_per_question:
             raise UsageError(
-                f"episodes = {self.episodes} is no multiple of samples_per_question = "
+                f"ppo.episodes = {self.episodes} is no multiple of ppo.samples_per_question = "
                 f"{self.samples_per_question}; make it one, so that every question gets all its samples."
             )
         if self.center_by_question and self.samples_per_question < 2:
-            raise UsageError("center_by_question needs samples_per_question of at least 2; raise it or switch it off.")
+            raise UsageError(
+                "ppo.center_by_question = True needs ppo.samples_per_question of at least 2; raise it, or give False."
+            )
+        if (asked := self.updates * self.questions) > MAX_QUESTIONS:
+            raise UsageError(
+                f"ppo.updates = {self.updates} with {self.questions} questions each asks {asked:,}, and at most "
+                f"{MAX_QUESTIONS:,} are allowed: lower ppo.updates or ppo.episodes, or raise ppo.samples_per_question"
+            )
 
     @property
     def questions(self) -> int:

@@ -16,15 +16,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smlib import encoding, models, prompts
+from smlib.declared import Seed, Tokens, checked, named_folder
 from smlib.engines import NativeEngine
+from smlib.errors import UsageError
 from smlib.evaluation import evaluate, summarise
 from smlib.problems import TASKS, Problem, generate
 from smlib.steps import WRITERS, compute, parse, swap, turn
@@ -330,10 +334,19 @@ def accuracy_by_task(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
     return accuracy
 
 
+OPTIONS = {
+    "documents": Annotated[int, Field(ge=1, le=10_000_000)],
+    "hidden": Annotated[int, Field(ge=32, le=65_536)],
+    "layers": Annotated[int, Field(ge=1, le=1_000)],
+    "tokens_per_batch": Tokens,
+    "seed": Seed,
+}
+
+
 def main(argv: list[str]) -> int:
     """`python -m smlib pretrain`: make the tiny base again and write it with its card."""
     parser = argparse.ArgumentParser(prog="python -m smlib pretrain", description=main.__doc__)
-    parser.add_argument("--out", type=Path, default=models.TINY_BASE, help="folder to write (default: the package's)")
+    parser.add_argument("--out", default=str(models.TINY_BASE), help="folder to write (default: the package's)")
     parser.add_argument("--documents", type=int, default=150_000, help="documents to read, each once")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=3)
@@ -341,8 +354,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokens-per-batch", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    if options.documents < 1 or options.hidden % 32:
-        parser.error("--documents must be at least 1 and --hidden a multiple of 32 (the size of a head)")
+    try:
+        for name, kind in OPTIONS.items():
+            checked("--" + name.replace("_", "-"), getattr(options, name), kind)
+        out = named_folder("--out", options.out)
+    except UsageError as error:
+        parser.error(str(error))
+    if options.hidden % 32:
+        parser.error(f"--hidden = {options.hidden} is no multiple of 32 (the size of a head): give one")
+    if options.start_from and not (options.start_from / "training.json").is_file():
+        parser.error(f"--start-from = {str(options.start_from)!r} holds no training.json: give a base that this made")
     torch.manual_seed(options.seed)
     started = time.time()
     if options.start_from:
@@ -360,9 +381,9 @@ def main(argv: list[str]) -> int:
         flush=True,
     )
     losses = train(model, batches)
-    options.out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(options.out)
-    tokenizer.save_pretrained(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
     phase = {
         "documents": options.documents,
         "tokens": tokens,
@@ -377,8 +398,8 @@ def main(argv: list[str]) -> int:
         "authors": {task: authors(task) for task in TASKS},
         "phases": [*before, phase],  # each read fresh documents; a later one went on from the earlier one's weights
         "accuracy": accuracy_by_task(model, tokenizer),
-        "sha256": hashlib.sha256((options.out / "model.safetensors").read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
     }
-    (options.out / "training.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    (out / "training.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(card, indent=2))
     return 0

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from smlib.declared import Asked, checked
 from smlib.downloads import FILES, DatasetError, read_pinned
 from smlib.errors import UsageError
 from smlib.generators import GENERATORS, LETTERS
@@ -87,8 +88,9 @@ def generate(dataset: str, n: int, seed: int, split: str = "train") -> list[Prob
 
     The same (dataset, n, seed, split) gives the same list, and a smaller n gives its beginning. One question
     in eight belongs to split "test", the others to "train", decided by the question's own hash: no seed can
-    leak a test question into training. Raises ValueError for an unknown dataset or split.
+    leak a test question into training. Raises ValueError for an unknown dataset or split, and for such an n.
     """
+    checked("n", n, Asked)
     if dataset not in GENERATORS:
         raise UsageError(f"no generator for dataset {dataset!r}; there are: {', '.join(GENERATORS)}")
     if split not in ("train", "test"):
@@ -244,6 +246,8 @@ def load(dataset: str, split: str, *, data_dir: Path | None = None, limit: int |
     """
     if split not in splits(dataset):
         raise UsageError(f"{dataset} has no split {split!r}; it has: {', '.join(splits(dataset))}")
+    if limit is not None:
+        checked("limit", limit, Asked)
     source = _DATASETS[dataset]
     problems = []
     for path, named in source.files.items():

@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from smlib import models, reward_model
+from smlib.declared import Processes, Rows, checked
 from smlib.engines import ENGINES, Engine, make_engine
 from smlib.errors import UsageError, UserError
 from smlib.problems import Problem
@@ -64,9 +65,8 @@ class RayEngine(Engine):
     ):
         if inner not in ENGINES:
             raise UsageError(f"inner is {inner!r}, but must be one of: {', '.join(ENGINES)}.")
-        for name, value in (("workers", workers), ("rows", rows)):
-            if value < 1:
-                raise UsageError(f"{name} is {value}, but must be at least 1.")
+        checked("workers", workers, Processes, 1)
+        checked("rows", rows, Rows, MAX_BATCH)
         self.base, self.workers, self.inner, self.rows = base, workers, inner, rows
         self.held = {"weights": weights, "rows": rows, "cache_tokens": cache_tokens, "cuda_graphs": cuda_graphs}
         self.held["prompt"] = prompt
@@ -107,7 +107,7 @@ class RayEngine(Engine):
         Raises ValueError for bad arguments and TypeError for an `until` that cannot be sent, before anything starts;
         RuntimeError for an error in a worker, and for a batch on which RETRIES + 1 worker processes died.
         """
-        check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, len(prompt_ids))
+        check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, seed, len(prompt_ids))
         check_lengths(prompt_ids, keys, max_new_tokens, self.limit)
         if not prompt_ids:
             return []

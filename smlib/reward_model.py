@@ -32,6 +32,7 @@ from trl.models.utils import _ForwardRedirection
 
 from smlib import encoding, models
 from smlib.answers import Reward, grade
+from smlib.declared import Weight, checked
 from smlib.errors import UsageError
 from smlib.problems import Problem
 from smlib.sampling import Sample
@@ -302,7 +303,8 @@ def weighted_sum(formula: str, rewards: dict[str, Reward]) -> Reward:
         raise UsageError(f"reward {formula!r} is not a sum such as 'learned + 5*checker'.")
     if unknown := [term[3] for term in terms if term[3] not in rewards]:
         raise UsageError(f"reward {unknown[0]!r} in {formula!r} is unknown; choose from: {', '.join(rewards)}.")
-    return _Sum([(float(term[1] + (term[2] or "1")), rewards[term[3]]) for term in terms])
+    weights = [checked("weight in a reward", float(term[1] + (term[2] or "1")), Weight) for term in terms]
+    return _Sum([(weight, rewards[term[3]]) for weight, term in zip(weights, terms, strict=True)])
 
 
 class _Sum:

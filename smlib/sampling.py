@@ -29,6 +29,17 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from smlib.declared import (
+    Drawn,
+    Held,
+    Natural,
+    Rows,
+    Share,
+    Temperature,
+    Tokens,
+    TopK,
+    checked,
+)
 from smlib.encoding import decode, encode_prompt, ends
 from smlib.errors import UsageError
 from smlib.progress import progress_bar
@@ -154,7 +165,12 @@ def sample_ids(
     """
     if keys is None:
         keys = [" ".join(map(str, ids)) for ids in prompt_ids]
-    _check(model, prompt_ids, n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, tokenizer, max_batch)
+    check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, seed, len(prompt_ids))
+    checked("max_batch", max_batch, Rows, MAX_BATCH)
+    checked("cache_tokens", cache_tokens, Held, 0)
+    if stop and tokenizer is None:
+        raise UsageError(f"stop is {stop!r}, but stop strings need a tokenizer; pass tokenizer=.")
+    check_lengths(prompt_ids, keys, max_new_tokens, getattr(model.config, "max_position_embeddings", None))
     if until is not None:
         options = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed, "top_p": top_p}
         options |= {"top_k": top_k, "stop": stop, "tokenizer": tokenizer, "max_batch": max_batch}
@@ -594,27 +610,15 @@ class Ending:
         return any(s in text for s in self.stop)
 
 
-def _check(model, prompt_ids, n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, tokenizer, max_batch):
-    """Raise ValueError for the first bad argument."""
-    check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, len(prompt_ids))
-    if max_batch < 1:
-        raise UsageError(f"max_batch is {max_batch}, but must be at least 1.")
-    if stop and tokenizer is None:
-        raise UsageError(f"stop is {stop!r}, but stop strings need a tokenizer; pass tokenizer=.")
-    check_lengths(prompt_ids, keys, max_new_tokens, getattr(model.config, "max_position_embeddings", None))
-
-
-def check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, prompts: int) -> None:
+def check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, seed, prompts: int) -> None:
     """Raise ValueError for the first argument that no engine takes."""
-    for name, value, least in (("n", n, 1), ("max_new_tokens", max_new_tokens, 1), ("first", first, 0)):
-        if value < least:
-            raise UsageError(f"{name} is {value}, but must be at least {least}.")
-    if temperature < 0:
-        raise UsageError(f"temperature is {temperature}, but must be 0 (greedy) or more.")
-    if not 0 < top_p <= 1:
-        raise UsageError(f"top_p is {top_p}, but must be above 0 and at most 1 (1 keeps every token).")
-    if top_k < 0:
-        raise UsageError(f"top_k is {top_k}, but must be 0 (keeps every token) or more.")
+    checked("n", n, Drawn, 8)
+    checked("temperature", temperature, Temperature, 1.0)
+    checked("max_new_tokens", max_new_tokens, Tokens, 128)
+    checked("top_p", top_p, Share, 1.0)
+    checked("top_k", top_k, TopK, 0)
+    checked("first", first, Natural, 0)
+    checked("seed", seed, Natural, 0)
     if isinstance(stop, str) or "" in stop:
         raise UsageError(f"stop is {stop!r}, but must be a sequence of non-empty strings, such as ('Q:',).")
     if len(keys) != prompts:
@@ -632,6 +636,15 @@ def check_prompts(prompts: list[str]) -> None:
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise UsageError(f"prompt {index} is empty; give every prompt some text.")
+
+
+def check_room(name: str, max_new_tokens: int, config) -> None:
+    """Raise ValueError for a max_new_tokens, called `name`, that no prompt of a model of this shape leaves room for."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and max_new_tokens >= limit:
+        raise UsageError(
+            f"{name} = {max_new_tokens} is beyond the model's {limit} positions, some of which a prompt takes: lower it"
+        )
 
 
 def check_lengths(prompt_ids, keys, max_new_tokens: int, limit: int | None) -> None:

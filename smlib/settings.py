@@ -10,9 +10,32 @@ settings = preset("tiny", sampling={"temperature": 0.7}, reward={"pairs": "base"
 settings = preset("llama2-7b", task="gsm8k", base="some/model@revision")
 """
 
-import sys
+import re
 from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Literal
 
+from smlib.declared import (
+    Declared,
+    Epochs,
+    Held,
+    Processes,
+    Questions,
+    QuestionsOrZero,
+    Rate,
+    Rows,
+    RowsOrZero,
+    Samples,
+    SamplesOrZero,
+    Seed,
+    Share,
+    Size,
+    SizeOrZero,
+    Temperature,
+    Text,
+    Tokens,
+    checked,
+    shown,
+)
 from smlib.encoding import PROMPTS
 from smlib.errors import UsageError
 from smlib.explore import CHOICES
@@ -21,158 +44,135 @@ from smlib.problems import TASKS, TRAIN_SETS
 from smlib.prompts import SOURCES
 from smlib.sampling import MAX_BATCH
 
-
-def _check(what: str, value, allowed: tuple) -> None:
-    if value not in allowed:
-        raise UsageError(f"{what} {value!r} is unknown; choose one of: {', '.join(map(str, allowed))}.")
+Tasks = Literal["all", *TASKS, *TRAIN_SETS]
+Engines = Literal["native", "vllm", "auto"]
 
 
 @dataclass(frozen=True)
-class SamplingSettings:
+class SamplingSettings(Declared):
     """Stage 1. The temperature, cut-off and length hold for every sampling of training rationales."""
 
-    questions: int = 300  # per task; of a published dataset at most its train split
-    samples: int = 8  # open rationales per question
-    conditioned_questions: int = 100  # of them, the first so many per task are also asked with a given answer
-    conditioned_samples: int = 2  # rationales for the gold answer, and as many for wrong ones
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 128
-    shots: str = "none"  # exemplars before the base's questions: "none", "smlib" (ours) or "wei" (Wei et al.)
-    prompt: str = "plain"  # how every stage asks: "plain" ("Q: ... A:"), or "chat", an instruct model's own template
-
-    def __post_init__(self):
-        _check("sampling.shots", self.shots, ("none", *SOURCES))
-        _check("sampling.prompt", self.prompt, PROMPTS)
+    questions: Questions = 300  # per task; of a published dataset at most its train split
+    samples: Samples = 8  # open rationales per question
+    conditioned_questions: QuestionsOrZero = 100  # of them, the first so many per task: asked with a given answer too
+    conditioned_samples: Samples = 2  # rationales for the gold answer, and as many for wrong ones
+    temperature: Temperature = 1.0
+    top_p: Share = 1.0
+    max_new_tokens: Tokens = 128
+    shots: Literal["none", *SOURCES] = "none"  # exemplars before the base's questions: "smlib", ours, or Wei et al.'s
+    prompt: Literal[*PROMPTS] = "plain"  # how every stage asks: "Q: ... A:"; or "chat", an instruct model's template
 
 
 @dataclass(frozen=True)
-class RankingSettings:
+class RankingSettings(Declared):
     """Stage 3. How much of one question is kept."""
 
-    max_per_side: int = 8  # distinct rationales of a question, right and wrong each
-    max_pairs_per_question: int = 6
+    max_per_side: Samples = 8  # distinct rationales of a question, right and wrong each
+    max_pairs_per_question: Samples = 6
 
 
 @dataclass(frozen=True)
-class SFTSettings:
+class SFTSettings(Declared):
     """Supervised fine-tuning on r+, the rationales that reach the gold answer."""
 
-    source: str = "both"  # whose r+: "open", "conditioned" or "both"
-    epochs: float = 1.0
-    learning_rate: float = 6e-4
-    batch: int = 16
-
-    def __post_init__(self):
-        _check("sft.source", self.source, ("open", "conditioned", "both"))
+    source: Literal["open", "conditioned", "both"] = "both"  # whose r+
+    epochs: Epochs = 1.0
+    learning_rate: Rate = 6e-4
+    batch: Rows = 16
 
 
 @dataclass(frozen=True)
-class RewardSettings:
+class RewardSettings(Declared):
     """Stage 3. Which rationales make the pairs, and how the reward model learns from them."""
 
-    pairs: str = "both"  # "base": sampled from the base alone; "both": from the SFT model too
-    wrong: str = "both"  # source of the wrong rationales: "open", "conditioned" (on a wrong answer) or "both"
-    questions: int = 350  # per task, fresh ones, that the SFT model answers; trained on where pairs = "both"
-    epochs: float = 1.5
-    learning_rate: float = 2e-4
-    batch: int = 16
-    beta: float = 0.5  # of the log-likelihood that is the reward (smlib/reward_model.py)
-    nll_coef: float = 3.0  # of -log p per token of the chosen side, which is added to the pairwise loss
-
-    def __post_init__(self):
-        _check("reward.pairs", self.pairs, ("base", "both"))
-        _check("reward.wrong", self.wrong, ("open", "conditioned", "both"))
+    pairs: Literal["base", "both"] = "both"  # "base": sampled from the base alone; "both": from the SFT model too
+    wrong: Literal["open", "conditioned", "both"] = "both"  # source of the wrong rationales
+    questions: QuestionsOrZero = 350  # per task, fresh ones, that the SFT model answers; for pairs = "both"
+    epochs: Epochs = 1.5
+    learning_rate: Rate = 2e-4
+    batch: Rows = 16
+    beta: Size = 0.5  # of the log-likelihood that is the reward (smlib/reward_model.py)
+    nll_coef: SizeOrZero = 3.0  # of -log p per token of the chosen side, which is added to the pairwise loss
 
 
 @dataclass(frozen=True)
-class ExploreSettings:
+class ExploreSettings(Declared):
     """Self-Explore, stage 6, up to its pairs; the length of a sample is sampling.max_new_tokens."""
 
-    samples: int = 12  # solutions per training question (the paper: 100)
-    temperature: float = 0.7  # of the solutions and of the completions
-    max_per_question: int = 8  # RFT solutions, and outcome pairs
-    k: int = 4  # completions of a prefix; it is a pit if none of them is right
-    choice: str = "shortest"  # of the right completions before the pit: "shortest", "random" or "most_likely"
-
-    def __post_init__(self):
-        _check("explore.choice", self.choice, CHOICES)
-        for name in ("samples", "max_per_question", "k"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"explore.{name} is {getattr(self, name)}, but must be at least 1")
+    samples: Samples = 12  # solutions per training question (the paper: 100)
+    temperature: Temperature = 0.7  # of the solutions and of the completions
+    max_per_question: Samples = 8  # RFT solutions, and outcome pairs
+    k: Samples = 4  # completions of a prefix; it is a pit if none of them is right
+    choice: Literal[*CHOICES] = "shortest"  # of the right completions before the pit: that, "random" or "most_likely"
 
 
 @dataclass(frozen=True)
-class DPOSettings:
+class DPOSettings(Declared):
     """Self-Explore, stage 6: DPO on outcome pairs and on step-level pairs.
 
     The paper trains both at one rate. A step-level pair tells its sides apart by few tokens, and bears larger steps.
     """
 
-    epochs: float = 2.0
-    learning_rate: float = 3e-4  # on outcome pairs
-    step_learning_rate: float = 6e-4  # on step-level pairs
-    batch: int = 32  # pairs
-    beta: float = 1.0
+    epochs: Epochs = 2.0
+    learning_rate: Rate = 3e-4  # on outcome pairs
+    step_learning_rate: Rate = 6e-4  # on step-level pairs
+    batch: Rows = 32  # pairs
+    beta: Size = 1.0
 
 
 @dataclass(frozen=True)
-class LoraSettings:
+class LoraSettings(Declared):
     """Low-rank adapters in place of full fine-tuning, in all stages that train: SFT, RFT and DPO (merged at their end),
     the reward model and PPO (adapters of the SFT model, which stays as it is)."""
 
-    rank: int = 0  # 0: full fine-tuning
-    alpha: int = 32  # the adapter counts alpha / rank times
-    targets: str = "all-linear"
+    rank: RowsOrZero = 0  # 0: full fine-tuning
+    alpha: Rows = 32  # the adapter counts alpha / rank times
+    targets: Text = "all-linear"  # that, or a regular expression of whole names
 
     def __post_init__(self):
-        if self.rank < 0:
-            raise UsageError(f"lora.rank {self.rank} is not allowed; give 0 for full fine-tuning, or a rank from 1.")
+        super().__post_init__()
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise UsageError(f"lora.targets = {self.targets!r} is no regular expression ({error}): write one") from None
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
+class EvaluationSettings(Declared):
     """Stage 5. Fresh questions, one greedy answer and `samples` drawn ones to each."""
 
-    questions: int = 200  # per task; of a published dataset at most its test split
-    published: int = 750  # of each published test set at most, 0 = leave them out
-    samples: int = 8
-    temperature: float = 1.0
+    questions: Questions = 200  # per task; of a published dataset at most its test split
+    published: QuestionsOrZero = 750  # of each published test set at most, 0 = leave them out
+    samples: SamplesOrZero = 8
+    temperature: Temperature = 1.0
 
 
 @dataclass(frozen=True)
-class HardwareSettings:
+class HardwareSettings(Declared):
     """What a large model needs to fit a GPU, and who draws; with all but `weights` and the engines the results are the
     same up to rounding."""
 
-    weights: str = "float32"  # precision that models are loaded in; "bfloat16", in which merging an adapter rounds; or
-    # "nf4": 4 bits a weight (QLoRA, 2305.14314), by the extra gpu; stages write bfloat16, rounded anew when loaded
-    micro_batch: int = 0  # rows (pairs, completions) per forward and backward pass; 0 = the batch at once
+    weights: Literal["float32", "bfloat16", "nf4"] = "float32"  # precision that models are loaded in; "bfloat16", in
+    # which merging an adapter rounds; or "nf4": 4 bits a weight (QLoRA, 2305.14314), by the extra gpu; stages write
+    # bfloat16, rounded anew when loaded
+    micro_batch: RowsOrZero = 0  # rows (pairs, completions) per forward and backward pass; 0 = the batch at once
     recompute: bool = False  # activations in the backward pass: less memory, more time
-    rollout_rows: int = MAX_BATCH  # completions that the native sampler draws at once
-    cache_tokens: int = 0  # tokens whose keys and values it holds outside PPO; 0 = no bound but the rows
+    rollout_rows: Rows = MAX_BATCH  # completions that the native sampler draws at once
+    cache_tokens: Held = 0  # tokens whose keys and values it holds outside PPO; 0 = no bound but the rows
     cuda_graphs: bool = False  # whether it records its steps on a GPU, to launch each at once
-    engine: str = "native"  # who samples; "vllm", or "auto": vllm where it is installed, and native for nf4
-    rollout_engine: str = "native"  # who draws PPO's rollouts, the same; vllm is for adapters in one process
-    workers: int = 1  # processes of Ray's that sample and score, on one machine or many; 1 = without Ray
-
-    def __post_init__(self):
-        _check("hardware.weights", self.weights, ("float32", "bfloat16", "nf4"))
-        for name in ("engine", "rollout_engine"):
-            _check(f"hardware.{name}", getattr(self, name), ("native", "vllm", "auto"))
-        for name, least in (("micro_batch", 0), ("rollout_rows", 1), ("cache_tokens", 0), ("workers", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"hardware.{name} is {getattr(self, name)}, but must be at least {least}")
+    engine: Engines = "native"  # who samples; "vllm", or "auto": vllm where it is installed, and native for nf4
+    rollout_engine: Engines = "native"  # who draws PPO's rollouts, the same; vllm is for adapters in one process
+    workers: Processes = 1  # of Ray's that sample and score, on one machine or many; 1 = without Ray
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Declared):
     """One run. `base` is "tiny" (the model in this package), a folder, or a hub id, best with "@" and a revision."""
 
     preset: str
     tasks: tuple[str, ...]
-    seed: int
-    base: str
+    seed: Seed
+    base: Text
     sampling: SamplingSettings
     ranking: RankingSettings
     sft: SFTSettings
@@ -185,6 +185,7 @@ class Settings:
     hardware: HardwareSettings = HardwareSettings()
 
     def __post_init__(self):
+        super().__post_init__()
         if self.hardware.weights != "float32" and not self.lora.rank:
             raise UsageError(
                 f"hardware.weights = {self.hardware.weights!r} with lora.rank = 0 would train weights of three digits "
@@ -333,10 +334,8 @@ def preset(name: str, task: str = "all", seed: int = 0, **overrides) -> Settings
     task: a generated one (TASKS) or a published dataset with a train split (TRAIN_SETS). overrides: a field of
     Settings, or for a group a dict of its fields: `ppo={"updates": 10}`, `base="..."`.
     """
-    _check("preset", name, tuple(PRESETS))
-    _check("task", task, ("all", *TASKS, *TRAIN_SETS))
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise UsageError(f"seed {seed!r} is not allowed; give a whole number from 0.")
+    checked("preset", name, Literal[*PRESETS])
+    checked("task", task, Tasks)
     tasks = TASKS if task == "all" else (task,)
     settings = Settings(**{"preset": name, "tasks": tasks, "seed": seed, "base": "tiny"} | PRESETS[name])
     if name in LARGE and task == "math":
@@ -353,29 +352,16 @@ def _override(settings, values: dict, prefix: str):
     known = tuple(field.name for field in fields(settings) if field.name not in arguments)
     changes = {}
     for name, value in values.items():
-        _check("setting", prefix + name, tuple(prefix + field for field in known))
+        checked("setting", f"{prefix}{name}", Literal[*(prefix + field for field in known)])
         old = getattr(settings, name)
-        if is_dataclass(old) and isinstance(value, dict | type(old)):
-            changes[name] = _override(old, value if isinstance(value, dict) else vars(value), f"{name}.")
-        else:
-            changes[name] = as_declared(f"setting {prefix}{name}", value, old)
+        if is_dataclass(old):
+            given = vars(value) if type(value) is type(old) else value
+            if not isinstance(given, dict):
+                first = fields(old)[0].name
+                raise UsageError(
+                    f"setting {name} = {shown(value)} is not allowed: {name} is a group of settings, so give a dict, "
+                    f"such as {{{first!r}: {getattr(old, first)!r}}}"
+                )
+            value = _override(old, given, f"{name}.")
+        changes[name] = value
     return replace(settings, **changes)
-
-
-def as_declared(name: str, value, like):
-    """The value in the type of `like`, in whose place it comes: 2 where a whole number is declared and 2.0 where a
-    fraction is, however it is written, so that a setting has one form and its stage one fingerprint.
-
-    Raises UsageError where it is of another type, a bool for a number included, and where it is no finite number.
-    """
-    kind = type(like)
-    if kind in (int, float) and type(value) in (int, float):
-        if not abs(value) <= sys.float_info.max:  # nor is NaN
-            raise UsageError(f"{name} = {value!r} is no finite number; give one, such as {like!r}.")
-        if kind is float or value == int(value):
-            return kind(value)
-    elif isinstance(value, kind) and (kind is bool) == (type(value) is bool):
-        return value
-    raise UsageError(
-        f"{name} = {value!r} is of type {type(value).__name__}; give one of type {kind.__name__}, such as {like!r}."
-    )

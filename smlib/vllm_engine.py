@@ -114,7 +114,7 @@ class VLLMEngine(Engine):
 
         The longest a prompt may become is vLLM's max_model_len, by default the model's number of positions.
         """
-        check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, len(prompt_ids))
+        check_drawing(n, temperature, max_new_tokens, top_p, top_k, stop, keys, first, seed, len(prompt_ids))
         if 0 < temperature < LEAST_TEMPERATURE:
             raise UsageError(
                 f"temperature is {temperature}, but vLLM takes none between 0 (greedy) and {LEAST_TEMPERATURE}."

@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused_and_named(tmp_path):
         list(bulk(tmp_path).read(3))
     with pytest.raises(ValueError, match="key of its own"):
         bulk(tmp_path / "new").draw([*QUESTIONS, QUESTIONS[0]], 2, **DRAWING)
-    with pytest.raises(ValueError, match="shard is 0"):
+    with pytest.raises(ValueError, match="shard = 0 is not allowed"):
         bulk(tmp_path, shard=0)
 
 
@@ -195,16 +195,16 @@ def test_the_command_widens_and_says_what_it_did(tmp_path, capsys):
     ("changes", "words"),
     [
         (["--engine", "abacus"], "engine 'abacus' is unknown; choose one of: native, vllm"),
-        (["--workers", "0"], "workers is 0, but must be at least 1"),
-        (["--samples", "0"], "n is 0, but must be at least 1"),
-        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--workers", "0"], "--workers = 0 is not allowed: give a whole number from 1"),
+        (["--samples", "0"], "--samples = 0 is not allowed: give a whole number from 1"),
+        (["--temperature", "-1"], "--temperature = -1.0 is not allowed: give a number from 0"),
         (["--max-new-tokens", "600"], "beyond the model's 512 positions"),
     ],
 )
 def test_bad_arguments_are_one_sentence(tmp_path, capsys, changes, words):
     assert command.main(["sample", "coin_flip", "--questions", "2", "--out", str(tmp_path), *changes]) == 1
     assert words in capsys.readouterr().err
-    assert not list(tmp_path.glob("*"))[1:]  # the lock at most: a corrected command is not refused
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("library", "changes"), [("vllm", ["--engine", "vllm"]), ("ray", ["--workers", "2"])])

@@ -282,8 +282,8 @@ def test_the_command_makes_everything_and_prints_it(tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        ({"k": 0}, "explore.k is 0, but must be at least 1"),
-        ({"samples": 0}, "explore.samples is 0"),
+        ({"k": 0}, r"explore\.k = 0 is not allowed: give a whole number from 1"),
+        ({"samples": 0}, r"explore\.samples = 0"),
         ({"choice": "longest"}, "explore.choice 'longest' is unknown; choose one of: shortest, random, most_likely"),
     ],
 )

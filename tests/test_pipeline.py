@@ -240,10 +240,14 @@ def test_tensorboard_gets_what_the_log_gets(finished, tmp_path):
     log = pd.read_csv(stage.path("training/log.csv"))
     for column in log.columns.drop("update"):
         assert [event.value for event in events.Scalars(column)] == pytest.approx(list(log[column]), rel=1e-5)
-    with pytest.raises(ValueError, match="tracker 'abacus' cannot be used"):
-        pipeline.make_accelerator("abacus", tmp_path)
-    with pytest.raises(UsageError, match="tracker 'comet_ml' is not installed here; install it, or choose 'tensorb"):
-        pipeline.make_accelerator("comet_ml", tmp_path)
+
+
+@pytest.mark.parametrize("tracker", ["abacus", "comet_ml"])
+def test_a_tracker_that_is_not_there_is_refused_before_any_work(tracker, tmp_path):
+    said = f"tracker '{tracker}' is unknown or not installed here; install it, or choose one of: 'tensorboard', 'all'"
+    with pytest.raises(UsageError, match=said):
+        pipeline.train_policy(tmp_path, small(), tracker=tracker)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("method", ["rloo", "grpo"])

@@ -772,9 +772,9 @@ def test_reward_that_is_not_one_finite_number_each_is_refused(tmp_path, scores):
 
 
 def test_settings_that_cannot_be_met_are_refused():
-    with pytest.raises(ValueError, match="multiple of samples_per_question"):
+    with pytest.raises(ValueError, match=r"multiple of ppo\.samples_per_question"):
         PPOSettings(episodes=10, samples_per_question=4)
-    with pytest.raises(ValueError, match="'k1' or 'k3'"):
+    with pytest.raises(ValueError, match=r"ppo\.kl_kind 'k2' is unknown; choose one of: k1, k3"):
         PPOSettings(kl_kind="k2")
 
 

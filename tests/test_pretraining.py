@@ -167,8 +167,21 @@ def test_one_document_is_enough(short_corpus, tmp_path, capsys):
     assert (tmp_path / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("option", ["--documents 0", "--hidden 40"])
-def test_main_refuses_what_it_cannot_make(option, capsys):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--documents 0", "--documents = 0 is not allowed: give a whole number from 1"),
+        ("--hidden 40", "--hidden = 40 is no multiple of 32"),
+        ("--hidden 0", "--hidden = 0 is not allowed: give a whole number from 32"),
+        ("--layers 0", "--layers = 0 is not allowed"),
+        ("--tokens-per-batch 0", "--tokens-per-batch = 0 is not allowed"),
+        ("--seed -1", "--seed = -1 is not allowed"),
+        ("--start-from nowhere", "--start-from = 'nowhere' holds no training.json"),
+        ("--out README.md", "--out = 'README.md' is not allowed, since 'README.md' is a file"),
+    ],
+)
+def test_main_refuses_what_it_cannot_make(option, message, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
     with pytest.raises(SystemExit):
         pretraining.main(option.split())
-    assert "--documents must be at least 1 and --hidden a multiple of 32" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -217,7 +217,7 @@ def test_bad_arguments_are_refused_before_anything_starts(monkeypatch):
     monkeypatch.setattr(ray_engine.RayEngine, "_start", lambda self: pytest.fail("started"))
     engine = ray_engine.RayEngine("tiny")
     for changes, message in (
-        ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": -1}, "temperature = -1 is not allowed"),
         ({"keys": ["a"]}, "1 keys were given for 24 prompts"),
         ({"max_new_tokens": 5000}, "beyond the model's 512 positions"),
         ({"stop": "Q:"}, "stop is 'Q:'"),
@@ -229,8 +229,8 @@ def test_bad_arguments_are_refused_before_anything_starts(monkeypatch):
         engine.sample(PROMPTS, 4, until=lambda i, newest: lock.locked(), **DRAWING)
     assert engine.sample([], 4, **DRAWING | {"keys": []}) == []
     for options, message in (
-        ({"workers": 0}, "workers is 0"),
-        ({"rows": 0}, "rows is 0"),
+        ({"workers": 0}, "workers = 0 is not allowed"),
+        ({"rows": 0}, "rows = 0 is not allowed"),
         ({"inner": "ray"}, "inner is 'ray'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -307,7 +307,7 @@ def test_starting_after_a_missing_stage_names_the_notebook_to_run_first(notebook
     ("values", "options", "message"),
     [
         ({"UPDATE": 4}, {}, "no notebook has a parameter UPDATE; those that --set can change: none"),
-        ({"SEED": "zero"}, {}, "SEED = 'zero' is of type str; give one of type int, such as 0"),
+        ({"SEED": "zero"}, {}, "SEED = 'zero' is not allowed: give a whole number, such as 0"),
         ({}, {"first": 7}, r"--from 7: there is no such notebook; choose one of \[0, 1, 2\]"),
         ({}, {"last": 7}, r"--to 7: there is no such notebook"),
     ],
@@ -388,7 +388,7 @@ def test_the_command_line_refuses_in_one_line(capsys):
             ["--task", "chess"],
             "error: task 'chess' is unknown; choose one of: all, coin_flip, last_letters, ",
         ),
-        (["--seed", "-1"], "error: seed -1 is not allowed; give a whole number from 0.\n"),
+        (["--seed", "-1"], "error: --seed = -1 is not allowed: give a whole number from 0 to 4,294,967,295\n"),
     ]:
         assert main(["run", *arguments]) == 1
         assert message in capsys.readouterr().err
@@ -439,7 +439,7 @@ def test_a_bool_may_be_written_as_shells_and_as_python_do(written):
     assert runner.settings_of(args).hardware.cuda_graphs is (written.lower() == "true")
 
 
-@pytest.mark.parametrize(("setting", "message"), [("epochs=0", "ppo.epochs is 0, but"), ("lam=null", "of type float")])
+@pytest.mark.parametrize(("setting", "message"), [("epochs=0", "ppo.epochs = 0 is not"), ("lam=null", "give a number")])
 def test_a_setting_that_cannot_be_is_one_line(setting, message, capsys):
     assert main(["run", "--set", f"ppo.{setting}"]) == 1
     shown = capsys.readouterr().err

@@ -273,10 +273,10 @@ def test_no_prompts_give_no_samples(engine):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n": 0}, "n is 0, but must be at least 1"),
-        ({"temperature": -0.5}, "temperature is -0.5, but must be 0"),
+        ({"n": 0}, "n = 0 is not allowed: give a whole number from 1"),
+        ({"temperature": -0.5}, "temperature = -0.5 is not allowed: give a number from 0"),
         ({"temperature": 0.005}, "temperature is 0.005, but vLLM takes none between 0"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 0.0}, "top_p = 0.0 is not allowed"),
         ({"stop": "Q:"}, "stop is 'Q:', but must be a sequence"),
         ({"keys": ["x"]}, "1 keys were given for 4 prompts"),
         ({"max_new_tokens": 510}, "max_new_tokens=510 is beyond the model's 512 positions"),

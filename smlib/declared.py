@@ -1,0 +1,129 @@
+"""What values a setting, an option or an argument may have: declared as its type, checked here, refused in a sentence.
+
+    Epochs = Annotated[float, Field(gt=0, le=1_000)]
+    checked("sft.epochs", 2, Epochs, 1.0)   # 2.0
+    checked("sft.epochs", -1, Epochs, 1.0)  # UsageError: sft.epochs = -1 is not allowed: give a number above 0 and ...
+
+pydantic checks, strictly: no text and no bool passes for a number. A value has one form however it is written, 2 where
+a whole number is declared and 2.0 where a fraction is, so that a stage has one fingerprint.
+"""
+
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, get_type_hints
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from smlib.errors import UsageError
+
+# Upper bounds are far above what anyone wants: they refuse a slip that would fill the memory, or run for years.
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # numpy takes no other
+Natural = Annotated[int, Field(ge=0, le=2**63 - 1)]  # a sample's number, or its seed: PPO makes one for every update
+Questions = Annotated[int, Field(ge=1, le=100_000)]  # per task; the largest published train split has 97,467
+QuestionsOrZero = Annotated[int, Field(ge=0, le=100_000)]
+Asked = Annotated[int, Field(ge=0, le=10_000_000)]  # questions in all
+Samples = Annotated[int, Field(ge=1, le=10_000)]  # of one question
+Drawn = Annotated[int, Field(ge=1, le=100_000_000)]  # of one prompt in one call
+SamplesOrZero = Annotated[int, Field(ge=0, le=10_000)]
+Tokens = Annotated[int, Field(ge=1, le=1_000_000)]  # of one completion
+TopK = Annotated[int, Field(ge=0, le=10_000_000)]  # tokens kept of the vocabulary, 0 = all
+Held = Annotated[int, Field(ge=0, le=1_000_000_000)]  # tokens held at once, 0 = no bound
+Rows = Annotated[int, Field(ge=1, le=100_000)]  # of a batch
+RowsOrZero = Annotated[int, Field(ge=0, le=100_000)]
+Processes = Annotated[int, Field(ge=1, le=10_000)]
+Passes = Annotated[int, Field(ge=1, le=1_000)]
+Epochs = Annotated[float, Field(gt=0, le=1_000)]
+Rate = Annotated[float, Field(gt=0, le=1)]  # of learning
+Temperature = Annotated[float, Field(ge=0, le=100)]  # 0 is greedy
+Share = Annotated[float, Field(gt=0, le=1)]
+ShareOrZero = Annotated[float, Field(ge=0, le=1)]
+Size = Annotated[float, Field(gt=0, le=1e9)]
+SizeOrZero = Annotated[float, Field(ge=0, le=1e9)]
+Weight = Annotated[float, Field(ge=-1e9, le=1e9)]
+Text = Annotated[str, Field(pattern=r"^\P{Cc}*[^\s\p{Cc}]\P{Cc}*$")]  # not blank, one line
+
+_WORDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "True or False",
+    "string": "a text",
+    "array": "a list",
+    "object": "a dict",
+}
+
+
+class Declared:
+    """A frozen dataclass whose fields are checked as they are declared, and kept in the form declared.
+
+    A field is named in errors as `preset` takes it: `SFTSettings.epochs` is sft.epochs. Fields that are such a
+    dataclass themselves were checked when they were made.
+    """
+
+    def __post_init__(self):
+        group = type(self).__name__.removesuffix("Settings").lower()
+        hints = _hints(type(self))
+        for field in fields(self):
+            if not is_dataclass(kind := hints[field.name]):
+                name = f"{group}.{field.name}".removeprefix(".")
+                value = checked(f"setting {name}", getattr(self, field.name), kind, field.default)
+                object.__setattr__(self, field.name, value)
+
+
+def checked(name: str, value, kind, like=None):
+    """The value in the form that `kind`, a type as above, declares. UsageError where it is not allowed.
+
+    like: a value that is, for the error to name.
+    """
+    try:
+        return _adapter(kind).validate_python(value)
+    except ValidationError:
+        raise UsageError(_sentence(name, value, kind, like)) from None
+
+
+def named_folder(name: str, text: str) -> Path:
+    """The folder that the option called `name` gives. UsageError where there can be none."""
+    folder = Path(checked(name, text, Text))
+    if file := next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None):
+        raise UsageError(f"{name} = {text!r} is not allowed, since {str(file)!r} is a file: give another folder")
+    return folder
+
+
+def _sentence(name: str, value, kind, like) -> str:
+    schema = _adapter(kind).json_schema()
+    choices = [schema["const"]] if "const" in schema else schema.get("enum")
+    if choices:
+        return f"{name} {shown(value)} is unknown; choose one of: {', '.join(choices)}"
+    wanted, high = _WORDS[schema["type"]], schema.get("maximum")
+    if "minimum" in schema:
+        wanted += f" from {schema['minimum']:,.15g} to {high:,.15g}"
+    if "exclusiveMinimum" in schema:
+        wanted += f" above {schema['exclusiveMinimum']:,.15g} and at most {high:,.15g}"
+    if "pattern" in schema:
+        wanted += " that is not blank"
+    such_as = f", such as {like!r}" if isinstance(like, int | float | str) and like != "" else ""
+    return f"{name} = {shown(value)} is not allowed: give {wanted}{such_as}"
+
+
+def shown(value) -> str:
+    """repr, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes 4,300 digits at most
+        text = f"{type(value).__name__} of very many digits"
+    return text if len(text) <= 100 else f"{text[:90]}..."
+
+
+@cache
+def _adapter(kind) -> TypeAdapter:
+    strictly = ConfigDict(strict=True, allow_inf_nan=False)
+    return TypeAdapter(Annotated[kind, BeforeValidator(_whole)], config=strictly)
+
+
+def _whole(value):
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+@cache
+def _hints(group: type) -> dict:
+    return get_type_hints(group, include_extras=True)
