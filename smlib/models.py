@@ -42,6 +42,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from smlib import encoding, gguf_models
+from smlib.draws import own_draws
 from smlib.errors import MissingLibrary, ModelError, UsageError
 
 logging.disable_progress_bar()  # its bars about files of a few megabytes go to standard error
@@ -232,7 +233,9 @@ def load_policy(name: str | Path = "tiny", weights: str = "float32") -> PreTrain
         return _load(name, weights, device())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about how peft asks it
-        adapted = PeftModel.from_pretrained(load_policy(adapter.base_model_name_or_path, weights), name)
+        base = load_policy(adapter.base_model_name_or_path, weights)
+        with own_draws(0):  # peft draws what it then overwrites
+            adapted = PeftModel.from_pretrained(base, name)
     return (adapted.get_base_model() if weights == "nf4" else adapted.merge_and_unload()).eval()
 
 
@@ -284,11 +287,12 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if on_gpu() else "CPU"
 
 
-def add_lora(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: str) -> PeftModel:
+def add_lora(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: str, seed: int = 0) -> PeftModel:
     """Put a trainable LoRA adapter (2106.09685) of scale alpha / rank, without dropout, on a model that stays as it is.
 
     targets: a regular expression of whole module names, or "all-linear" for all but the output head. base: what the
-    saved adapter names as its base. Raises ValueError where targets match no layer, and for a model with an adapter.
+    saved adapter names as its base. seed: all that the new weights depend on. Raises ValueError where targets match no
+    layer, and for a model with an adapter.
     """
     if any(isinstance(layer, BaseTunerLayer) for layer in model.modules()):  # peft would begin that one anew
         raise UsageError(
@@ -300,7 +304,8 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: 
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about how peft asks it
         warnings.filterwarnings("ignore", "fan_in_fan_out")  # GPT-2's layers hold their weights the other way round
         try:
-            adapted = get_peft_model(model, config)
+            with own_draws(seed):
+                adapted = get_peft_model(model, config)
         except (NoMatchingPeftModuleError, re.error):
             raise UsageError(_no_match(model, targets)) from None
     config.base_model_name_or_path = base

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smlib import encoding, models, prompts
+from smlib.draws import own_draws
 from smlib.engines import NativeEngine
 from smlib.evaluation import evaluate, summarise
 from smlib.problems import TASKS, Problem, generate
@@ -343,7 +344,6 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.documents < 1 or options.hidden % 32:
         parser.error("--documents must be at least 1 and --hidden a multiple of 32 (the size of a head)")
-    torch.manual_seed(options.seed)
     started = time.time()
     if options.start_from:
         tokenizer = models.load_tokenizer(str(options.start_from))
@@ -351,7 +351,8 @@ def main(argv: list[str]) -> int:
         before = json.loads((options.start_from / "training.json").read_text(encoding="utf-8"))["phases"]
     else:
         tokenizer = make_tokenizer([prompt + completion for prompt, completion in corpus(8_000, options.seed)])
-        model = LlamaForCausalLM(tiny_config(len(tokenizer), tokenizer, options.hidden, options.layers))
+        with own_draws(options.seed):
+            model = LlamaForCausalLM(tiny_config(len(tokenizer), tokenizer, options.hidden, options.layers))
         before = []
     batches = _batches(tokenizer, options.documents, options.tokens_per_batch, options.seed)
     tokens = sum(int((weights > 0).sum()) for _, weights in batches)

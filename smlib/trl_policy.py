@@ -38,6 +38,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from smlib import ppo
 from smlib.answers import Reward, grade_many
 from smlib.artifacts import refuse_difference, replacing
+from smlib.draws import own_draws
 from smlib.errors import UsageError
 from smlib.models import RECOMPUTING, packed_logprobs
 from smlib.ppo import PPOSettings
@@ -233,22 +234,23 @@ def train(
         so_far = ppo.State(**book["state"] | {"moments": ppo.RunningMoments(**book["state"]["moments"])})
     ppo.start_logs(out, so_far)
     fitting = {"micro_batch": micro_batch, "recompute": recompute}
-    trainer = _make_trainer(method, policy, tokenizer, settings, out, seed, checkpoint_every, **fitting)
-    bar = progress_bar(progress, settings.updates, "update", so_far.update)
     ways = {"rows": rollout_rows, "cuda_graphs": cuda_graphs}
-    trainer.begin(policy, reward, problems, settings, run, so_far, ways, examples_every, bar)
-    try:
-        with _quiet():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
-        steps = so_far.update * trainer.args.logging_steps
-        if steps and trainer.state.global_step == steps:  # not amid an update
-            trainer._save_checkpoint(policy, None)
-        raise
-    finally:
-        bar.close()
-        _clean(policy)
-        trainer.deferred.close()
+    with own_draws(seed):  # TRL's trainers seed and read the process's generators
+        trainer = _make_trainer(method, policy, tokenizer, settings, out, seed, checkpoint_every, **fitting)
+        bar = progress_bar(progress, settings.updates, "update", so_far.update)
+        trainer.begin(policy, reward, problems, settings, run, so_far, ways, examples_every, bar)
+        try:
+            with _quiet():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except KeyboardInterrupt:
+            steps = so_far.update * trainer.args.logging_steps
+            if steps and trainer.state.global_step == steps:  # not amid an update
+                trainer._save_checkpoint(policy, None)
+            raise
+        finally:
+            bar.close()
+            _clean(policy)
+            trainer.deferred.close()
     return so_far.rows
 
 
