@@ -72,7 +72,10 @@ def locate(name: str | Path) -> tuple[str, str | None]:
         return str(gguf_models.converted(file)), None
     if name == "tiny":
         if not (TINY_BASE / "model.safetensors").is_file():
-            raise FileNotFoundError("the tiny base is missing from the package; make it with: python -m smlib pretrain")
+            raise ModelError(
+                "the tiny base is missing from the package: install it again, or delete what is left of the folder and "
+                f"make it with: python -m smlib pretrain --out {TINY_BASE}"
+            )
         return str(TINY_BASE), None
     place, _, revision = name.partition("@")
     return (name, None) if not revision or Path(name).exists() else (place, revision)

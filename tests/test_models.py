@@ -169,7 +169,7 @@ def test_a_saved_tokenizer_gives_the_same_ids(tmp_path):
 
 def test_without_the_tiny_base_the_error_says_how_to_make_it(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "TINY_BASE", tmp_path)
-    with pytest.raises(FileNotFoundError, match="python -m smlib pretrain"):
+    with pytest.raises(models.ModelError, match="python -m smlib pretrain --out"):
         models.load_policy()
 
 
