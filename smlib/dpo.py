@@ -16,6 +16,7 @@ from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
+from smlib.draws import own_draws
 from smlib.errors import UsageError
 from smlib.sft import SharedBatches, dataset, fit, trainer_options
 
@@ -86,7 +87,7 @@ def train_dpo(
     for pair in pairs:
         ids = {name: list(pair[name]) for name in COLUMNS}
         examples.append(ids | {"length": len(ids["prompt_ids"]) + max(len(ids[name]) for name in COLUMNS[1:])})
-    with tempfile.TemporaryDirectory() as out, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as out, own_draws(seed), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)  # TRL's own calls, at every step
         options = trainer_options(model, epochs, learning_rate, batch, seed, out, micro_batch, recompute)
         options |= {"lr_scheduler_type": "linear", "warmup_steps": 0.1}

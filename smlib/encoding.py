@@ -237,7 +237,14 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *
     template does not take them."""
     try:  # Llama-3's would name the day, and a run that goes on tomorrow would ask other prompts
         return tokenizer.apply_chat_template(turns, date_string="26 Jul 2024", **options)
-    except TemplateError as error:
+    except (
+        TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:  # of its program
         raise UsageError(
             f"the chat template of {tokenizer.name_or_path or 'this model'} refuses a question with "
             f"{len(turns) // 2} exemplars before it: {error}; choose sampling.prompt = 'plain', or other shots."

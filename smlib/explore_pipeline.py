@@ -75,7 +75,8 @@ def train_rft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
     if stage.done:
         return stage
     with pipeline.recording_together(stage) as writes:
-        tokenizer, model = pipeline.load_tokenizer(settings), pipeline.load_trainable(settings, settings.base)
+        tokenizer = pipeline.load_tokenizer(settings)
+        model = pipeline.load_trainable(settings, settings.base, stage.name)
         log = sft.train_sft(
             model, tokenizer, pipeline.training_problems(settings), selected.read_rows("rft"),
             epochs=settings.sft.epochs, learning_rate=settings.sft.learning_rate, batch=settings.sft.batch,
@@ -208,7 +209,8 @@ def _train_dpo(run_dir: Path, settings: Settings, name: str, paired: Stage, rate
     if stage.done:
         return stage
     with pipeline.recording_together(stage) as writes:
-        tokenizer, model = pipeline.load_tokenizer(settings), pipeline.load_trainable(settings, tuned.path("model"))
+        tokenizer = pipeline.load_tokenizer(settings)
+        model = pipeline.load_trainable(settings, tuned.path("model"), stage.name)
         log = dpo.train_dpo(
             model, tokenizer, paired.read_rows("pairs"), beta=settings.dpo.beta, epochs=settings.dpo.epochs,
             learning_rate=rate, batch=settings.dpo.batch, **pipeline.fitting(settings),

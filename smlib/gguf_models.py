@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from smlib import model_files
 from smlib.errors import MissingLibrary, ModelError
 from smlib.files import replacing
 from smlib.folders import cache_folder
@@ -75,10 +76,16 @@ def _convert(file: Path, folder: Path) -> None:
         raise ModelError(f"{file} is damaged: its SHA-256 is {digest}, not {SHA256}. Install it again: {INSTALL}")
     print(f"reading {file.name} (once: it is kept in {folder.parent})", flush=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise ModelError(f"transformers cannot read {file}: {error}; choose another model (--model)") from error
+        model, found = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # the reader's are of all kinds
+        words = model_files.words(error)
+        raise ModelError(f"transformers cannot read {file}: {words}; choose another model (--model)") from error
+    model_files.refuse_misfits(file, model, found)
     # The model is not quantized any more, though transformers still says so and would refuse to save it.
     model.hf_quantizer = None
     del model.config.quantization_config

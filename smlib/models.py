@@ -27,6 +27,7 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -41,8 +42,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from smlib import encoding, gguf_models
-from smlib.errors import MissingLibrary, ModelError, UsageError
+from smlib import encoding, gguf_models, model_files
+from smlib.draws import own_draws
+from smlib.errors import MissingLibrary, ModelError, UsageError, UserError
 
 logging.disable_progress_bar()  # its bars about files of a few megabytes go to standard error
 
@@ -55,6 +57,8 @@ RECOMPUTING = (
 )
 
 TINY_BASE = Path(__file__).parent / "tiny_base"
+TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+_OF_THE_MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)  # no file's fault
 
 
 def locate(name: str | Path) -> tuple[str, str | None]:
@@ -68,7 +72,10 @@ def locate(name: str | Path) -> tuple[str, str | None]:
         return str(gguf_models.converted(file)), None
     if name == "tiny":
         if not (TINY_BASE / "model.safetensors").is_file():
-            raise FileNotFoundError("the tiny base is missing from the package; make it with: python -m smlib pretrain")
+            raise ModelError(
+                "the tiny base is missing from the package: install it again, or delete what is left of the folder and "
+                f"make it with: python -m smlib pretrain --out {TINY_BASE}"
+            )
         return str(TINY_BASE), None
     place, _, revision = name.partition("@")
     return (name, None) if not revision or Path(name).exists() else (place, revision)
@@ -87,12 +94,17 @@ def weights_sha256(name: str) -> str | None:
 
 
 @contextmanager
-def _explained(place: str, revision: str | None) -> Iterator[None]:
-    """Turn what transformers and the hub raise where there is no model, pages long in a notebook, into a ModelError."""
+def _explained(place: str, revision: str | None, *files: str) -> Iterator[None]:
+    """Turn what transformers, peft and the hub raise where there is no model, pages long in a notebook, into a
+    ModelError. files: the JSON objects of a folder that are read within."""
     try:
+        if (folder := Path(place)).is_dir():
+            model_files.check_settings(folder, *files)
         yield
+    except UserError:
+        raise
     except Exception as error:
-        if reason := _reason(place, revision, _causes(error)):
+        if reason := _reason(place, revision, _causes(error), files):
             raise ModelError(f"{reason}; or choose another model (--model)") from None
         raise
 
@@ -106,16 +118,32 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     return found
 
 
-def _reason(place: str, revision: str | None, causes: list[BaseException]) -> str | None:
+def _reason(place: str, revision: str | None, causes: list[BaseException], files: Sequence[str] = ()) -> str | None:
     """Why there is no model, and what to do about it; None where the error's own words must do."""
     folder, page = Path(place), f"https://huggingface.co/{place}"
-    if folder.is_dir() and not (folder / "config.json").exists():
+    if folder.is_file():
+        return f"{place} is a file, and no GGUF file: give the folder that holds the model"
+    if folder.is_dir() and not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         return f"{place} holds no model: it has no config.json. Give a folder that save_pretrained has written"
+    if any("trust_remote_code" in str(cause) for cause in causes):
+        return (
+            f"{place} wants to run code of its own (auto_map in its {files[0]}), which is never done: give a model of "
+            "a kind that transformers knows by itself"
+        )
+    if any("instantiate the backend tokenizer" in str(cause) for cause in causes):
+        return f"{place} has no tokenizer that can be read: save one there with its save_pretrained"
     unknown = ("model_type", "model type", "Unrecognized configuration class")  # transformers raises ValueErrors for it
     if any(isinstance(cause, ValueError) and any(part in str(cause) for part in unknown) for cause in causes):
         return f"{place} is no causal language model that transformers knows: see model_type in its config.json"
+    if isinstance(causes[0], ImportError):
+        return f"{place} needs what is not installed here ({model_files.words(causes[0])})"
     if folder.is_dir():
-        return None
+        if any(isinstance(cause, _OF_THE_MACHINE) for cause in causes):
+            return None
+        return (
+            f"the files of {place} are damaged, or do not fit each other ({model_files.words(causes[0])}): copy or "
+            "download them again"
+        )
     for cause in causes:
         match cause:
             case errors.GatedRepoError() if cause.response.status_code == 401:
@@ -139,20 +167,26 @@ def _reason(place: str, revision: str | None, causes: list[BaseException]) -> st
                     f"{place} is neither a folder here nor in the cache, and https://huggingface.co cannot be reached "
                     "(no network, or HF_HUB_OFFLINE is set): connect"
                 )
+            case SafetensorError():
+                return f"the weights of {place} in the hub's cache are damaged ({cause}): delete them there"
+            case OSError() if "named config.json" in str(cause):
+                return f"{place} has no config.json: where it is a LoRA adapter, download it and give the folder"
+            case OSError() if ".safetensors" in str(cause):
+                return f"{place} has no weights as safetensors: name a revision that has them, as {place}@REVISION"
     return None
 
 
 def load_config(name: str) -> PretrainedConfig:
     """The model's configuration. Raises ModelError where there is none to be had."""
     place, revision = locate(name)
-    with _explained(place, revision):
-        return AutoConfig.from_pretrained(place, revision=revision)
+    with _explained(place, revision, "config.json"):
+        return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
 
 
 def load_generation(name: str) -> GenerationConfig:
     """The model's generation config, whose end tokens end its completions; of a model without one, its own config's."""
     place, revision = locate(name)
-    with _explained(place, revision):
+    with _explained(place, revision, "generation_config.json"):
         try:
             return GenerationConfig.from_pretrained(place, revision=revision)
         except OSError as error:
@@ -172,8 +206,8 @@ def load_tokenizer(name: str = "tiny", prompt: str = "plain") -> PreTrainedToken
     them, and the vocabulary stays as the model knows it. Raises ValueError where all special tokens end a text.
     """
     place, revision = locate(name)
-    with _explained(place, revision):
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
+    with _explained(place, revision, *TOKENIZER):
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
     encoding.use_prompt(tokenizer, prompt)
     encoding.check_tokenizer(tokenizer, str(name))
     special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
@@ -230,22 +264,77 @@ def load_policy(name: str | Path = "tiny", weights: str = "float32") -> PreTrain
     adapter = adapter_config(name)
     if not adapter:
         return _load(name, weights, device())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about how peft asks it
-        adapted = PeftModel.from_pretrained(load_policy(adapter.base_model_name_or_path, weights), name)
+    try:
+        base = load_policy(adapter.base_model_name_or_path, weights)
+    except ModelError as error:
+        raise ModelError(f"the base of the adapter {name}: {error}") from None
+    adapted = _with_adapter(base, Path(name))
     return (adapted.get_base_model() if weights == "nf4" else adapted.merge_and_unload()).eval()
+
+
+def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    with warnings.catch_warnings(), _explained(str(folder), None):
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about how peft asks it
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error here
+        with own_draws(0):  # peft draws what it then overwrites
+            adapted = PeftModel.from_pretrained(base, folder)
+    asked = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        differ = sorted(asked.keys() ^ set(file.keys()))
+    model_files.refuse_differences(folder, differ)
+    model_files.refuse_nonfinite(folder, asked)
+    return adapted
 
 
 def _load(name: str | Path, weights: str, where: torch.device) -> PreTrainedModel:
     place, revision = locate(name)
     options = _nf4() if weights == "nf4" else {"dtype": getattr(torch, weights)}
-    with _explained(place, revision):
-        model = AutoModelForCausalLM.from_pretrained(place, revision=revision, device_map={"": where}, **options)
+    options |= {"use_safetensors": check_weights(name), "trust_remote_code": False}
+    with _explained(place, revision, "config.json", "generation_config.json"), _unreported():
+        model, found = AutoModelForCausalLM.from_pretrained(
+            place, revision=revision, device_map={"": where}, output_loading_info=True, ignore_mismatched_sizes=True,
+            **options,
+        )  # fmt: skip
+    model_files.refuse_misfits(place, model, found)
     for layer in model.modules():
         # bitsandbytes repacks weights to sample faster on some CPUs, and then lets no gradient through, silently
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return model.eval()
+
+
+def check_weights(name: str | Path) -> bool | None:
+    """Look at a model's weights without loading them; returns from_pretrained's use_safetensors: True, but None for a
+    commit of the hub's. What a commit holds never changes, and torch reads its older formats without running code
+    (weights_only).
+
+    Raises ModelError where the weights in a local folder are missing, damaged or pickled.
+    """
+    place, revision = locate(name)
+    if getattr(load_config(str(name)), "transformers_weights", None):  # which may be pickled ones
+        raise ModelError(
+            f"{place} names the file of its weights in its config.json (transformers_weights), which is not heeded: "
+            f"take that out and call the file model.safetensors, {model_files.ANOTHER}"
+        )
+    if Path(place).is_dir():
+        model_files.check_weights(Path(place))
+        return True
+    return None if re.fullmatch("[0-9a-f]{40}", revision or "") else True
+
+
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Without transformers' table of weights that do not fit, which are refused here in a sentence."""
+    logger = logging.get_logger("transformers.modeling_utils")
+
+    def no_table(record) -> bool:
+        return record.funcName != "log_state_dict_report"
+
+    logger.addFilter(no_table)
+    try:
+        yield
+    finally:
+        logger.removeFilter(no_table)
 
 
 def _nf4() -> dict:
@@ -268,14 +357,26 @@ def _nf4() -> dict:
 def adapter_config(name: str | Path) -> PeftConfig | None:
     """What the folder of a LoRA adapter says of it; None for a whole model.
 
-    Its base is sought beside the folder first, as stages name theirs by a relative path.
+    Its base is sought beside the folder first, as stages name theirs by a relative path. Raises ModelError where it is
+    no LoRA adapter of a whole model, or its weights are missing, damaged or pickled.
     """
     folder = Path(locate(name)[0])
     if not (folder / "adapter_config.json").is_file():
         return None
-    config = PeftConfig.from_pretrained(folder)
+    with _explained(str(folder), None, "adapter_config.json"):
+        config = PeftConfig.from_pretrained(folder)
+    if not isinstance(config, LoraConfig) or not isinstance(config.base_model_name_or_path, str):
+        raise ModelError(
+            f"{folder / 'adapter_config.json'} is not that of a LoRA adapter with the name of its base: give another "
+            "adapter, or a whole model (--model)"
+        )
+    model_files.check_weights(folder, "adapter_model")
     if (base := folder / config.base_model_name_or_path).exists():
         config.base_model_name_or_path = str(base)
+        if (base / "adapter_config.json").exists():
+            raise ModelError(
+                f"the base of the adapter {name} is an adapter too: merge that first, {model_files.ANOTHER}"
+            )
     return config
 
 
@@ -284,11 +385,12 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if on_gpu() else "CPU"
 
 
-def add_lora(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: str) -> PeftModel:
+def add_lora(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: str, seed: int = 0) -> PeftModel:
     """Put a trainable LoRA adapter (2106.09685) of scale alpha / rank, without dropout, on a model that stays as it is.
 
     targets: a regular expression of whole module names, or "all-linear" for all but the output head. base: what the
-    saved adapter names as its base. Raises ValueError where targets match no layer, and for a model with an adapter.
+    saved adapter names as its base. seed: all that the new weights depend on. Raises ValueError where targets match no
+    layer, and for a model with an adapter.
     """
     if any(isinstance(layer, BaseTunerLayer) for layer in model.modules()):  # peft would begin that one anew
         raise UsageError(
@@ -300,7 +402,8 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: 
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about how peft asks it
         warnings.filterwarnings("ignore", "fan_in_fan_out")  # GPT-2's layers hold their weights the other way round
         try:
-            adapted = get_peft_model(model, config)
+            with own_draws(seed):
+                adapted = get_peft_model(model, config)
         except (NoMatchingPeftModuleError, re.error):
             raise UsageError(_no_match(model, targets)) from None
     config.base_model_name_or_path = base

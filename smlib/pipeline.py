@@ -29,6 +29,7 @@ from smlib.answers import Reward
 from smlib.artifacts import Stage, require
 from smlib.bulk import Bulk
 from smlib.declared import checked
+from smlib.draws import seed_of
 from smlib.engines import Engine, chosen, make_engine
 from smlib.errors import UsageError
 from smlib.models import launched
@@ -248,7 +249,7 @@ def train_sft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
     if stage.done:
         return stage
     with recording_together(stage) as writes:
-        tokenizer, model = load_tokenizer(settings), load_trainable(settings, settings.base)
+        tokenizer, model = load_tokenizer(settings), load_trainable(settings, settings.base, stage.name)
         rows = [row for row in ranked.read_rows("ranked") if settings.sft.source in ("both", row["source"])]
         log = sft.train_sft(
             model, tokenizer, training_problems(settings), rows,
@@ -300,7 +301,7 @@ def train_reward_model(run_dir: Path, settings: Settings, progress: bool = True)
     if stage.done:
         return stage
     with recording_together(stage) as writes:
-        tokenizer, model = load_tokenizer(settings), load_trainable(settings, tuned.path("model"))
+        tokenizer, model = load_tokenizer(settings), load_trainable(settings, tuned.path("model"), stage.name)
         problems = training_problems(settings) + second_problems(settings)
         everything = ranked.read_rows("pairs") + second.read_rows("pairs")
         used = [
@@ -369,7 +370,7 @@ def train_policy(
             if accelerator.num_processes > 1:  # each may hold a part only
                 trained = ppo.trained_roles(make_roles(settings, tuned, rewarder), stage.folder / "training")
         else:
-            trained = load_trainable(settings, tuned.path("model"))
+            trained = load_trainable(settings, tuned.path("model"), stage.name)
             trl_policy.train(method, trained, reward=make_reward(reward, rewarder, tokenizer), **arguments)
         if writes:
             stage.write_model("model", trained, tokenizer)
@@ -397,9 +398,10 @@ def check_policy(settings: Settings, method: str, reward: str, tracker: str) -> 
 
 def make_roles(settings: Settings, tuned: Stage, rewarder: Stage) -> Roles:
     """PPO's roles as the settings hold them: models of their own, or adapters of the SFT model."""
-    policy, head = load_trainable(settings, tuned.path("model")), settings.ppo.value == "head"
+    policy, head = load_trainable(settings, tuned.path("model"), "04_ppo"), settings.ppo.value == "head"
     if settings.lora.rank:
-        return Adapters(policy, rewarder.path("model"), share_trunk=head)
+        value_seed = seed_of(settings.seed, "04_ppo", "value")
+        return Adapters(policy, rewarder.path("model"), share_trunk=head, seed=value_seed)
     value = None if head else copy.deepcopy(policy).get_decoder()
     return SeparateModels(policy, load_model(settings, tuned.path("model")), value)
 
@@ -574,12 +576,13 @@ def load_engine(settings: Settings, path: str | Path) -> Engine:
     )
 
 
-def load_trainable(settings: Settings, path: str | Path):
-    """That model to be trained: whole, or with an adapter on it, which is new."""
+def load_trainable(settings: Settings, path: str | Path, stage: str):
+    """That model to be trained: whole, or with an adapter on it, which is new and depends on seed and stage alone."""
     model, lora = load_model(settings, path), settings.lora
     if not lora.rank:
         return model
-    return models.add_lora(model, lora.rank, lora.alpha, lora.targets, base="../../02_sft/model")
+    seed = seed_of(settings.seed, stage, "adapter")
+    return models.add_lora(model, lora.rank, lora.alpha, lora.targets, base="../../02_sft/model", seed=seed)
 
 
 def whole(model, settings: Settings, path: str | Path):
@@ -587,7 +590,7 @@ def whole(model, settings: Settings, path: str | Path):
     if not any(isinstance(weight, DTensor) for weight in model.parameters()):
         return model
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, ignore_frozen_params=True))
-    fresh = load_trainable(settings, path)
+    fresh = load_trainable(settings, path, "")  # what is new in it is overwritten
     fresh.load_state_dict(weights, strict=False)
     return fresh
 

@@ -326,7 +326,7 @@ def measure(settings: Settings, path: str, questions: int = 32) -> Speeds:
 
     A minute on a GPU, seconds with the tiny base: each of the four runs once to warm up, and once with the clock.
     """
-    tokenizer, model = pipeline.load_tokenizer(settings), pipeline.load_trainable(settings, path)
+    tokenizer, model = pipeline.load_tokenizer(settings), pipeline.load_trainable(settings, path, "measure")
     problems = pipeline.training_problems(settings)[:questions]
     hardware = settings.hardware
     engine = NativeEngine(model, tokenizer, hardware.rollout_rows, hardware.cache_tokens, hardware.cuda_graphs)

@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 
-from smlib import models
+from smlib import checkpoints, models
 from smlib.answers import Reward, grade_many
 from smlib.declared import Declared, Passes, Rate, Rows, RowsOrZero, Samples, ShareOrZero, Size, SizeOrZero, Tokens
 from smlib.encoding import encode_question
@@ -743,60 +743,85 @@ def check_collapse(rows: list[dict], last: int = 5) -> None:
 
 # A full state is the same for one process and for many, sharded or not; frozen weights are not in it.
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+BOOK = "state.json"  # the last file of a checkpoint: settings, state and the optimizer's numbers
 
 
 def save_checkpoint(out: Path, roles: Roles, optimizer, state: State, run: dict) -> None:
     """Write out/checkpoint-UPDATE in one atomic step, then remove older ones. It holds what training changes:
     the weights that train, the optimizer and the state. All processes call it, the first one writes (with DeepSpeed,
-    which knows no whole optimizer, each its part)."""
-    folder, tmp, processes = out / f"checkpoint-{state.update:06d}", out / "checkpoint.tmp", launched()
+    which knows no whole optimizer, each its part, in files of its own)."""
+    folder, parts, processes = out / f"checkpoint-{state.update:06d}", out / "deepspeed.tmp", launched()
     if folder.exists():
         return
-    if processes.is_main_process:
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir()
-    processes.wait_for_everyone()
     names = {name.removeprefix("module.") for name, weight in roles.named_parameters() if weight.requires_grad}
     weights = states.get_model_state_dict(roles, options=_FULL)
     weights = {name.removeprefix("module."): weight for name, weight in weights.items()}
+    moments = {}
     if _by_deepspeed(roles):
-        roles.save_checkpoint(str(tmp), tag="deepspeed", exclude_frozen_parameters=True)
-        moments = None
+        if processes.is_main_process:
+            shutil.rmtree(parts, ignore_errors=True)
+        processes.wait_for_everyone()
+        roles.save_checkpoint(str(parts), tag="deepspeed", exclude_frozen_parameters=True)
     else:
         moments = states.get_optimizer_state_dict(roles, optimizer, options=_FULL)
+    processes.wait_for_everyone()  # all have seen that there is no such folder
     if processes.is_main_process:
-        save_file({name: weight for name, weight in weights.items() if name in names}, tmp / "weights.safetensors")
-        torch.save({"state": asdict(state), "optimizer": moments, "run": run}, tmp / "state.pt")
-        tmp.rename(folder)
-        for old in out.glob("checkpoint-*"):
-            if old != folder:
-                shutil.rmtree(old)
+        said = {"run": run, "state": asdict(state), "optimizer": moments.get("param_groups")}
+        with checkpoints.saving(folder, BOOK, said) as tmp:
+            save_file({name: weight for name, weight in weights.items() if name in names}, tmp / "weights.safetensors")
+            if _by_deepspeed(roles):
+                shutil.copytree(parts, tmp, dirs_exist_ok=True)
+                shutil.rmtree(parts)
+            else:
+                save_file(_flat(moments["state"]), tmp / "optimizer.safetensors")
     processes.wait_for_everyone()
 
 
 def load_checkpoint(out: Path, roles: Roles, optimizer, run: dict) -> State | None:
-    """Put the newest checkpoint of `out` into roles and optimizer; None if there is none."""
-    folder = max(out.glob("checkpoint-*"), default=None)
+    """Put the newest checkpoint of `out` into roles and optimizer; None if there is none. Raises StageError for a
+    damaged one."""
+    folder = checkpoints.newest(out)
     if folder is None:
         return None
-    plain = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-    for name in plain["run"] | run:
-        then, now = plain["run"].get(name), run.get(name)
+    said = checkpoints.opened(folder, BOOK)
+    for name in said["run"] | run:
+        then, now = said["run"].get(name), run.get(name)
         if then != now:
             raise UsageError(
                 f"{folder} was trained with {name} = {then!r}, not {now!r}: give another "
                 "folder, or delete this one to start again."
             )
-    if (plain["optimizer"] is None) != _by_deepspeed(roles):
+    if (said["optimizer"] is None) != _by_deepspeed(roles):
         raise UsageError(
-            f"{folder} was trained {'with' if plain['optimizer'] is None else 'without'} DeepSpeed: go on so."
+            f"{folder} was trained {'with' if said['optimizer'] is None else 'without'} DeepSpeed: go on so."
         )
     if _by_deepspeed(roles):
         roles.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
     else:
         states.set_model_state_dict(roles, load_file(folder / "weights.safetensors"), options=_FULL)
-        states.set_optimizer_state_dict(roles, optimizer, plain["optimizer"], options=_FULL)
-    return State(**plain["state"] | {"moments": RunningMoments(**plain["state"]["moments"])})
+        moments = _nested(load_file(folder / "optimizer.safetensors"))
+        moments = {"state": moments, "param_groups": said["optimizer"]}
+        states.set_optimizer_state_dict(roles, optimizer, moments, options=_FULL)
+    return restored(said["state"])
+
+
+def _flat(moments: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """An optimizer's state of each weight, by names such as "head.weight/exp_avg"."""
+    return {f"{weight}/{name}": moment for weight, of_it in moments.items() for name, moment in of_it.items()}
+
+
+def _nested(flat: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """`_flat` taken back."""
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, moment in flat.items():
+        weight, _, name = key.rpartition("/")
+        moments.setdefault(weight, {})[name] = moment
+    return moments
+
+
+def restored(said: dict) -> State:
+    """The state that was said as a dict."""
+    return State(**said | {"moments": RunningMoments(**said["moments"])})
 
 
 def _by_deepspeed(roles) -> bool:
@@ -805,8 +830,9 @@ def _by_deepspeed(roles) -> bool:
 
 def trained_roles(roles: Roles, out: Path) -> Roles:
     """Fresh roles with the weights of the newest checkpoint of `out`, whole, whatever parts trained them."""
-    weights = load_file(max(out.glob("checkpoint-*")) / "weights.safetensors")
-    roles.load_state_dict(weights, strict=False)
+    folder = checkpoints.newest(out)
+    checkpoints.opened(folder, BOOK)  # verifies the files
+    roles.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
     return roles
 
 
@@ -928,15 +954,20 @@ def _share(flags: Iterable[bool]) -> float:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C inside takes effect at the end, so that a checkpoint never holds half an update."""
+    """Ctrl-C and a request to end (SIGTERM) inside take effect at the end, as whoever handles them has it, so that a
+    checkpoint never holds half an update."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # Ctrl-C only ever reaches the main thread
+        yield  # signals only ever reach the main thread
         return
     arrived = []
-    before = signal.signal(signal.SIGINT, lambda *_: arrived.append(True))
+    before = {
+        number: signal.signal(number, lambda number, frame: arrived.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if arrived:
-        raise KeyboardInterrupt
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in dict.fromkeys(arrived):
+        signal.raise_signal(number)

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import random
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,10 +27,13 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smlib import encoding, models, prompts
-from smlib.declared import Seed, Tokens, checked, named_folder
+from smlib.declared import Seed, Tokens, checked
+from smlib.draws import own_draws
 from smlib.engines import NativeEngine
 from smlib.errors import UsageError
 from smlib.evaluation import evaluate, summarise
+from smlib.files import replacing
+from smlib.model_files import read_object
 from smlib.problems import TASKS, Problem, generate
 from smlib.steps import WRITERS, compute, parse, swap, turn
 
@@ -343,37 +347,67 @@ OPTIONS = {
 }
 
 
-def main(argv: list[str]) -> int:
-    """`python -m smlib pretrain`: make the tiny base again and write it with its card."""
-    parser = argparse.ArgumentParser(prog="python -m smlib pretrain", description=main.__doc__)
-    parser.add_argument("--out", default=str(models.TINY_BASE), help="folder to write (default: the package's)")
-    parser.add_argument("--documents", type=int, default=150_000, help="documents to read, each once")
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=3)
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    """The options of the command, each in its range. Raises UsageError."""
+    parser = _Parser(prog="python -m smlib pretrain", description=main.__doc__)
+    there = "folder to write, new or empty; `--model FOLDER` then takes it (the package's own base stays as it is)"
+    parser.add_argument("--out", type=Path, required=True, help=there)
+    parser.add_argument("--documents", type=int, default=150_000, help="documents to read, each once (default 150,000)")
+    parser.add_argument("--hidden", type=int, default=128, help="width, a multiple of 32 (default 128)")
+    parser.add_argument("--layers", type=int, default=3, help="(default 3)")
     parser.add_argument("--start-from", type=Path, help="go on from this base instead of random weights")
-    parser.add_argument("--tokens-per-batch", type=int, default=4096)
-    parser.add_argument("--seed", type=int, default=0)
+    tokens = "at most, but for a document that is longer (default 4,096)"
+    parser.add_argument("--tokens-per-batch", type=int, default=4096, help=tokens)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and documents (default 0)")
     options = parser.parse_args(argv)
-    try:
-        for name, kind in OPTIONS.items():
-            checked("--" + name.replace("_", "-"), getattr(options, name), kind)
-        out = named_folder("--out", options.out)
-    except UsageError as error:
-        parser.error(str(error))
+    for name, kind in OPTIONS.items():
+        checked("--" + name.replace("_", "-"), getattr(options, name), kind)
     if options.hidden % 32:
-        parser.error(f"--hidden = {options.hidden} is no multiple of 32 (the size of a head): give one")
-    if options.start_from and not (options.start_from / "training.json").is_file():
-        parser.error(f"--start-from = {str(options.start_from)!r} holds no training.json: give a base that this made")
-    torch.manual_seed(options.seed)
+        raise UsageError(f"--hidden = {options.hidden} is not allowed: give a multiple of 32, the size of a head")
+    return options
+
+
+def _check_place(out: Path) -> None:
+    """Raise UsageError unless a new folder can be written there: now, and not after the training."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out {out} is there already: give a folder that is new or empty")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written ({error.strerror}): give another folder") from error
+
+
+def _earlier_phases(base: Path) -> list[dict]:
+    """What a base's card says of how it was trained."""
+    card = base / "training.json"
+    phases = read_object(card).get("phases") if card.exists() else None
+    if not isinstance(phases, list):
+        raise UsageError(f"--start-from {base} has no training.json with its phases: give a base of this command's")
+    return phases
+
+
+def main(argv: list[str]) -> int:
+    """`python -m smlib pretrain`: make a tiny base as the package's was made, and write it with its card."""
+    options = _options(argv)
+    out = options.out.resolve()
+    _check_place(out)
     started = time.time()
     if options.start_from:
-        tokenizer = models.load_tokenizer(str(options.start_from))
-        model = models.load_policy(options.start_from).cpu()
-        before = json.loads((options.start_from / "training.json").read_text(encoding="utf-8"))["phases"]
+        base = Path(models.locate(options.start_from)[0])
+        before = _earlier_phases(base)
+        tokenizer, model = models.load_tokenizer(str(base)), models.load_policy(base).cpu()
     else:
-        tokenizer = make_tokenizer([prompt + completion for prompt, completion in corpus(8_000, options.seed)])
-        model = LlamaForCausalLM(tiny_config(len(tokenizer), tokenizer, options.hidden, options.layers))
         before = []
+        tokenizer = make_tokenizer([prompt + completion for prompt, completion in corpus(8_000, options.seed)])
+        with own_draws(options.seed):
+            model = LlamaForCausalLM(tiny_config(len(tokenizer), tokenizer, options.hidden, options.layers))
     batches = _batches(tokenizer, options.documents, options.tokens_per_batch, options.seed)
     tokens = sum(int((weights > 0).sum()) for _, weights in batches)
     print(
@@ -381,9 +415,6 @@ def main(argv: list[str]) -> int:
         flush=True,
     )
     losses = train(model, batches)
-    out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
     phase = {
         "documents": options.documents,
         "tokens": tokens,
@@ -398,8 +429,11 @@ def main(argv: list[str]) -> int:
         "authors": {task: authors(task) for task in TASKS},
         "phases": [*before, phase],  # each read fresh documents; a later one went on from the earlier one's weights
         "accuracy": accuracy_by_task(model, tokenizer),
-        "sha256": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
     }
-    (out / "training.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    with replacing(out) as tmp:
+        model.save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)
+        card["sha256"] = hashlib.sha256((tmp / "model.safetensors").read_bytes()).hexdigest()
+        (tmp / "training.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(card, indent=2))
     return 0

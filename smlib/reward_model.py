@@ -33,6 +33,7 @@ from trl.models.utils import _ForwardRedirection
 from smlib import encoding, models
 from smlib.answers import Reward, grade
 from smlib.declared import Weight, checked
+from smlib.draws import own_draws
 from smlib.errors import UsageError
 from smlib.problems import Problem
 from smlib.sampling import Sample
@@ -140,7 +141,7 @@ def train_reward_model(
     if not examples:
         raise UsageError("the reward model needs at least one pair that is not held out, got none: sample more")
     model.config.num_labels = 1  # what TRL knows a reward model by
-    with tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory() as out, own_draws(seed):
         options = trainer_options(model, epochs, learning_rate, batch, seed, out, micro_batch, recompute)
         pads = [tokenizer.pad_token_id] * 2
         trainer = _LikelihoodTrainer(

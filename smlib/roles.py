@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from smlib.draws import own_draws
 from smlib.errors import UsageError
 from smlib.models import RECOMPUTING, pack, packed_logprobs, packed_states
 
@@ -84,7 +85,7 @@ def value_head(policy: PreTrainedModel) -> nn.Linear:
 
     It starts at zero, so at first it predicts the mean of normalised rewards and does not disturb the trunk.
     """
-    head = nn.Linear(policy.config.hidden_size, 1).to(policy.device)
+    head = nn.utils.skip_init(nn.Linear, policy.config.hidden_size, 1, device=policy.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
@@ -128,16 +129,18 @@ class Adapters(Roles):
     model: the base with a fresh adapter, from `models.add_lora`; the value's is like it.
     reward: folder of a reward model that was trained as an adapter of this base; `using("reward")` scores with it.
     share_trunk: the value head reads the policy's hidden states, and there is no adapter for the value.
+    seed: of the value's new adapter.
     """
 
-    def __init__(self, model: PeftModel, reward: str | Path | None = None, share_trunk: bool = False):
+    def __init__(self, model: PeftModel, reward: str | Path | None = None, share_trunk: bool = False, seed: int = 0):
         super().__init__()
         self.model = model
         self.trained = ["default"] if share_trunk else ["default", "value"]
-        if not share_trunk:
-            self.model.add_adapter("value", copy.deepcopy(self.model.peft_config["default"]))
-        if reward is not None:
-            self.model.load_adapter(str(reward), "reward")
+        with own_draws(seed):
+            if not share_trunk:
+                self.model.add_adapter("value", copy.deepcopy(self.model.peft_config["default"]))
+            if reward is not None:
+                self.model.load_adapter(str(reward), "reward")
         self.head = value_head(self.policy)
         self.layers = [layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)]
         for name, weight in self.model.named_parameters():  # peft frees the adapter that came last alone

@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_group
 from trl import SFTConfig, SFTTrainer
 
 from smlib import encoding, models
+from smlib.draws import own_draws
 from smlib.errors import UsageError
 from smlib.problems import Problem
 from smlib.progress import progress_bar
@@ -198,7 +199,7 @@ def train_sft(
             examples.append({"input_ids": head + tail, "completion_mask": mask, "length": len(mask)})
     if not examples:
         raise UsageError("SFT needs at least one r+ rationale, got none: sample more, or from a stronger base")
-    with tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory() as out, own_draws(seed):  # the Trainer seeds itself, and draws from all
         options = trainer_options(model, epochs, learning_rate, batch, seed, out, micro_batch, recompute)
         pads = [tokenizer.pad_token_id] * 2
         trainer = _Trainer(

@@ -15,9 +15,7 @@ them, so that an update has those that PPO draws from the same weights; their sc
 log-probabilities; and the log, with PPO's columns in PPO's units.
 """
 
-import json
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,11 +33,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from smlib import ppo
+from smlib import checkpoints, ppo
 from smlib.answers import Reward, grade_many
 from smlib.artifacts import refuse_difference
+from smlib.draws import own_draws
 from smlib.errors import UsageError
-from smlib.files import replacing
 from smlib.models import RECOMPUTING, packed_logprobs
 from smlib.ppo import PPOSettings
 from smlib.problems import Problem
@@ -50,7 +48,7 @@ from smlib.sft import keep_adapters_exact, on_one_gpu
 
 GRPO = {"scale_rewards": "group", "loss_type": "grpo"}  # 2402.03300; "none" and "dr_grpo" are 2503.20783
 CPU_ROWS = 4  # completions in one pass on a CPU: less padding, and they fit its cache
-BOOK = "smlib.json"  # the last file of a checkpoint: settings and `ppo.State`
+BOOK = "smlib.json"  # the last file of a checkpoint: settings and `ppo.State`; transformers writes the others
 
 
 class _Ours:
@@ -60,6 +58,7 @@ class _Ours:
         self.policy, self.reward, self.problems, self.ways = policy, reward, problems, ways  # of drawing
         self.settings, self.run, self.so_far = settings, run, so_far
         self.examples_every, self.bar, self.deferred = examples_every, bar, ExitStack()
+        self.place = Path(self.args.output_dir)  # where transformers writes checkpoints
         self.ref_model = "reference"  # TRL just hands it to `_get_per_token_logps_and_entropies`
         self.start = [(weight, weight.detach().clone()) for weight in policy.parameters() if weight.requires_grad]
 
@@ -165,12 +164,14 @@ class _Ours:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if (folder / BOOK).exists():
             return
-        super()._save_checkpoint(model, trial)
-        with replacing(folder / BOOK) as tmp:
-            tmp.write_text(json.dumps({"run": self.run, "state": asdict(self.so_far)}), encoding="utf-8")
-        for old in folder.parent.glob("checkpoint-*"):
-            if old != folder:
-                shutil.rmtree(old)
+        with checkpoints.saving(folder, BOOK, {"run": self.run, "state": asdict(self.so_far)}) as self.place:
+            super()._save_checkpoint(model, trial)  # writes place/checkpoint-N
+            for file in (self.place / folder.name).iterdir():
+                file.rename(self.place / file.name)
+            (self.place / folder.name).rmdir()
+
+    def _get_output_dir(self, trial):
+        return str(self.place)
 
     def create_model_card(self, *args, **kwargs):
         """TRL's would be a README.md in `out`; a stage has a manifest."""
@@ -226,30 +227,31 @@ def train(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     run = {"method": method} | asdict(settings) | {"seed": seed}
-    checkpoint = _newest_checkpoint(out)
+    checkpoint = checkpoints.newest(out)
     so_far = ppo.State(kl_coef=settings.kl_coef)
     if checkpoint:
-        book = json.loads((checkpoint / BOOK).read_text(encoding="utf-8"))
-        refuse_difference(checkpoint, run, book["run"], "folder")
-        so_far = ppo.State(**book["state"] | {"moments": ppo.RunningMoments(**book["state"]["moments"])})
+        said = checkpoints.opened(checkpoint, BOOK)
+        refuse_difference(checkpoint, run, said["run"], "folder")
+        so_far = ppo.restored(said["state"])
     ppo.start_logs(out, so_far)
     fitting = {"micro_batch": micro_batch, "recompute": recompute}
-    trainer = _make_trainer(method, policy, tokenizer, settings, out, seed, checkpoint_every, **fitting)
-    bar = progress_bar(progress, settings.updates, "update", so_far.update)
     ways = {"rows": rollout_rows, "cuda_graphs": cuda_graphs}
-    trainer.begin(policy, reward, problems, settings, run, so_far, ways, examples_every, bar)
-    try:
-        with _quiet():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
-        steps = so_far.update * trainer.args.logging_steps
-        if steps and trainer.state.global_step == steps:  # not amid an update
-            trainer._save_checkpoint(policy, None)
-        raise
-    finally:
-        bar.close()
-        _clean(policy)
-        trainer.deferred.close()
+    with own_draws(seed):  # TRL's trainers seed and read the process's generators
+        trainer = _make_trainer(method, policy, tokenizer, settings, out, seed, checkpoint_every, **fitting)
+        bar = progress_bar(progress, settings.updates, "update", so_far.update)
+        trainer.begin(policy, reward, problems, settings, run, so_far, ways, examples_every, bar)
+        try:
+            with _quiet():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except KeyboardInterrupt:
+            steps = so_far.update * trainer.args.logging_steps
+            if steps and trainer.state.global_step == steps:  # not amid an update
+                trainer._save_checkpoint(policy, None)
+            raise
+        finally:
+            bar.close()
+            _clean(policy)
+            trainer.deferred.close()
     return so_far.rows
 
 
@@ -325,12 +327,6 @@ def _clean(policy) -> None:
     if base is not policy and "ref" in policy.peft_config:  # RLOO's copy of the adapter
         policy.delete_adapter("ref")
     policy.eval()
-
-
-def _newest_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint that is complete."""
-    complete = [book.parent for book in out.glob(f"checkpoint-*/{BOOK}")]
-    return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
 
 
 def _check(method: str, policy, tokenizer, settings: PPOSettings, micro_batch: int) -> None:

@@ -66,6 +66,9 @@ class VLLMEngine(Engine):
             # fails on a CPU: "CPU Generator does not use offset".
             options = {"enable_chunked_prefill": False} | options
         place, revision = models.locate(base)
+        if models.check_weights(base):
+            options = {"load_format": "safetensors"} | options
+        options = {"trust_remote_code": False} | options
         options = {"revision": revision, "tokenizer_revision": revision} | options
         try:
             self.llm = LLM(place, logprobs_mode="raw_logprobs", **options)

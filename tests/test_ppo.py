@@ -7,6 +7,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -654,12 +656,13 @@ def test_resumed_run_ends_bit_equal(tmp_path, kind, error):
     assert examples[0] == examples[1]
 
 
-def test_interrupt_inside_an_update_waits_for_its_end(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_inside_an_update_waits_for_its_end(tmp_path, monkeypatch, number, interrupts):
     rows, roles = run(tmp_path / "whole")
     optimize = ppo.optimize
 
     def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         return optimize(*args)
 
     with monkeypatch.context() as patch:
@@ -670,6 +673,42 @@ def test_interrupt_inside_an_update_waits_for_its_end(tmp_path, monkeypatch):
     resumed, again = run(tmp_path / "stopped")
     assert without_times(resumed) == without_times(rows)
     assert same_weights(roles, again)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_was_held_back_means_what_it_meant(number):
+    seen, before = [], signal.getsignal(number)
+
+    def handler(*given):
+        seen.append(given[0])
+
+    for handled, means in ((handler, [number]), (signal.SIG_IGN, [])):
+        signal.signal(number, handled)
+        try:
+            with ppo.uninterrupted():
+                for _ in range(2):
+                    os.kill(os.getpid(), number)
+                assert seen == []
+            assert seen == means and signal.getsignal(number) is handled
+            with pytest.raises(ZeroDivisionError), ppo.uninterrupted():
+                seen.clear()
+                1 / 0  # noqa: B018
+            assert signal.getsignal(number) is handled
+        finally:
+            signal.signal(number, before)
+
+
+def test_a_signal_that_ends_a_process_ends_it_after_the_block():
+    lines = [
+        "import os, signal",
+        "from smlib import ppo",
+        "with ppo.uninterrupted():",
+        "    os.kill(os.getpid(), signal.SIGTERM)",
+        "    print('to the end', flush=True)",
+        "print('and on')",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True)
+    assert done.stdout == b"to the end\n" and done.returncode == -signal.SIGTERM
 
 
 def test_a_killed_run_goes_on_with_other_micro_batches(tmp_path):
@@ -692,10 +731,13 @@ def test_checkpoint_of_other_settings_is_refused(tmp_path):
 
 
 def test_checkpoint_that_was_not_finished_is_ignored(tmp_path):
-    (tmp_path / "checkpoint.tmp").mkdir()
-    (tmp_path / "checkpoint.tmp" / "policy.safetensors").write_bytes(b"half")
+    (tmp_path / "checkpoint-000004.tmp").mkdir()
+    (tmp_path / "checkpoint-000004.tmp" / "weights.safetensors").write_bytes(b"half")
     rows, _ = run(tmp_path)
     assert len(rows) == QUICK.updates
+    [checkpoint] = tmp_path.glob("checkpoint*")
+    files = ["optimizer.safetensors", "state.json", "weights.safetensors"]
+    assert sorted(file.name for file in checkpoint.iterdir()) == files  # and nothing that is pickled
 
 
 def test_frozen_weights_stay_and_are_not_saved(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from tiny_model import tokenizer
 
 from smlib import models, pretraining, prompts
+from smlib.__main__ import main
 from smlib.answers import grade
 from smlib.pretraining import authors, corpus, document, write
 from smlib.problems import PUBLISHED, TASKS, generate, load
@@ -163,25 +164,74 @@ def test_main_writes_a_model_that_loads_with_its_card_and_twice_the_same(short_c
 
 
 def test_one_document_is_enough(short_corpus, tmp_path, capsys):
-    assert pretraining.main(f"--out {tmp_path} --documents 1 --hidden 32 --layers 1".split()) == 0
-    assert (tmp_path / "model.safetensors").is_file()
+    assert pretraining.main(f"--out {tmp_path / 'one'} --documents 1 --hidden 32 --layers 1".split()) == 0
+    assert (tmp_path / "one" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--documents 0", "--documents = 0 is not allowed: give a whole number from 1"),
-        ("--hidden 40", "--hidden = 40 is no multiple of 32"),
-        ("--hidden 0", "--hidden = 0 is not allowed: give a whole number from 32"),
-        ("--layers 0", "--layers = 0 is not allowed"),
-        ("--tokens-per-batch 0", "--tokens-per-batch = 0 is not allowed"),
-        ("--seed -1", "--seed = -1 is not allowed"),
-        ("--start-from nowhere", "--start-from = 'nowhere' holds no training.json"),
-        ("--out README.md", "--out = 'README.md' is not allowed, since 'README.md' is a file"),
-    ],
-)
-def test_main_refuses_what_it_cannot_make(option, message, capsys, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[1])
-    with pytest.raises(SystemExit):
-        pretraining.main(option.split())
-    assert message in capsys.readouterr().err
+REFUSED = {
+    "--documents 0": "--documents = 0 is not allowed: give a whole number from 1 to 10,000,000",
+    "--hidden 40": "--hidden = 40 is not allowed: give a multiple of 32, the size of a head",
+    "--hidden 0": "--hidden = 0 is not allowed: give a whole number from 32 to 65,536",
+    "--layers 0": "--layers = 0 is not allowed: give a whole number from 1 to 1,000",
+    "--tokens-per-batch -1": "--tokens-per-batch = -1 is not allowed: give a whole number from 1 to 1,000,000",
+    "--seed -1": "--seed = -1 is not allowed: give a whole number from 0 to 4,294,967,295",
+    "--seed one": "argument --seed: invalid int value: 'one'; see python -m smlib pretrain --help",
+    "--depth 3": "unrecognized arguments: --depth 3; see python -m smlib pretrain --help",
+    "--start-from {}": "--start-from {} has no training.json with its phases: give a base of this command's",
+    "--start-from nobody": "--start-from nobody has no training.json with its phases: give a base of this command's",
+}
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Fails where a training, or the reading of its corpus, begins."""
+    for name in ("train", "corpus"):
+        monkeypatch.setattr(pretraining, name, lambda *_: pytest.fail("it began to train"))
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_what_cannot_be_made_is_refused_in_one_sentence_before_any_work(option, untrained, tmp_path, capsys):
+    given = option.format(tmp_path).split()
+    assert main(["pretrain", "--out", str(tmp_path / "base"), *given]) == 1
+    assert capsys.readouterr() == ("", f"error: {REFUSED[option].format(tmp_path)}\n")
+    assert not (tmp_path / "base").exists()
+
+
+def test_the_folder_is_named_and_the_package_s_own_base_is_never_the_default(untrained, capsys):
+    assert main(["pretrain"]) == 1
+    assert "the following arguments are required: --out; see" in capsys.readouterr().err
+    assert main(["pretrain", "--out", str(models.TINY_BASE)]) == 1
+    assert f"--out {models.TINY_BASE} is there already: give a folder that is new or empty" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_training(untrained, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out, why in (("file", "is there already"), ("file/base", r"cannot be written (")):
+        assert main(["pretrain", "--out", str(tmp_path / out)]) == 1
+        error = capsys.readouterr().err
+        assert f"error: --out {tmp_path / out} {why}" in error and error.count("\n") == 1
+
+
+SMALLEST = ["--documents", "20", "--hidden", "32", "--layers", "1"]
+
+
+def test_a_full_disk_leaves_no_half_of_a_base(short_corpus, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pretraining.PreTrainedTokenizerFast, "save_pretrained", full)
+    monkeypatch.setattr(pretraining, "accuracy_by_task", lambda *_: {})
+    out = tmp_path / "base"
+    assert main(["pretrain", "--out", str(out), *SMALLEST]) == 1
+    assert f"error: No space left on the disk to write {out}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_goes_on_from_another_and_its_card_says_so(short_corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretraining, "accuracy_by_task", lambda *_: {})
+    pretraining.main(["--out", str(tmp_path / "first"), *SMALLEST])
+    (tmp_path / "second").mkdir()  # empty will do
+    again = ["--start-from", str(tmp_path / "first"), "--seed", "1", *SMALLEST]
+    pretraining.main(["--out", str(tmp_path / "second"), *again])
+    card = json.loads((tmp_path / "second" / "training.json").read_text())
+    assert [phase["seed"] for phase in card["phases"]] == [0, 1]

@@ -305,12 +305,13 @@ def test_resumed_run_ends_bit_equal(method, make, error, tmp_path):
 
 
 @both
-def test_interrupt_inside_an_update_waits_for_its_end(method, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_inside_an_update_waits_for_its_end(method, tmp_path, monkeypatch, number, interrupts):
     rows, policy = run(method, tmp_path / "whole")
     compute_loss = trl_policy._Ours.compute_loss
 
     def interrupted(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         return compute_loss(*args, **kwargs)
 
     with monkeypatch.context() as patch:
@@ -331,10 +332,11 @@ def test_finished_run_is_loaded_and_not_repeated(method, tmp_path):
 
 
 def test_checkpoint_that_was_not_finished_is_ignored(tmp_path):
-    (tmp_path / "checkpoint-8").mkdir()
-    (tmp_path / "checkpoint-8" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "checkpoint-16.tmp").mkdir()
+    (tmp_path / "checkpoint-16.tmp" / "model.safetensors").write_bytes(b"half")
     rows, _ = run("rloo", tmp_path)
     assert len(rows) == QUICK.updates
+    assert [folder.name for folder in tmp_path.glob("checkpoint*")] == ["checkpoint-16"]
 
 
 @both

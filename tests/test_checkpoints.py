@@ -1,0 +1,168 @@
+"""Checkpoints: whole or not there, verified when they are read, and refused in one sentence where they are damaged."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import test_ppo
+import test_trl_policy
+import torch
+from safetensors import SafetensorError
+from test_ppo import QUICK, Killed, dies_at, same_weights, without_times
+
+from smlib import checkpoints, ppo, trl_policy
+from smlib.artifacts import StageError
+
+BOOKS = {"ppo": ppo.BOOK, "rloo": trl_policy.BOOK, "grpo": trl_policy.BOOK}
+SHORT = replace(QUICK, updates=1, warmup_updates=0)
+
+
+def run(method, out, plan=SHORT, **options):
+    """A short training -> (rows, what was trained)."""
+    if method == "ppo":
+        return test_ppo.run(out, plan, **options)
+    return test_trl_policy.run(method, out, plan, **options)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """method -> a finished training's folder."""
+    out = tmp_path_factory.mktemp("trained")
+    for method in BOOKS:
+        run(method, out / method)
+    return {method: out / method for method in BOOKS}
+
+
+def cut(folder, name):
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2])
+
+
+def flip(folder, name):
+    found = bytearray((folder / name).read_bytes())
+    found[-1] ^= 1
+    (folder / name).write_bytes(found)
+
+
+def write(text):
+    return lambda folder, name: (folder / name).write_text(text)
+
+
+def edit(folder, name):
+    """Another state, of the right shape."""
+    said = json.loads((folder / name).read_text())
+    said["state"]["update"] = 0
+    (folder / name).write_text(json.dumps(said))
+
+
+def remove(folder, name):
+    (folder / name).unlink()
+
+
+FILES = [
+    *(("ppo", name) for name in ("weights.safetensors", "optimizer.safetensors", ppo.BOOK)),
+    *(("rloo", name) for name in ("model.safetensors", "optimizer.pt", "trainer_state.json", trl_policy.BOOK)),
+    ("grpo", "scheduler.pt"),
+]
+SHAPES = ("[]", "{}", "null", '{"sha256": 3}', '{"run": {}, "state": [], "files": {}, "sha256": ""}', "[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "harm"),
+    [(*file, harm) for file in FILES for harm in (cut, flip, remove)]
+    + [(method, BOOKS[method], harm) for method in ("ppo", "grpo") for harm in (edit, *map(write, SHAPES))],
+)
+def test_a_damaged_checkpoint_is_refused_with_its_file_and_the_way_out(trained, tmp_path, method, name, harm):
+    out = tmp_path / "out"
+    shutil.copytree(trained[method], out)
+    [folder] = out.glob("checkpoint-*")
+    harm(folder, name)
+    with pytest.raises(StageError) as raised:
+        run(method, out)
+    assert str(raised.value) == (
+        f"{folder / name} is missing or damaged, or of another version of this package: delete the folder {folder}; "
+        "the training then begins anew."
+    )
+    shutil.rmtree(folder)  # the way out
+    rows, policy = run(method, out)
+    whole, other = run(method, trained[method])
+    assert without_times(rows) == without_times(whole) and same_weights(policy, other)
+
+
+def test_where_there_is_an_older_checkpoint_the_way_out_names_it(trained, tmp_path):
+    shutil.copytree(trained["ppo"], tmp_path / "out")
+    shutil.copytree(tmp_path / "out" / "checkpoint-000001", tmp_path / "out" / "checkpoint-000010")
+    flip(tmp_path / "out" / "checkpoint-000010", "weights.safetensors")
+    with pytest.raises(StageError, match=r"000010; the training then goes on from checkpoint-000001\."):
+        run("ppo", tmp_path / "out")
+    with pytest.raises(StageError, match=r"weights\.safetensors is missing or damaged"):
+        ppo.trained_roles(test_ppo.make_roles(), tmp_path / "out")
+
+
+def test_a_checkpoint_of_ppo_holds_no_pickle(trained, monkeypatch):
+    for name in ("load", "save"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: 1 / 0)
+    run("ppo", trained["ppo"])
+    names = {file.name for file in (trained["ppo"] / "checkpoint-000001").iterdir()}
+    assert names == {"weights.safetensors", "optimizer.safetensors", ppo.BOOK}
+
+
+@pytest.mark.parametrize("method", BOOKS)
+def test_a_full_disk_leaves_the_older_checkpoint_and_no_half_of_another(method, tmp_path, monkeypatch):
+    plan = replace(QUICK, updates=2)
+    whole, roles = run(method, tmp_path / "whole", plan, checkpoint_every=1)
+    saves = iter(range(9))
+
+    def full(save):
+        def writes(*given, **options):
+            if next(saves) >= (2 if method == "ppo" else 1):  # of the second checkpoint
+                raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            return save(*given, **options)
+
+        return writes
+
+    with monkeypatch.context() as patch:
+        if method == "ppo":
+            patch.setattr(ppo, "save_file", full(ppo.save_file))
+        else:
+            trainer = trl_policy.METHODS[method][0]
+            patch.setattr(trainer, "_save_optimizer_and_scheduler", full(trainer._save_optimizer_and_scheduler))
+        with pytest.raises(StageError, match=r"No space left on the disk to write .*checkpoint-\d+: free some space"):
+            run(method, tmp_path / "full", plan, checkpoint_every=1)
+    first = {"ppo": "checkpoint-000001"}.get(method, "checkpoint-4")
+    assert [folder.name for folder in (tmp_path / "full").glob("checkpoint*")] == [first]
+    rows, again = run(method, tmp_path / "full", plan, checkpoint_every=1)
+    assert without_times(rows) == without_times(whole) and same_weights(roles, again)
+
+
+def test_the_older_checkpoint_goes_only_when_the_newer_one_is_there(tmp_path):
+    with checkpoints.saving(tmp_path / "checkpoint-1", "book", {"a": 1}) as first:
+        (first / "file").write_bytes(b"one")
+    (tmp_path / "checkpoint-10.tmp").mkdir()  # left by a killed run
+    (tmp_path / "checkpoint-10.tmp" / "half").touch()
+    with checkpoints.saving(tmp_path / "checkpoint-10", "book", {"a": (2.5, None)}) as second:
+        (second / "folder").mkdir()
+        (second / "folder" / "file").write_bytes(b"two")
+        assert checkpoints.newest(tmp_path).name == "checkpoint-1"
+        assert checkpoints.opened(tmp_path / "checkpoint-1", "book")["a"] == 1
+    assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-10"]
+    said = checkpoints.opened(tmp_path / "checkpoint-10", "book")
+    assert said["a"] == [2.5, None] and list(said["files"]) == ["folder/file"]
+    with pytest.raises(Killed), checkpoints.saving(tmp_path / "checkpoint-20", "book", {}):
+        raise Killed
+    assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-10"]
+
+
+def test_the_newest_is_that_of_the_highest_number(tmp_path):
+    assert checkpoints.newest(tmp_path) is None
+    for name in ("checkpoint-4", "checkpoint-16", "checkpoint-9", "checkpoint-20.tmp", "checkpoint-last"):
+        (tmp_path / name).mkdir()
+    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-16"
+
+
+def test_a_killed_training_leaves_a_whole_checkpoint(tmp_path):
+    with pytest.raises(Killed):
+        test_ppo.run(tmp_path, reward=dies_at(3, Killed), checkpoint_every=1)
+    folder = checkpoints.newest(tmp_path)
+    assert folder.name == "checkpoint-000003" and checkpoints.opened(folder, ppo.BOOK)["state"]["update"] == 3
