@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smlib import encoding, models, prompts
-from smlib.declared import Seed, Tokens, checked
+from smlib.declared import Seed, Tokens, checked, named_folder
 from smlib.draws import own_draws
 from smlib.engines import NativeEngine
 from smlib.errors import UsageError
@@ -356,7 +356,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     """The options of the command, each in its range. Raises UsageError."""
     parser = _Parser(prog="python -m smlib pretrain", description=main.__doc__)
     there = "folder to write, new or empty; `--model FOLDER` then takes it (the package's own base stays as it is)"
-    parser.add_argument("--out", type=Path, required=True, help=there)
+    parser.add_argument("--out", required=True, help=there)
     parser.add_argument("--documents", type=int, default=150_000, help="documents to read, each once (default 150,000)")
     parser.add_argument("--hidden", type=int, default=128, help="width, a multiple of 32 (default 128)")
     parser.add_argument("--layers", type=int, default=3, help="(default 3)")
@@ -396,7 +396,7 @@ def _earlier_phases(base: Path) -> list[dict]:
 def main(argv: list[str]) -> int:
     """`python -m smlib pretrain`: make a tiny base as the package's was made, and write it with its card."""
     options = _options(argv)
-    out = options.out.resolve()
+    out = named_folder("--out", options.out).resolve()
     _check_place(out)
     started = time.time()
     if options.start_from:

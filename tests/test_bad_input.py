@@ -315,20 +315,20 @@ sample coin_flip --out out --workers 1000000 :: --workers = 1000000
 sample coin_flip --out out --shard 0 :: --shard = 0
 sample coin_flip --out out --shard -64 :: --shard = -64
 sample coin_flip --out out -k nope :: -k
-pretrain --documents 0 :: --documents = 0
-pretrain --documents -1 :: --documents = -1
-pretrain --documents 1000000000000 :: --documents = 1000000000000
-pretrain --documents few :: 'few'
-pretrain --hidden 0 :: --hidden = 0
-pretrain --hidden -32 :: --hidden = -32
-pretrain --hidden 40 :: --hidden = 40
-pretrain --layers 0 :: --layers = 0
-pretrain --tokens-per-batch 0 :: --tokens-per-batch = 0
-pretrain --seed -1 :: --seed = -1
+pretrain --out o --documents 0 :: --documents = 0
+pretrain --out o --documents -1 :: --documents = -1
+pretrain --out o --documents 1000000000000 :: --documents = 1000000000000
+pretrain --out o --documents few :: 'few'
+pretrain --out o --hidden 0 :: --hidden = 0
+pretrain --out o --hidden -32 :: --hidden = -32
+pretrain --out o --hidden 40 :: --hidden = 40
+pretrain --out o --layers 0 :: --layers = 0
+pretrain --out o --tokens-per-batch 0 :: --tokens-per-batch = 0
+pretrain --out o --seed -1 :: --seed = -1
 pretrain --out "" :: --out = ''
 pretrain --out FILE :: is a file
-pretrain --start-from nowhere :: 'nowhere'
-pretrain -k nope :: -k
+pretrain --out o --start-from nowhere :: --start-from nowhere has no training.json
+pretrain --out o -k nope :: -k
 nope :: 'nope'
 -k nope :: nope
 --seed 1 :: 1

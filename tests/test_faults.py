@@ -133,7 +133,7 @@ def test_of_two_processes_one_makes_a_stage_and_nothing_is_damaged(calm, tmp_pat
     assert refused and ended == [[0, ""], [0, ""]] and verify(run) == 0
     for stage in ("01_sampling", "02_sft", "04_ppo", "05_evaluation"):
         one, other = (require(folder, stage).manifest["files"] for folder in (calm("full"), run))
-        same = [name for name in one if not name.endswith((".csv", "state.json"))]
+        same = [name for name in one if not name.endswith((".csv", "state.json"))]  # which hold seconds
         assert {name: one[name] for name in same} == {name: other.get(name) for name in same}
 
 

@@ -206,10 +206,10 @@ def test_the_folder_is_named_and_the_package_s_own_base_is_never_the_default(unt
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_training(untrained, tmp_path, capsys):
     (tmp_path / "file").touch()
-    for out, why in (("file", "is there already"), ("file/base", r"cannot be written (")):
+    for out in ("file", "file/base"):
         assert main(["pretrain", "--out", str(tmp_path / out)]) == 1
         error = capsys.readouterr().err
-        assert f"error: --out {tmp_path / out} {why}" in error and error.count("\n") == 1
+        assert f"error: --out = {str(tmp_path / out)!r} is not allowed, since" in error and error.count("\n") == 1
 
 
 SMALLEST = ["--documents", "20", "--hidden", "32", "--layers", "1"]
