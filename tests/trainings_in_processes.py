@@ -38,8 +38,7 @@ def run(name: str, kind: str, out: Path, **options) -> None:
     """Train, and write the weights that train, in float32, and the log's losses."""
     model = policy()
     if kind == "adapters":
-        torch.manual_seed(1)
-        model = models.add_lora(model.bfloat16(), rank=2, alpha=4, targets="all-linear", base="")
+        model = models.add_lora(model.bfloat16(), rank=2, alpha=4, targets="all-linear", base="", seed=1)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     log = TRAININGS[name](model, KINDS[kind]["rows"], KINDS[kind]["options"] | options)
     if PartialState().is_main_process:
