@@ -34,8 +34,13 @@ def saving(folder: Path, book: str, said: dict) -> Iterator[Path]:
         files = {file.relative_to(tmp).as_posix(): _measured(file) for file in sorted(tmp.rglob("*")) if file.is_file()}
         sealed = json.loads(json.dumps(said | {"files": files}))
         (tmp / book).write_text(json.dumps(sealed | {"sha256": _digest(sealed)}), encoding="utf-8")
-    for old in folder.parent.glob("checkpoint-*"):
-        if old != folder:
+    keep_newest(folder.parent)
+
+
+def keep_newest(out: Path) -> None:
+    """Remove all checkpoints but the newest, and what a killed run has left of one."""
+    for old in out.glob("checkpoint-*"):
+        if old != newest(out):
             shutil.rmtree(old)
 
 

@@ -46,7 +46,7 @@ from smlib.answers import Reward, grade_many
 from smlib.declared import Declared, Passes, Rate, Rows, RowsOrZero, Samples, ShareOrZero, Size, SizeOrZero, Tokens
 from smlib.encoding import encode_question
 from smlib.errors import UsageError, UserError
-from smlib.files import replacing
+from smlib.files import replacing, write_text
 from smlib.models import CONTINUATIONS_PER_ROW, group_size, launched, pack, pad_right
 from smlib.problems import Problem
 from smlib.progress import progress_bar
@@ -849,14 +849,22 @@ def _with_batch(error: NonFiniteError, out: Path, batch: Batch, state: State) ->
 
 
 def start_logs(out: Path, state: State) -> None:
-    """Take back what was logged after the checkpoint that training starts from."""
+    """Take back what was logged after the checkpoint that training starts from, and remove older checkpoints."""
+    checkpoints.keep_newest(out)
     (out / "log.csv").unlink(missing_ok=True)
     for row in state.rows:
         write_row(out, row)
     examples = out / "examples.jsonl"
     lines = examples.read_text(encoding="utf-8").splitlines(keepends=True) if examples.exists() else []
-    kept = [line for line in lines if json.loads(line)["update"] < state.update]
-    examples.write_text("".join(kept), encoding="utf-8")
+    write_text(examples, "".join(line for line in lines if _update_of(line) < state.update))
+
+
+def _update_of(line: str) -> float:
+    """The update of a line of examples.jsonl; of one that a kill has cut, one that never was."""
+    try:
+        return json.loads(line)["update"]
+    except (ValueError, LookupError, TypeError):
+        return math.inf
 
 
 def write_row(out: Path, row: dict) -> None:
