@@ -19,8 +19,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -84,6 +84,11 @@ class Manifest(_Asked):
     files: dict[str, _File]
     wall_seconds: float
     digest: str  # of all else that is in it
+
+
+class _Kept(TypedDict):
+    digest: str
+    value: dict
 
 
 class Stage:
@@ -235,6 +240,19 @@ class Stage:
 
     def read_json(self, name: str):
         return load_json(self.path(name), object)
+
+    def kept(self, name: str, make: Callable[[], dict]) -> dict:
+        """What `make` gives, or gave before this unfinished stage was cut off: kept in the file `name`, with a hash.
+
+        A damaged file is made again.
+        """
+        with suppress(DamagedError):
+            found = load_json(self.folder / name, _Kept)
+            if found and found["digest"] == _digest(found["value"]):
+                return found["value"]
+        value = json.loads(_dumps(make()))
+        self.write_json(name, {"digest": _digest(value), "value": value})
+        return value
 
     def write_model(self, name: str, *parts) -> Path:
         """Save a model, and its tokenizer, into a folder: `stage.write_model("model", model, tokenizer)`."""

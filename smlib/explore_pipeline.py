@@ -108,13 +108,9 @@ def find_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
         problems = {problem.id: problem for problem in pipeline.training_problems(settings)}
         outcome, parts = selected.read_rows("pairs"), []
         for start in range(0, len(outcome), SHARD):
-            name = f"{pipeline.SHARDS}/{start:07d}.json"
-            if not (stage.folder / name).exists():
-                part = _explore_shard(
-                    engine.tokenizer, draw, problems, outcome[start : start + SHARD], settings, progress
-                )
-                stage.write_json(name, part)
-            parts.append(stage.read_json(name))
+            some = outcome[start : start + SHARD]
+            explored = partial(_explore_shard, engine.tokenizer, draw, problems, some, settings, progress)
+            parts.append(stage.kept(f"{pipeline.SHARDS}/{start:07d}.json", explored))
         stage.write_rows("explored", [row for part in parts for row in part["explored"]])
         stage.write_rows("pairs", [row for part in parts for row in part["pairs"]])
         for name in ("fate", "cost"):

@@ -268,6 +268,21 @@ def test_a_damaged_manifest_is_refused(tmp_path):
         stage.done  # noqa: B018
 
 
+@pytest.mark.parametrize("damage", [cut_short, edit, lambda path: path.write_text("[]")])
+def test_what_an_unfinished_stage_keeps_is_made_once_and_again_where_it_is_damaged(tmp_path, damage):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"found": [1, 2.5, None]}
+
+    with Stage(tmp_path, "06_exploration", {}).recording() as stage:
+        assert stage.kept("shards/1.json", make) == stage.kept("shards/1.json", make) == {"found": [1, 2.5, None]}
+        assert made == [1]
+        damage(stage.folder / "shards" / "1.json")
+        assert stage.kept("shards/1.json", make) == {"found": [1, 2.5, None]} and made == [1, 1]
+
+
 WRONG = [
     "",
     "{",

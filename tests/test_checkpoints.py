@@ -13,6 +13,7 @@ from test_ppo import QUICK, Killed, dies_at, same_weights, without_times
 
 from smlib import checkpoints, ppo, trl_policy
 from smlib.artifacts import StageError
+from smlib.files import DiskFullError
 
 BOOKS = {"ppo": ppo.BOOK, "rloo": trl_policy.BOOK, "grpo": trl_policy.BOOK}
 SHORT = replace(QUICK, updates=1, warmup_updates=0)
@@ -128,7 +129,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_no_half_of_another(method, 
         else:
             trainer = trl_policy.METHODS[method][0]
             patch.setattr(trainer, "_save_optimizer_and_scheduler", full(trainer._save_optimizer_and_scheduler))
-        with pytest.raises(StageError, match=r"No space left on the disk to write .*checkpoint-\d+: free some space"):
+        with pytest.raises(DiskFullError, match=r"No space left on the disk to write .*checkpoint-\d+: .* Free"):
             run(method, tmp_path / "full", plan, checkpoint_every=1)
     first = {"ppo": "checkpoint-000001"}.get(method, "checkpoint-4")
     assert [folder.name for folder in (tmp_path / "full").glob("checkpoint*")] == [first]

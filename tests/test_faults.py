@@ -6,8 +6,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,26 @@ def test_of_two_processes_with_different_settings_one_is_refused(tmp_path):
     assert verify(tmp_path / "run") == 0  # all of one seed
     seeds = {require(tmp_path / "run", stage).settings["seed"] for stage in STAGES[:6] + STAGES[8:9]}
     assert len(seeds) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_an_update_end_and_saves_it(calm, sent, code, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(calm("full"), run, ignore=shutil.ignore_patterns("04_*"))
+    script = "import sys, faults; from smlib import __main__, ppo; ppo.train.__kwdefaults__['checkpoint_every'] = 99\n"
+    script += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script += "__main__.settings_of = lambda args: faults.settings('full')\nsys.exit(__main__.main(sys.argv[1:]))"
+    environment = os.environ | {"PYTHONPATH": f"{SCRIPT.parents[1]}:{SCRIPT.parent}"}
+    command = [sys.executable, "-c", script, "stage", "04_ppo", "--preset", "smoke", "--out", str(run)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (run / "04_ppo" / "training" / "log.csv").exists():
+            time.sleep(0.01)
+        process.send_signal(sent)
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == code and "Stopped. The same command goes on from here." in errors
+    assert list((run / "04_ppo" / "training").glob("checkpoint-*"))  # none would be due before the end
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    weights = [(folder / "04_ppo" / "model" / "model.safetensors").read_bytes() for folder in (calm("full"), run)]
+    assert weights[0] == weights[1]
