@@ -125,10 +125,8 @@ def make_engine(
     checked("workers", workers, Processes, 1)
     checked("rows", rows, Rows, MAX_BATCH)
     checked("cache_tokens", cache_tokens, Held, 0)
-    if name == "vllm":
-        _require("vllm")
+    check_installed(name, workers)
     if workers > 1:
-        _require("ray")
         from smlib.ray_engine import RayEngine
 
         held = {"weights": weights, "rows": rows, "cache_tokens": cache_tokens, "cuda_graphs": cuda_graphs}
@@ -149,9 +147,11 @@ def make_engine(
     return engine
 
 
-def _require(library: str) -> None:
-    if find_spec(library) is None:
-        raise MissingLibrary(
-            f"this engine needs {library}, which is not installed: {INSTALL[library]}; or choose the engine 'native' "
-            "with one worker."
-        )
+def check_installed(name: str, workers: int = 1) -> None:
+    """Raise MissingLibrary where that engine, in so many processes, needs what is not installed."""
+    for library in ["vllm"] * (name == "vllm") + ["ray"] * (workers > 1):
+        if find_spec(library) is None:
+            raise MissingLibrary(
+                f"this engine needs {library}, which is not installed: {INSTALL[library]}; or choose the engine "
+                "'native' with one worker."
+            )

@@ -24,7 +24,7 @@ import torch
 from scipy.stats import betabinom
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from smlib import encoding, memory, models, pipeline, ppo, prompts, reward_model, sft
+from smlib import encoding, engines, memory, models, pipeline, ppo, prompts, reward_model, sft
 from smlib.engines import NativeEngine
 from smlib.errors import UsageError
 from smlib.problems import TASKS
@@ -406,8 +406,12 @@ def check(settings: Settings, names: Iterable[str] = ()) -> None:
     Of a model that does not count (`memory.counts`) nothing can be computed, and nothing is refused. The same where
     accelerate shards the weights (FSDP, DeepSpeed): the table is of whole ones.
     """
-    names, config = list(names), config_of(settings.base)
+    names, config, hardware = list(names), config_of(settings.base), settings.hardware
     check_settings(settings, config, names)
+    if not names or set(names) - set(pipeline.TRAINING):
+        engines.check_installed(hardware.engine, hardware.workers)
+    if not names or "04_ppo" in names:
+        engines.check_installed(hardware.rollout_engine)
     if not memory.counts(config) or _sharded():
         return
     free, where = _free_memory()

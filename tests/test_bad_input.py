@@ -400,3 +400,18 @@ def test_the_plan_of_many_questions_makes_few(monkeypatch):
     many = {group: {"questions": 100_000} for group in ("sampling", "reward", "evaluation")}
     plan = describe(preset("smoke", "coin_flip", **many))
     assert "03_second_sampling  400,000" in plan and max(asked) == 10_000
+
+
+@pytest.mark.parametrize(
+    ("setting", "library"),
+    [("hardware.engine=vllm", "vllm"), ("hardware.workers=2", "ray"), ("hardware.rollout_engine=vllm", "vllm")],
+)
+def test_an_engine_that_is_not_installed_is_refused_before_anything_is_written(refused, monkeypatch, setting, library):
+    monkeypatch.setattr("smlib.engines.find_spec", lambda name: None)
+    for command in ("run", "stage", "explore", "policy"):
+        if command == "policy" and "rollout" not in setting:  # it draws by itself alone
+            continue
+        if command == "explore" and "rollout" in setting:
+            continue
+        arguments = [command, "--preset", "rehearsal", "--task", "coin_flip", "--set", setting, "--out", "run"]
+        assert f"needs {library}, which is not installed" in refused(*arguments, "--set", "hardware.weights=float32")
