@@ -156,7 +156,9 @@ class Stage:
             started = time.perf_counter()
             try:
                 yield self
-            except Exception as error:
+            except BaseException as error:
+                if [path.name for path in self.folder.iterdir()] == [UNFINISHED]:  # nothing was made, nothing stays
+                    remove(self.folder)
                 if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it takes seconds
                     raise StageError(f"{self.folder}: the GPU's memory ran out. {LESS_MEMORY}") from error
                 if is_full(error) and not isinstance(error, DiskFullError):

@@ -184,6 +184,13 @@ def test_a_stage_that_was_cut_off_is_not_taken_over_by_other_settings(tmp_path):
         pass
 
 
+def test_a_stage_that_fails_before_it_has_made_anything_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError), Stage(tmp_path, "02_sft", {"seed": 0}).recording():
+        raise ValueError("its input is damaged, say")
+    assert os.listdir(tmp_path) == []
+    assert finished(tmp_path, "02_sft", {"seed": 1}).done  # other settings are not refused
+
+
 def test_a_finished_stage_is_not_overwritten(tmp_path):
     stage = finished(tmp_path)
     with pytest.raises(StageError, match="is complete"), stage.recording():
@@ -234,7 +241,8 @@ def test_require_returns_the_stage_on_disk_with_its_fingerprint(tmp_path):
 def test_a_missing_stage_names_the_notebook_to_run(tmp_path):
     with pytest.raises(StageError, match=r"does not exist: first run notebook 03 \(notebooks/03_\*\.ipynb\)"):
         require(tmp_path, "03_reward_model")
-    with pytest.raises(ValueError), Stage(tmp_path, "03_reward_model", {}).recording():
+    with pytest.raises(ValueError), Stage(tmp_path, "03_reward_model", {}).recording() as stage:
+        stage.write_rows("log", [])
         raise ValueError
     with pytest.raises(StageError, match="is not finished: first run notebook 03"):
         require(tmp_path, "03_reward_model")
