@@ -34,11 +34,11 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import NoSuchKernel
 from nbclient.exceptions import DeadKernelError
 from papermill.engines import NBClientEngine, papermill_engines
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, FiniteFloat
 from typing_extensions import TypedDict
 
 from smlib import declared, pages
-from smlib.artifacts import MANIFEST, code_version, require
+from smlib.artifacts import MANIFEST, StageError, code_version, require
 from smlib.errors import UsageError, UserError
 from smlib.files import DamagedError, explain, load_json, locked, replacing, sha256, write_text
 from smlib.problems import PUBLISHED, TASKS, DatasetError, generate, load, splits
@@ -477,6 +477,7 @@ def run(notebooks_dir: Path, out: Path, values: dict, *, first: int | None = Non
 
 def _run(sources: dict, out: Path, values: dict, first: int | None, last: int | None) -> None:
     timings, expected = _timings(out), _earlier_seconds(out, values)
+    _write_index(out, values, timings)
     for position, (path, notebook) in enumerate(sources.items(), start=1):
         number, name = int(path.name[:2]), path.stem
         if (first is not None and number < first) or (last is not None and number > last):
@@ -527,14 +528,14 @@ class _Timing(TypedDict):
 
     source: str  # hash of the notebook
     parameters: dict
-    seconds: float
+    seconds: FiniteFloat
     peak_mib: int
     cells: int
     stages: list[str]
     files: dict[str, str]  # figures, tables and pages -> SHA-256
 
 
-_Timings = dict[Annotated[str, Field(pattern=r"^\d\d_")], _Timing]
+_Timings = dict[Annotated[str, Field(pattern=r"^[0-9]{2}_[^/\n]+$")], _Timing]
 
 
 def _timings(out: Path) -> dict[str, _Timing]:
@@ -563,29 +564,52 @@ def _lost(out: Path, entry: _Timing, number: int) -> list[str]:
     return damaged + sorted(set(entry["stages"]) - set(_stages(out, number)))
 
 
+def _is(file: Path, digest: str) -> bool:
+    try:
+        return sha256(file) == digest
+    except OSError:
+        return False
+
+
 def verify(out: Path) -> int:
     """Read every file of a run and print what is damaged, missing or out of date; 1 if anything is."""
-    faults, names = [], sorted(path.parent.name for path in out.glob(f"*/{MANIFEST}"))
-    for name in names:
+    faults, states = [], {"run.json": _RunFile, "timings.json": _Timings}
+    stages = sorted(path for path in out.glob("[0-9][0-9]_*") if not path.name.endswith(".ipynb"))
+    for folder in stages:
         try:
-            require(out, name).verify()
-        except UserError as error:
-            faults.append(str(error))
-    states = {"run.json": _RunFile, "timings.json": _Timings}
+            _verify_stage(folder)
+        except (UserError, OSError) as error:
+            faults.append(explain(error, folder))
     for state, shape in states.items():
         try:
             states[state] = load_json(out / state, shape) or {}
-        except DamagedError as error:
+        except (DamagedError, OSError) as error:
             faults.append(f"{error}: the next run writes it anew")
             states[state] = {}
     timings = states["timings.json"]
     for notebook, entry in timings.items():
         lost = _lost(out, entry, int(notebook[:2]))
         faults += [f"{out / name} is missing or damaged: the next run makes it again" for name in lost]
-    if not names and not any((out / state).exists() for state in states):
+    if timings and not (out / "index.html").is_file():
+        faults.append(f"{out / 'index.html'} is missing: the next run makes it again")
+    if not stages and not any((out / state).exists() for state in states):
         raise RunError(f"{out} holds no run: give --out, or --preset, --task and --seed, of one that was begun.")
-    print("\n".join(faults) or f"{out}: {len(names)} stages and {len(timings)} notebooks are as they were written")
+    whole = f"{out}: {len(stages)} stages and {len(timings)} notebooks are as they were written"
+    print("\n".join(dict.fromkeys(faults)) or whole)
     return min(len(faults), 1)
+
+
+def _verify_stage(folder: Path) -> None:
+    """Raise UserError where a stage is not as it was written, or not finished, where its checkpoint counts too."""
+    from smlib import checkpoints, ppo, trl_policy
+
+    if (folder / MANIFEST).exists():
+        require(folder.parent, folder.name).verify()
+        return
+    if newest := checkpoints.newest(folder / "training"):
+        book = next((book for book in (ppo.BOOK, trl_policy.BOOK) if (newest / book).exists()), ppo.BOOK)
+        checkpoints.opened(newest, book)
+    raise StageError(f"{folder} is not finished: the next run goes on with it")
 
 
 def _stages(out: Path, number: int) -> list[str]:
@@ -642,6 +666,9 @@ class _RunFile(TypedDict, total=False):
     """run.json: the parameters, by name."""
 
     __pydantic_config__ = ConfigDict(extra="allow")
+    PRESET: str
+    TASK: str
+    SEED: int
     OVERRIDES: dict[str, dict | str]
 
 
@@ -667,7 +694,7 @@ def _claim(out: Path, values: dict) -> None:
 def _deciding(values: dict) -> dict:
     """Without the hardware's settings that change no result: a run may go on with others."""
     changed = dict(values.get("OVERRIDES", {}))
-    hardware = changed.pop("hardware", {})
+    hardware = dict(changed.pop("hardware", {}) or {}) if isinstance(changed.get("hardware"), dict) else {}
     changed["hardware"] = {name: hardware[name] for name in ("weights", "engine", "rollout_engine") if name in hardware}
     return values | {"OVERRIDES": {group: value for group, value in changed.items() if value != {}}}
 

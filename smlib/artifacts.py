@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import psutil
-from pydantic import ConfigDict
+from pydantic import ConfigDict, FiniteFloat
 from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
 from smlib.errors import UserError
@@ -53,6 +53,7 @@ LESS_MEMORY = (
     "Lower hardware.rollout_rows or hardware.cache_tokens (sampling) or hardware.micro_batch (training), set "
     "hardware.recompute = True, or begin another run with hardware.weights = 'bfloat16' or 'nf4'."
 )
+ONE_RUN = ("seed", "tasks", "base", "base_sha256")  # equal in all stages of a run that have them
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets")
 
 
@@ -82,7 +83,7 @@ class Manifest(_Asked):
 
     counts: dict[str, int]
     files: dict[str, _File]
-    wall_seconds: float
+    wall_seconds: FiniteFloat
     digest: str  # of all else that is in it
 
 
@@ -105,6 +106,8 @@ class Stage:
         self.folder = Path(run_dir) / name
         self.settings = json.loads(_dumps(settings))  # as it comes back from disk: tuples become lists
         self.inputs = {stage.name: stage.hashes(names) for stage, names in (inputs or {}).items()}
+        for stage in inputs or {}:
+            self._refuse_another_run(stage)
 
     @property
     def fingerprint(self) -> str:
@@ -130,6 +133,16 @@ class Stage:
     def manifest(self) -> Manifest | None:
         """What a finished stage recorded: settings, versions, counts, files, wall_seconds, peak_mib; else None."""
         return _read_manifest(self.folder)
+
+    def _refuse_another_run(self, stage: "Stage") -> None:
+        """Raise StageMismatch where an input is of another seed, base or task: what hashes of files do not say."""
+        for key in ONE_RUN:
+            ours, theirs = self.settings.get(key), stage.settings.get(key)
+            if key in self.settings and key in stage.settings and ours != theirs:
+                raise StageMismatch(
+                    f"{self.folder} is asked for with {key} = {ours!r}, and {stage.folder}, which it is made from, has "
+                    f"{key} = {theirs!r}: choose another RUN_DIR, or the same {key}."
+                )
 
     def hashes(self, names: Iterable[str]) -> dict[str, str]:
         """File -> SHA-256 of these files and folders, by the manifest."""
@@ -208,6 +221,9 @@ class Stage:
     def verify(self) -> None:
         """Read every file of a finished stage, and raise StageError for the first that is not as it was written."""
         require(self.folder.parent, self.name)
+        for earlier in self.inputs:
+            if not (self.folder.parent / earlier / MANIFEST).exists():
+                raise StageError(f"{self.folder} was made from {earlier}, which is not there any more.")
         for name in sorted({file.split("/")[0] for file in self.manifest["files"]}):
             self.path(name)
 

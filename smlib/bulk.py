@@ -15,6 +15,7 @@ files of their own (0-8, then 8-16).
 import dataclasses
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -33,6 +34,7 @@ from smlib.progress import progress_bar
 from smlib.sampling import Sample, check_drawing
 
 _SHARDS = "shard-" + "[0-9]" * 6 + ".*-*.jsonl"
+_NAME = re.compile(r"shard-\d{6}\.(?P<first>\d+)-\d+\.jsonl")
 
 
 class Bulk:
@@ -174,9 +176,8 @@ class Bulk:
 
     def _files(self, shard: int) -> list[Path]:
         """The files of a shard, first samples first."""
-        return sorted(
-            self.folder.glob(f"shard-{shard:06d}.*.jsonl"), key=lambda path: int(path.name.split(".")[1].split("-")[0])
-        )
+        found = {path: _NAME.fullmatch(path.name) for path in self.folder.glob(f"shard-{shard:06d}.*.jsonl")}
+        return sorted((path for path in found if found[path]), key=lambda path: int(found[path]["first"]))
 
     def _write_manifest(self) -> None:
         if not (self.folder / MANIFEST).exists():

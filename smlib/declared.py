@@ -86,6 +86,8 @@ def named_folder(name: str, text: str) -> Path:
     folder = Path(checked(name, text, Text))
     if file := next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None):
         raise UsageError(f"{name} = {text!r} is not allowed, since {str(file)!r} is a file: give another folder")
+    if link := next((path for path in (folder, *folder.parents) if path.is_symlink() and not path.exists()), None):
+        raise UsageError(f"{name} = {text!r} is not allowed, since {str(link)!r} links to nothing: give another folder")
     return folder
 
 

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from smlib import prompts
-from smlib.errors import UsageError
+from smlib.errors import ModelError, UsageError
 from smlib.problems import Problem
 
 PROMPTS = ("plain", "chat")  # how a question is asked: as a document "Q: ... A:", or in the model's chat template
@@ -166,7 +166,12 @@ def closed(tokenizer: PreTrainedTokenizerBase, completion: str | Sequence[int]) 
 def ends(tokenizer: PreTrainedTokenizerBase | None, generation: GenerationConfig) -> tuple[int, ...]:
     """The tokens that end a completion: all that the generation config names, and the tokenizer's end-of-sequence."""
     named = generation.eos_token_id
-    named = [] if named is None else [named] if isinstance(named, int) else list(named)
+    named = [] if named is None else list(named) if isinstance(named, list | tuple) else [named]
+    if not all(type(token) is int and token >= 0 for token in named):
+        raise ModelError(
+            f"eos_token_id = {generation.eos_token_id!r} of the model names no token: give a number from 0, or a list "
+            "of such, in its generation_config.json, or choose another model (--model)"
+        )
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         named.append(tokenizer.eos_token_id)
     return tuple(sorted(set(named)))

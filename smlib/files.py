@@ -75,17 +75,21 @@ def is_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in _FULL or any(words in str(error) for words in said)
 
 
-def explain(error: Exception, folder: str | Path = ".") -> str:
+def explain(error: Exception, folder: str | Path | None = None) -> str:
     """The error in a sentence. folder: where is written, should the error not say it."""
     if not is_full(error) or isinstance(error, DiskFullError):
         return str(error)
-    return _no_room(Path(getattr(error, "filename", None) or Path(folder) / "more"), 0)
+    if name := getattr(error, "filename", None):
+        return _no_room(Path(name), 0)
+    if folder:
+        return _no_room(Path(folder) / "its files", 0)
+    return f"{error}: what was written, such as standard output, found no room; free some space there"
 
 
 def _no_room(target: Path, size: int) -> str:
     folder = next(folder for folder in target.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(folder).free
-    missing = f"at least {mib(size - free)} more are needed" if size > free else "no more may be used"  # a quota, say
+    missing = f"at least {mib(size - free)} more are needed" if size > free else "a quota is used up"
     return (
         f"No space left on the disk to write {target}: {mib(free)} are free in {folder}, and {missing}. Free some "
         "space there, or choose another folder, and give the same command again; no half-written file was left behind."

@@ -78,6 +78,10 @@ def locate(name: str | Path) -> tuple[str, str | None]:
             )
         return str(TINY_BASE), None
     place, _, revision = name.partition("@")
+    if not place.strip():
+        raise ModelError(
+            f"{name!r} names no model: give a folder, a GGUF file, or a hub id such as owner/name@revision"
+        )
     return (name, None) if not revision or Path(name).exists() else (place, revision)
 
 
@@ -404,8 +408,11 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: 
         try:
             with own_draws(seed):
                 adapted = get_peft_model(model, config)
-        except (NoMatchingPeftModuleError, re.error):
+        except (NoMatchingPeftModuleError, ValueError, re.error):  # ValueError: layers that are not linear
             raise UsageError(_no_match(model, targets)) from None
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if isinstance(layer, BaseTunerLayer):
+            raise UsageError(_no_match(model, targets))
     config.base_model_name_or_path = base
     # peft would look into the base, where saving is, for a vocabulary that training does not change
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
@@ -427,7 +434,7 @@ def _no_match(model: PreTrainedModel, targets: str) -> str:
     ]
     last = sorted({name.rpartition(".")[2] for name in linear})
     return (
-        f"lora.targets = {targets!r} matches no layer of {type(model).__name__}, whose linear layers are called "
+        f"lora.targets = {targets!r} matches no layer of {type(model).__name__}, or others than linear ones, called "
         f"{', '.join(last)}, in full such as {linear[0]}: give a regular expression of whole names, such as "
         rf"'.*\.({'|'.join(last[:2])})', or 'all-linear'"
     )

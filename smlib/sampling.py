@@ -41,7 +41,7 @@ from smlib.declared import (
     checked,
 )
 from smlib.encoding import decode, encode_prompt, ends
-from smlib.errors import UsageError
+from smlib.errors import ModelError, UsageError
 from smlib.progress import progress_bar
 
 MAX_BATCH = 512  # rows that step together
@@ -181,6 +181,11 @@ def sample_ids(
             return [found for [found] in sample_ids(model, ids, 1, keys=names, first=number, **options)]
 
         return draw_until(draw, len(prompt_ids), range(first, first + n), until, progress)
+    known = model.get_input_embeddings().num_embeddings
+    if (greatest := max(map(max, prompt_ids), default=0)) >= known:
+        raise ModelError(
+            f"the tokenizer does not fit the model: a prompt has token {greatest}, of {known} that it knows"
+        )
     draw = partial(_draw, temperature=temperature, top_k=top_k, top_p=top_p)
     ending = Ending(ends(tokenizer, model.generation_config), tuple(stop), tokenizer)
 
@@ -267,6 +272,8 @@ def _complete_block(model, prompts, owners, uniforms, draw, ending, cuda_graphs)
     device, steps = model.device, uniforms.shape[1]
     uniforms = torch.from_numpy(uniforms).to(device)
     logits, cache, padding = _prefill(model, prompts, torch.tensor(owners, device=device))
+    if logits.isnan().any():
+        raise ModelError("the model's logits are not numbers: its weights or its config.json are damaged")
     start = max(map(len, prompts))
     records, fixed = cuda_graphs and _records(model), None
 

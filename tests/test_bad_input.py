@@ -4,6 +4,7 @@ import math
 import re
 import shlex
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -415,3 +416,20 @@ def test_an_engine_that_is_not_installed_is_refused_before_anything_is_written(r
             continue
         arguments = [command, "--preset", "rehearsal", "--task", "coin_flip", "--set", setting, "--out", "run"]
         assert f"needs {library}, which is not installed" in refused(*arguments, "--set", "hardware.weights=float32")
+
+
+@pytest.mark.parametrize("command", ["run", "stage", "sample coin_flip", "pretrain", "explore", "run --verify"])
+@pytest.mark.parametrize("target", ["nowhere", "link"])  # to itself, too
+def test_a_folder_that_links_to_nothing_is_refused(tmp_path, monkeypatch, capsys, command, target):
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to(target)
+    assert main([*command.split(), "--out", "link"]) == 1
+    assert "--out = 'link' is not allowed, since 'link' links to nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "targets", [".*", ".*norm.*", "model", ".*act_fn", "lm_head", ".*embed_tokens", ".*q_proj|.*norm"]
+)
+def test_adapters_go_on_linear_layers_alone(refused, targets):
+    said = refused("stage", "--preset", "smoke", "--set", "lora.rank=4", "--set", f"lora.targets={targets}")
+    assert f"lora.targets = {targets!r} matches no layer of LlamaForCausalLM, or others than linear ones" in said

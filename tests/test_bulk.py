@@ -129,6 +129,14 @@ def test_samples_of_a_lost_manifest_are_not_taken_for_those_of_other_settings(tm
         bulk(tmp_path).draw(QUESTIONS, 3, **DRAWING)
 
 
+def test_another_file_beside_the_shards_is_left_alone(tmp_path):
+    bulk(tmp_path).draw(QUESTIONS, 2, **DRAWING)
+    for name in ("shard-000000.old.jsonl", "shard-old.0-2.jsonl", "notes.jsonl"):
+        (tmp_path / name).write_text("mine")
+    assert bulk(tmp_path).draw(QUESTIONS, 2, **DRAWING)["found"] == 20
+    assert list(numbers(tmp_path)) == [key for key, _ in QUESTIONS]
+
+
 def test_two_writers_do_not_meet(tmp_path):
     class Meeting(Counting):
         def sample(self, *args, **kwargs):

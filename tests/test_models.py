@@ -315,8 +315,8 @@ def test_targets_that_match_nothing_are_named_beside_what_there_is(targets):
     with pytest.raises(ValueError) as raised:
         models.add_lora(gpt2(), 2, 4, targets, base="")
     assert str(raised.value) == (
-        f"lora.targets = {targets!r} matches no layer of GPT2LMHeadModel, whose linear layers are called c_attn, c_fc, "
-        "c_proj, in full such as transformer.h.0.attn.c_attn: give a regular expression of whole names, such as "
+        f"lora.targets = {targets!r} matches no layer of GPT2LMHeadModel, or others than linear ones, called c_attn, "
+        "c_fc, c_proj, in full such as transformer.h.0.attn.c_attn: give a regular expression of whole names, such as "
         r"'.*\.(c_attn|c_fc)', or 'all-linear'"
     )
     assert models.add_lora(gpt2(), 2, 4, r".*\.(c_attn|c_fc)", base="").peft_config["default"].r == 2

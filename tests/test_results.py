@@ -247,6 +247,16 @@ def test_runs_that_differ_anywhere_upstream_are_not_pooled(tmp_path, changed, wo
         results.combine(runs)  # nobody knows how it was made
 
 
+def test_a_stage_of_another_seed_is_not_made_in_the_same_run(tmp_path):
+    """Else one training, evaluated twice, would pass for two seeds."""
+    for key, value in (("seed", 1), ("base", "other"), ("tasks", ["coin_flip"])):
+        given = {"seed": 0, "base": "tiny", "tasks": ["all"]}
+        with Stage(tmp_path / key, "02_sft", given).recording() as tuned:
+            tuned.write_rows("log", [{"n": 1}])
+        with pytest.raises(StageMismatch, match=f"is asked for with {key} = .*, or the same {key}"):
+            Stage(tmp_path / key, "05_evaluation", given | {key: value}, {tuned: ["log.jsonl"]})
+
+
 def test_a_run_whose_stage_was_made_again_is_not_pooled(tmp_path):
     write_upstream(tmp_path / "0", 0)
     shutil.rmtree(tmp_path / "0" / "02_sft")

@@ -229,7 +229,9 @@ def test_a_page_or_figure_that_was_lost_is_made_again(tmp_path, out, lost, damag
     assert log(out) == ["00", "01", "01"]
 
 
-WRONG = ["", "{", "[]", "3", '{"00_start": 3}', '{"00_start": {"source": 1}}', "\udcff"]
+TIMED = '{"00_start": {"source": "a", "parameters": {}, "seconds": NaN, "peak_mib": 1, "cells": 1, "stages": [], '
+TIMED += '"files": {}}}'
+WRONG = ["", "{", "[]", "3", '{"00_start": 3}', '{"00_start": {"source": 1}}', "\udcff", TIMED]
 
 
 @pytest.mark.usefixtures("in_process")
@@ -245,7 +247,9 @@ def test_a_damaged_timings_file_costs_time_alone(notebooks, out, text, capsys):
 
 
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"OVERRIDES": 3}', '{"OVERRIDES": {"ppo": []}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '{"OVERRIDES": 3}', '{"OVERRIDES": {"ppo": []}}', '{"SEED": "x"}']
+)
 def test_a_damaged_run_file_is_written_anew(notebooks, out, text, capsys):
     run(notebooks, out, VALUES)
     whole = (out / "run.json").read_text()
@@ -273,6 +277,32 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(note
     assert not out.exists()
     run(notebooks, out, VALUES)
     assert not (out / ".locks").exists()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_verify_names_what_is_not_finished_gone_or_no_folder_and_the_lost_index(tmp_path, out, capsys):
+    write_notebook(tmp_path / "notebooks", "00_start", LOG.format("00"))
+    run(tmp_path / "notebooks", out, VALUES)
+    with Stage(out, "01_sampling", {}).recording() as first:
+        first.write_rows("a", [{"n": 1}])
+    with Stage(out, "02_ranking", {}, {first: ["a.jsonl"]}).recording() as second:
+        second.write_rows("b", [{"n": 1}])
+    assert verify(out) == 0
+    with pytest.raises(ZeroDivisionError), Stage(out, "03_reward_model", {}).recording() as third:
+        third.write_rows("a", [1 / len([])])
+    (out / "03_reward_model" / "training").mkdir(parents=True)
+    shutil.rmtree(out / "01_sampling")
+    (out / "04_ppo").symlink_to("nowhere")
+    (out / "05_evaluation" / "manifest.json").mkdir(parents=True)
+    (out / "index.html").unlink()
+    capsys.readouterr()
+    assert verify(out) == 1
+    said = capsys.readouterr().out
+    for words in ("02_ranking was made from 01_sampling, which is not there", "03_reward_model is not finished",
+                  "04_ppo is not finished", "Is a directory", "index.html is missing"):  # fmt: skip
+        assert words in said
+    run(tmp_path / "notebooks", out, VALUES)
+    assert (out / "index.html").is_file() and log(out) == ["00"]
 
 
 @pytest.mark.usefixtures("in_process")
