@@ -127,14 +127,19 @@ def test_what_cannot_be_made_is_refused_before_anything_is_written(tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
+APART = (["02_sft"], ["06_rft"], ["03_reward_model", "04_ppo", "06_step_dpo", "06_outcome_dpo"])
+
+
 @pytest.mark.slow
-def test_the_command_shares_the_stages_that_train(finished, tmp_path):
-    """Under torchrun, by a copy of the run in which they are missing."""
-    shutil.copytree(finished, tmp_path / "two", ignore=shutil.ignore_patterns(*SHARED))
+@pytest.mark.parametrize("names", APART)
+def test_the_command_shares_the_stages_that_train(finished, tmp_path, names):
+    """Under torchrun, by a copy of the run in which they are missing. What sampled from a model stays its own."""
+    assert {name for names in APART for name in names} == set(SHARED)
+    shutil.copytree(finished, tmp_path / "two", ignore=shutil.ignore_patterns(*names))
     options = [*SMOKE, tmp_path / "two", "--set", "explore.temperature=1.0"]
-    done = in_two_processes(COMMAND, "stage", *SHARED, *options)
+    done = in_two_processes(COMMAND, "stage", *names, *options)
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in SHARED:
+    for name in names:
         assert done.stdout.count(f"{tmp_path / 'two' / name}: ") == 1  # the main process alone prints
         assert difference(*(out / name / "model/model.safetensors" for out in (finished, tmp_path / "two"))) < 1e-5
 
