@@ -127,7 +127,7 @@ def test_what_cannot_be_made_is_refused_before_anything_is_written(tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
-APART = (["02_sft"], ["06_rft"], ["03_reward_model", "04_ppo", "06_step_dpo", "06_outcome_dpo"])
+APART = (["02_sft"], ["06_rft"], ["03_reward_model", "06_step_dpo", "06_outcome_dpo"])
 
 
 @pytest.mark.slow
