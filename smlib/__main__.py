@@ -558,13 +558,12 @@ def _shown(out: Path) -> dict[Path, tuple]:
 
 def _lost(out: Path, entry: _Timing, number: int) -> list[str]:
     """The stages, figures, tables and pages of an executed notebook that were deleted or damaged since."""
-    damaged = [
-        name for name, digest in entry["files"].items() if not (out / name).is_file() or sha256(out / name) != digest
-    ]
+    damaged = [name for name, digest in entry["files"].items() if not _is(out / name, digest)]
     return damaged + sorted(set(entry["stages"]) - set(_stages(out, number)))
 
 
 def _is(file: Path, digest: str) -> bool:
+    """Whether the file has that SHA-256; one that cannot be read has not."""
     try:
         return sha256(file) == digest
     except OSError:
@@ -662,6 +661,12 @@ def _checked(sources: dict, values: dict) -> dict:
     return found
 
 
+class _Overrides(TypedDict, total=False, extra_items=dict):
+    """What --model and --set have changed: the base, and settings by their group."""
+
+    base: str
+
+
 class _RunFile(TypedDict, total=False):
     """run.json: the parameters, by name."""
 
@@ -669,7 +674,7 @@ class _RunFile(TypedDict, total=False):
     PRESET: str
     TASK: str
     SEED: int
-    OVERRIDES: dict[str, dict | str]
+    OVERRIDES: _Overrides
 
 
 def _claim(out: Path, values: dict) -> None:
@@ -694,7 +699,7 @@ def _claim(out: Path, values: dict) -> None:
 def _deciding(values: dict) -> dict:
     """Without the hardware's settings that change no result: a run may go on with others."""
     changed = dict(values.get("OVERRIDES", {}))
-    hardware = dict(changed.pop("hardware", {}) or {}) if isinstance(changed.get("hardware"), dict) else {}
+    hardware = changed.pop("hardware", {})
     changed["hardware"] = {name: hardware[name] for name in ("weights", "engine", "rollout_engine") if name in hardware}
     return values | {"OVERRIDES": {group: value for group, value in changed.items() if value != {}}}
 

@@ -248,7 +248,17 @@ def test_a_damaged_timings_file_costs_time_alone(notebooks, out, text, capsys):
 
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", '{"OVERRIDES": 3}', '{"OVERRIDES": {"ppo": []}}', '{"SEED": "x"}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        '{"OVERRIDES": 3}',
+        '{"OVERRIDES": {"ppo": []}}',
+        '{"SEED": "x"}',
+        '{"OVERRIDES": {"hardware": "weights"}}',
+    ],
 )
 def test_a_damaged_run_file_is_written_anew(notebooks, out, text, capsys):
     run(notebooks, out, VALUES)
@@ -295,8 +305,13 @@ def test_verify_names_what_is_not_finished_gone_or_no_folder_and_the_lost_index(
     (out / "04_ppo").symlink_to("nowhere")
     (out / "05_evaluation" / "manifest.json").mkdir(parents=True)
     (out / "index.html").unlink()
+    timings = json.loads((out / "timings.json").read_text())
+    timings["00_start"]["files"]["x" * 5_000] = "no file has such a name"
+    whole = (out / "timings.json").read_text()
+    (out / "timings.json").write_text(json.dumps(timings))
     capsys.readouterr()
     assert verify(out) == 1
+    (out / "timings.json").write_text(whole)
     said = capsys.readouterr().out
     for words in ("02_ranking was made from 01_sampling, which is not there", "03_reward_model is not finished",
                   "04_ppo is not finished", "Is a directory", "index.html is missing"):  # fmt: skip
