@@ -5,12 +5,16 @@ export TOKENIZERS_PARALLELISM := false
 export PYTHONWARNINGS := ignore:IProgress not found,ignore:TRL currently supports vLLM
 
 run: $(READY)  ## execute all notebooks at the tiny preset; writes runs/, figures/ and results/
-	$(BIN)/python -m smlib run --preset tiny --publish
+	$(BIN)/smlib run --preset tiny --publish
 
-test: $(READY)  ## style, unit tests, the smoke pipeline, and the committed notebooks
+# two processes with a thread each, and the files with slow tests first (tests/conftest.py): the short ones fill the rest
+test test-notebooks: export OMP_NUM_THREADS = 1
+
+test: $(READY)  ## style, all tests but the faults, and all notebooks at the smallest preset
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/pytest -q -n 2 --dist loadfile
-	$(BIN)/pytest -q -n 2 --dist loadfile -m slow
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=25 -m "not faults"
+
+test-notebooks: $(READY)  ## execute the committed notebooks as they are, and compare their outputs (20 minutes)
 	$(BIN)/pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 notebooks
 
 test-faults: $(READY)  ## break every stage at every one of its file operations (an hour)
@@ -37,10 +41,10 @@ bench: $(READY)  ## speed and memory, ours beside peers
 	$(BIN)/python benchmarks/exploration.py
 
 figures: $(READY)  ## draw the figures and tables again from the finished stages
-	$(BIN)/python -m smlib run --preset tiny --from 0 --publish
+	$(BIN)/smlib run --preset tiny --from 0 --publish
 
 notebooks: $(READY)  ## the same, and put the executed notebooks into notebooks/
-	$(BIN)/python -m smlib run --preset tiny --from 0 --publish --refresh
+	$(BIN)/smlib run --preset tiny --from 0 --publish --refresh
 
 clean:  ## delete all runs; what is in figures/, results/ and notebooks/ stays
 	rm -rf runs .pytest_cache .ruff_cache .hypothesis
@@ -48,7 +52,7 @@ clean:  ## delete all runs; what is in figures/, results/ and notebooks/ stays
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is not Python 3.11 or newer: install one, then make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -r requirements.lock
+	$(BIN)/pip install -q --no-compile -r requirements.lock  # most modules are never imported
 	$(BIN)/pip install -q --no-deps -e .
 	@touch $@
 
@@ -75,4 +79,4 @@ $(READY): requirements.lock pyproject.toml
 	.venv-vllm/bin/pip install -q --no-deps -e .
 	@touch $@
 
-.PHONY: smollm2 run test test-faults test-ray test-vllm test-nf4 lab bench figures notebooks clean
+.PHONY: smollm2 run test test-notebooks test-faults test-ray test-vllm test-nf4 lab bench figures notebooks clean

@@ -12,10 +12,13 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from smlib import ablations, pipeline
-from smlib.artifacts import StageError, require
-from smlib.files import replacing
-from smlib.settings import preset
+import variants
+
+from smlib.files.artifacts import StageError, require
+from smlib.files.atomic import replacing
+from smlib.runs import shared
+from smlib.runs.settings import preset
+from smlib.runs.shared import answer_fresh
 
 
 def main() -> None:
@@ -25,21 +28,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--questions", type=int, default=100, help="fresh questions per task (default 100)")
     parser.add_argument("--runs", default="", help="one run folder, in place of runs/PRESET-TASK-seedSEED")
-    parser.add_argument("--out", type=Path, default=ablations.TABLE)
+    parser.add_argument("--out", type=Path, default=variants.TABLE)
     args = parser.parse_args()
     rows = []
     for seed in args.seeds:
         settings = preset(args.preset, args.task, seed)
-        run = pipeline.run_folder(args.runs, args.preset, args.task, seed)
+        run = shared.run_folder(args.runs, args.preset, args.task, seed)
         try:
             tuned = require(run, "02_sft").path("model")
             require(run, "03_reward_model")
         except StageError as error:
             raise SystemExit(str(error)) from None
-        answered = ablations.answers(settings, tuned, args.questions)
-        for pairs, wrong in ablations.PAIRS:
-            rows += ablations.reward_rows(run, settings, pairs, wrong, answered)
-        write(rows, ablations.COLUMNS, args.out)
+        answered = answer_fresh(settings, tuned, args.questions)
+        for pairs, wrong in variants.PAIRS:
+            rows += variants.reward_rows(run, settings, pairs, wrong, answered)
+        write(rows, variants.COLUMNS, args.out)
         print(f"seed {seed}: {len(rows)} rows in all", flush=True)
 
 

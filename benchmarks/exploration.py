@@ -7,8 +7,8 @@ prefix, at the temperature of the run's settings:
 - the loop over rationales, prefixes and completions, each of them one call of `model.generate`;
 - the loop over rationales and prefixes, with k completions in one call;
 - the first loop with an early exit: it leaves a prefix that recovers, and a rationale at its pit;
-- all prefixes batched through our sampler, k completions each (`explore.explore_all`);
-- the same with an early exit (`explore.explore`), and both again on all rationales of the run.
+- all prefixes batched through our sampler, k completions each (`exploration.explore_all`);
+- the same with an early exit (`exploration.explore`), and both again on all rationales of the run.
 All judge by the same judge. The seconds of the processor stand beside those of the clock, for a machine that has other
 work to do. A loop draws for every rationale; the batched ones draw once for prefixes that are equal.
 """
@@ -22,12 +22,16 @@ from pathlib import Path
 
 import torch
 
-from smlib import encoding, explore, explore_pipeline, models, pipeline, prompts
-from smlib.answers import grade
-from smlib.artifacts import require
-from smlib.engines import NativeEngine
-from smlib.files import replacing
-from smlib.settings import preset
+from smlib.files.artifacts import require
+from smlib.files.atomic import replacing
+from smlib.judging.answers import grade
+from smlib.learning import exploration
+from smlib.learning.rows import Pair
+from smlib.problems import prompts
+from smlib.runs import questions, self_explore, shared
+from smlib.runs.settings import preset
+from smlib.sampling import encoding, models
+from smlib.sampling.engines import NativeEngine
 
 TABLE = Path(__file__).parents[1] / "results" / "exploration.csv"
 COLUMNS = ("what", "rationales", "k", "pits", "completions", "tokens", "seconds", "cpu_seconds", "ms_per_rationale")
@@ -49,20 +53,20 @@ def loop(model, tokenizer, rationales, settings, at_once: int, early_exit: bool 
                 for ids in output[:, len(start) :].tolist():
                     ids = ids[: ids.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in ids else ids
                     text = prompts.cut(encoding.decode(tokenizer, [*one.prefix(step), *ids]))
-                    found.append(grade(text, one.problem).correct)
+                    found.append(grade(one.problem, text).correct)
                     lengths.append(len(ids))
             recovers.append(found)
             if early_exit and not any(found):
                 break
-        pits.append(explore.first_pit(recovers))
+        pits.append(exploration.first_pit(recovers))
     return pits, lengths
 
 
 def batched(function, model, tokenizer, rationales, settings) -> tuple[list, list[int]]:
-    """`explore.explore` or `explore.explore_all`: first pits, and the length of every completion."""
-    engine = NativeEngine(model, tokenizer, settings.hardware.rollout_rows)
-    found = function(tokenizer, rationales, explore_pipeline.drawing(engine, settings), settings.explore.k)
-    pits = [explore.first_pit(explore.outcomes(one, found)) for one in rationales]
+    """`exploration.explore` or `exploration.explore_all`: first pits, and the length of every completion."""
+    engine = NativeEngine(model, tokenizer, settings.hardware.max_batch)
+    found = function(engine, rationales, settings.explore.k, shared.sampling_params(settings, "explore"))
+    pits = [exploration.first_pit(exploration.outcomes(one, found)) for one in rationales]
     return pits, [len(one.sample.token_ids) for attempts in found.values() for one in attempts]
 
 
@@ -74,10 +78,12 @@ def main() -> None:
     parser.add_argument("--rationales", type=int, default=60, help="that the loops explore (default 60)")
     parser.add_argument("--out", type=Path, default=TABLE)
     args = parser.parse_args()
-    settings, run = preset(args.preset, args.task), pipeline.run_folder(args.run, args.preset, args.task, 0)
-    tokenizer, model = pipeline.load_tokenizer(settings), models.load_policy(require(run, "06_rft").path("model"))
-    problems = {problem.id: problem for problem in pipeline.training_problems(settings)}
-    everything = explore_pipeline.wrong_rationales(tokenizer, problems, require(run, "06_selection").read_rows("pairs"))
+    settings, run = preset(args.preset, args.task), shared.run_folder(args.run, args.preset, args.task, 0)
+    tokenizer, model = shared.load_tokenizer(settings), models.load_policy(require(run, "06_rft").path("model"))
+    problems = {problem.id: problem for problem in questions.training_problems(settings)}
+    everything = self_explore.wrong_rationales(
+        tokenizer, problems, require(run, "06_selection").read_rows("pairs", Pair)
+    )
     few = everything[:: max(1, len(everything) // args.rationales)][: args.rationales]
 
     k, given = settings.explore.k, (model, tokenizer, few, settings)
@@ -85,15 +91,15 @@ def main() -> None:
         "loop, one completion a call": (partial(loop, *given, 1), few),
         "loop, k completions a call": (partial(loop, *given, k), few),
         "loop, early exit": (partial(loop, *given, 1, early_exit=True), few),
-        "batched": (partial(batched, explore.explore_all, *given), few),
-        "batched, early exit": (partial(batched, explore.explore, *given), few),
+        "batched": (partial(batched, exploration.explore_all, *given), few),
+        "batched, early exit": (partial(batched, exploration.explore, *given), few),
         "batched, all rationales": (
-            partial(batched, explore.explore_all, model, tokenizer, everything, settings), everything),
+            partial(batched, exploration.explore_all, model, tokenizer, everything, settings), everything),
         "batched, early exit, all rationales": (
-            partial(batched, explore.explore, model, tokenizer, everything, settings), everything),
+            partial(batched, exploration.explore, model, tokenizer, everything, settings), everything),
     }  # fmt: skip
     loop(model, tokenizer, few[:1], settings, 1)  # warm-up
-    batched(explore.explore, model, tokenizer, few[:8], settings)
+    batched(exploration.explore, model, tokenizer, few[:8], settings)
     rows = []
     for what, (way, explored) in ways.items():
         clock, processor = time.perf_counter(), time.process_time()

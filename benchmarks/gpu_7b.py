@@ -16,9 +16,9 @@ leaves a row that says why, and the next one runs; one that would not end in tim
 shape 7b writes to results/.
 
 The columns: section, what, value, unit, computed, ratio = value / computed, note. (section, what, unit) names a row.
-Computed is, of GiB, what smlib.memory expects; of a speed or a time, the bound: the time that the arithmetic takes at
-the speed of a large matrix product, or that the bytes which must be read take at the speed of a large copy, both
-measured in the same run. The ratio of a speed is then the share of the bound.
+Computed is, of GiB, what smlib.scale.memory expects; of a speed or a time, the bound: the time that the arithmetic
+takes at the speed of a large matrix product, or that the bytes which must be read take at the speed of a large copy,
+both measured in the same run. The ratio of a speed is then the share of the bound.
 
 Operations are counted of the P weights in matrices, not of attention, which is below 2 % at these lengths: a forward
 pass takes 2 P per token, a backward pass through frozen weights 2 P (no gradients of theirs), and 2 P more where
@@ -40,7 +40,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -52,10 +52,14 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from smlib import memory, models
-from smlib.memory import Choices, Sampling, Training
-from smlib.problems import Problem
-from smlib.sampling import Sample, sample_ids
+from smlib.learning.rows import Pair
+from smlib.problems.datasets import Problem
+from smlib.sampling import models, packing
+from smlib.sampling.engines import NativeEngine
+from smlib.sampling.params import Sample, SamplingParams
+from smlib.sampling.sampler import sample_ids
+from smlib.scale import memory
+from smlib.scale.memory import PPO, Sampling, Training
 
 RESULTS = Path(__file__).parents[1] / "results"
 COLUMNS = ("section", "what", "value", "unit", "computed", "ratio", "note")
@@ -144,10 +148,10 @@ class Bench:
         self.add(what, found, "GiB", computed / GIB, "" if GPU else "measured on a GPU only")
         reset_peak()
 
-    def train(self, what: str, seconds: float, rows: int, computed: float, recompute: bool) -> None:
+    def train(self, what: str, seconds: float, rows: int, computed: float, gradient_checkpointing: bool) -> None:
         """The rows of a training step on `rows` whole sequences under LoRA."""
         tokens = rows * (self.job.prompt + self.job.answer)
-        work = (6 if recompute else 4) * matrices(self.job.config) * tokens
+        work = (6 if gradient_checkpointing else 4) * matrices(self.job.config) * tokens
         self.add(what, seconds, "s", work / self.peak)
         self.add(what, tokens / seconds, "tokens/s")
         self.add(what, work / seconds / 1e12, "TFLOP/s", self.peak / 1e12)
@@ -248,10 +252,16 @@ def problems_of(job: Job, count: int) -> list[Problem]:
     return [Problem(f"gpu/{n}", "multiarith", text(ids), "7", "number") for n, ids in enumerate(questions)]
 
 
-def choices(job: Job, **changed) -> Choices:
-    """How the models are held here, for smlib.memory."""
-    usual = {"layout": "adapters", "rank": RANK, "frozen": "bfloat16", "precision": "bfloat16", "prompt": job.prompt}
-    return Choices(**usual | {"completion": job.new, "samples": SAMPLES} | changed)
+def ppo_plan(job: Job, **changed) -> PPO:
+    """What is measured here of PPO, for smlib.scale.memory."""
+    usual = {"rank": RANK, "dtype": "bfloat16", "precision": "bfloat16", "prompt": job.prompt, "samples": SAMPLES}
+    return PPO(**usual | {"completion": job.new} | changed)
+
+
+def computed_phases(job: Job, plan: PPO) -> dict[str, float]:
+    """Bytes of each phase, less the reward model's adapter, which is not loaded here."""
+    reward = 4 * memory.lora_parameters(job.config, RANK)
+    return {name: memory.total(parts) - reward for name, parts in memory.phases(job.config, plan).items()}
 
 
 # ---- facts, weights ------------------------------------------------------------------------------------------
@@ -292,10 +302,10 @@ def weights(bench: Bench) -> None:
 # ---- sampling ------------------------------------------------------------------------------------------------
 
 
-def native(model, job: Job, rows: int, new: int, cuda_graphs: bool = False) -> list[list[Sample]]:
+def native(model, job: Job, rows: int, new: int) -> list[list[Sample]]:
     prompts = token_ids(-(-rows // SAMPLES), job.prompt, job.config)
-    options = {"temperature": 1.0, "max_new_tokens": new, "seed": 0, "cuda_graphs": cuda_graphs}
-    return sample_ids(model, prompts, min(rows, SAMPLES), **options)
+    params = SamplingParams(temperature=1.0, max_new_tokens=new, seed=0)
+    return sample_ids(model, None, prompts, min(rows, SAMPLES), params)
 
 
 @torch.inference_mode()
@@ -340,7 +350,7 @@ def sampling(bench: Bench) -> None:
 def native_speed(bench: Bench, model, rows: int) -> float:
     """Tokens per second."""
     job, what = bench.job, f"native, {rows} rows"
-    plan = Sampling("bfloat16", rollout_rows=rows, samples=SAMPLES, prompt=job.prompt, completion=job.new)
+    plan = Sampling("bfloat16", max_batch=rows, samples=SAMPLES, prompt=job.prompt, completion=job.new)
     native(model, job, rows, 4)
     reset_peak()
     speed = rows * job.new / seconds(lambda: native(model, job, rows, job.new))
@@ -365,13 +375,13 @@ def generate_speed(bench: Bench, model, rows: int, what: str = "generate", **opt
 
 
 @torch.inference_mode()
-def compare_logprobs(bench: Bench, model, cuda_graphs: bool = False) -> None:
+def compare_logprobs(bench: Bench, model) -> None:
     """Log-probabilities as the sampler gives them beside those of a training pass over the same tokens."""
     job = bench.job
     prompts = token_ids(1, job.prompt, job.config)
-    [drawn] = native(model, job, models.CONTINUATIONS_PER_ROW, job.new, cuda_graphs)
-    packed = models.pack([(prompts[0], [list(one.token_ids) for one in drawn])], 0, DEVICE)
-    trained = models.packed_logprobs(model, packed).cpu()
+    [drawn] = native(model, job, packing.CONTINUATIONS_PER_ROW, job.new)
+    packed = packing.pack([(prompts[0], [list(one.token_ids) for one in drawn])], 0, DEVICE)
+    trained = packing.packed_logprobs(model, packed).cpu()
     apart = (trained - torch.tensor([number for one in drawn for number in one.logprobs])).abs()
     bench.add("log p, sampler and training pass, largest difference", apart.max().item(), "nats")
     bench.add("log p, sampler and training pass, mean difference", apart.mean().item(), "nats", note="bfloat16")
@@ -398,22 +408,6 @@ def busy_seconds(work: Callable[[], object]) -> float:
     return sum(event.self_device_time_total for event in kernels) / 1e6
 
 
-def graph(bench: Bench) -> None:
-    """The sampler's steps recorded as CUDA graphs (hardware.cuda_graphs) and launched singly, in one run."""
-    job, model = bench.job, build(bench.job.config)
-    compare_logprobs(bench, model, cuda_graphs=True)
-    note = "" if GPU else "of fixed shapes, but not recorded on a CPU"
-    for rows in job.stepped:
-        native(model, job, rows, job.new, cuda_graphs=True)
-        singly = seconds(lambda rows=rows: native(model, job, rows, job.new))
-        reset_peak()
-        recorded = seconds(lambda rows=rows: native(model, job, rows, job.new, cuda_graphs=True))
-        drawn, plan = rows * job.new, Sampling("bfloat16", rows, min(rows, SAMPLES), job.prompt, job.new)
-        bench.add(f"recorded, {rows} rows", drawn / recorded, "tokens/s", drawn / draw_bound(bench, rows), note)
-        bench.add(f"recorded over launched singly, {rows} rows", singly / recorded, "times", note=note)
-        bench.weigh(f"recorded, {rows} rows", memory.total(memory.sampling(job.config, plan)))
-
-
 def static(bench: Bench) -> None:
     """model.generate with a static cache, which transformers compiles on a GPU. The last section: compiling may take
     all the time that is left."""
@@ -429,15 +423,22 @@ def static(bench: Bench) -> None:
 
 def variants() -> Iterator[tuple[str, int, bool]]:
     """(its name, micro batch, whether activations are computed again), as a model that does so goes on doing it."""
-    for recompute in (False, True):
+    for gradient_checkpointing in (False, True):
         for micro in (4, 1):
-            yield f"micro batch {micro}{', recompute' if recompute else ''}", micro, recompute
+            yield (
+                f"micro batch {micro}{', gradient_checkpointing' if gradient_checkpointing else ''}",
+                micro,
+                gradient_checkpointing,
+            )
 
 
-def update_bytes(job: Job, micro: int, recompute: bool, frozen: str = "bfloat16") -> float:
-    """Bytes of a step on whole completions, as smlib.memory counts PPO's with a value head, under autocast."""
-    held = choices(job, minibatch=micro, samples=1, completion=job.answer, recompute=recompute, frozen=frozen)
-    return memory.total(memory.update(job.config, held))
+def update_bytes(job: Job, micro: int, gradient_checkpointing: bool, dtype: str = "bfloat16") -> float:
+    """Bytes of a step on whole completions, as smlib.scale.memory counts PPO's with a value head, under autocast."""
+    plan = ppo_plan(
+        job, micro_batch=micro, samples=1, completion=job.answer, gradient_checkpointing=gradient_checkpointing,
+        dtype=dtype,
+    )  # fmt: skip
+    return computed_phases(job, plan)["update"]
 
 
 def loop_step(bench: Bench, lora, micro: int) -> float:
@@ -445,11 +446,11 @@ def loop_step(bench: Bench, lora, micro: int) -> float:
     job, trained = bench.job, [weight for weight in lora.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     rows = token_ids(micro, job.prompt + job.answer, job.config)
-    packed = models.pack([(row[: job.prompt], [row[job.prompt :]]) for row in rows], 0, DEVICE)
+    packed = packing.pack([(row[: job.prompt], [row[job.prompt :]]) for row in rows], 0, DEVICE)
 
     def step():
         with torch.autocast(DEVICE, torch.bfloat16):
-            loss = -models.packed_logprobs(lora, packed).mean()
+            loss = -packing.packed_logprobs(lora, packed).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -461,14 +462,14 @@ def loop_step(bench: Bench, lora, micro: int) -> float:
 def loop(bench: Bench) -> None:
     """SFT without a trainer, under autocast."""
     lora = adapted(bench.job.config)
-    for what, micro, recompute in variants():
-        if recompute:
-            recompute_activations(lora)
+    for what, micro, gradient_checkpointing in variants():
+        if gradient_checkpointing:
+            checkpoint_gradients(lora)
         taken = loop_step(bench, lora, micro)
-        bench.train(what, taken, micro, update_bytes(bench.job, micro, recompute), recompute)
+        bench.train(what, taken, micro, update_bytes(bench.job, micro, gradient_checkpointing), gradient_checkpointing)
 
 
-def recompute_activations(lora) -> None:
+def checkpoint_gradients(lora) -> None:
     lora.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     lora.train()
 
@@ -486,68 +487,86 @@ class Ticks(list):
 
 def trainer_step(train: Callable[[], object]) -> float:
     """Seconds of a step of one of smlib's trainers: the median of those after the first."""
-    from smlib import sft
+    from smlib.learning import trainers
 
     ticks = Ticks()
     reset_peak()
-    with mock.patch.object(sft, "progress_bar", lambda *_: ticks):
+    with mock.patch.object(trainers, "progress_bar", lambda *_: ticks):
         train()
     return statistics.median(end - start for start, end in pairwise(ticks))
 
 
-def training_bytes(job: Job, kind: str, micro: int, recompute: bool) -> float:
+def training_bytes(job: Job, kind: str, micro: int, gradient_checkpointing: bool) -> float:
     """Bytes of a step of one of smlib's trainers."""
     shared = job.answer // 2 if kind == "reward" else 0  # it reads what both sides begin with once, as a prompt
     prompt, completion = job.prompt + shared, job.answer - shared
-    plan = Training(kind, "bfloat16", RANK, recompute, micro, prompt=prompt, completion=completion)
+    plan = Training(kind, "bfloat16", RANK, gradient_checkpointing, micro, prompt=prompt, completion=completion)
     return memory.total(memory.training(job.config, plan))
 
 
-def trainer_options(micro: int, recompute: bool) -> dict:
+def trainer_options(micro: int, gradient_checkpointing: bool) -> dict:
     return {
-        "epochs": 1, "learning_rate": 1e-5, "batch": micro, "seed": 0, "micro_batch": micro, "recompute": recompute,
+        "epochs": 1, "learning_rate": 1e-5, "batch": micro, "seed": 0, "micro_batch": micro,
+        "gradient_checkpointing": gradient_checkpointing,
     }  # fmt: skip
 
 
 def sft(bench: Bench) -> None:
-    """smlib.sft: by TRL's trainer, without autocast."""
-    from smlib.sft import train_sft
+    """smlib.learning.sft: by TRL's trainer, without autocast."""
+    from smlib.learning.rows import Rationale
+    from smlib.learning.sft import train_sft
 
     job, lora, tokenizer = bench.job, adapted(bench.job.config), word_tokenizer(bench.job.config)
-    for what, micro, recompute in variants():
+    for what, micro, gradient_checkpointing in variants():
         asked = problems_of(job, 5 * micro)
         answers = token_ids(len(asked), job.answer - 1, job.config)  # and the end
-        rows = [{"id": one.id, "side": "+", "text": text(ids)} for one, ids in zip(asked, answers, strict=True)]
-        taken = trainer_step(partial(train_sft, lora, tokenizer, asked, rows, **trainer_options(micro, recompute)))
-        bench.train(what, taken, micro, training_bytes(job, "sft", micro, recompute), recompute)
+        right = [
+            Rationale(
+                id=one.id,
+                dataset=one.dataset,
+                text=text(ids),
+                token_ids=tuple(ids),
+                answer=None,
+                correct=True,
+                side="+",
+            )
+            for one, ids in zip(asked, answers, strict=True)
+        ]
+        options = trainer_options(micro, gradient_checkpointing)
+        taken = trainer_step(partial(train_sft, lora, tokenizer, asked, right, **options))
+        computed = training_bytes(job, "sft", micro, gradient_checkpointing)
+        bench.train(what, taken, micro, computed, gradient_checkpointing)
 
 
-def sides(job: Job, count: int) -> list[tuple[list[int], list[int]]]:
-    """Tokens of the two sides of pairs, alike in their first half."""
-    drawn = token_ids(2 * count, job.answer - 1, job.config)
-    half = job.answer // 2
-    return [(one, one[:half] + other[half:]) for one, other in zip(drawn[::2], drawn[1::2], strict=True)]
+def pairs_of(asked: list[Problem], job: Job) -> list[Pair]:
+    """A pair of every problem, whose sides are alike in their first half."""
+    drawn = token_ids(2 * len(asked), job.answer - 1, job.config)
+    half, pairs = job.answer // 2, []
+    for one, good, other in zip(asked, drawn[::2], drawn[1::2], strict=True):
+        bad = good[:half] + other[half:]
+        sides = {"chosen": text(good), "rejected": text(bad), "chosen_ids": tuple(good), "rejected_ids": tuple(bad)}
+        pairs.append(Pair(id=one.id, dataset=one.dataset, held_out=False, **sides))
+    return pairs
 
 
 def pair_row(bench: Bench, what: str, taken: float, micro: int) -> None:
-    bench.add(what, taken, "s", note=f"recompute; sides of {bench.job.answer} tokens after {bench.job.prompt}")
+    bench.add(
+        what, taken, "s", note=f"gradient_checkpointing; sides of {bench.job.answer} tokens after {bench.job.prompt}"
+    )
     bench.add(what, micro / taken, "pairs/s")
-    bench.weigh(what, training_bytes(bench.job, bench.section, micro, recompute=True))
+    bench.weigh(what, training_bytes(bench.job, bench.section, micro, gradient_checkpointing=True))
 
 
 def reward(bench: Bench, micro: int = 4) -> None:
-    from smlib import reward_model
+    from smlib.learning import reward_model
 
     job, lora, tokenizer = bench.job, adapted(bench.job.config), word_tokenizer(bench.job.config)
     asked = problems_of(job, 5 * micro)
-    pairs = [
-        {"id": one.id, "chosen": text(good), "rejected": text(bad), "held_out": False}
-        for one, (good, bad) in zip(asked, sides(job, len(asked)), strict=True)
-    ]
+    pairs = pairs_of(asked, job)
     options = trainer_options(micro, True) | {"beta": 0.1, "nll_coef": 1.0}
     taken = trainer_step(partial(reward_model.train_reward_model, lora, tokenizer, asked, pairs, **options))
     pair_row(bench, f"step, micro batch {micro}", taken, micro)
-    texts = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
+    texts = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
     problems = [one for one in asked for _ in range(2)]
     score = partial(reward_model.score, lora, tokenizer, problems, texts)
     score()
@@ -555,36 +574,39 @@ def reward(bench: Bench, micro: int = 4) -> None:
 
 
 def dpo(bench: Bench, micro: int = 4) -> None:
-    from smlib.dpo import train_dpo
+    from smlib.learning.dpo import train_dpo
 
     job, lora, tokenizer = bench.job, adapted(bench.job.config), word_tokenizer(bench.job.config)
-    prompts, end = token_ids(5 * micro, job.prompt, job.config), [tokenizer.eos_token_id]
+    prompts, end = token_ids(5 * micro, job.prompt, job.config), (tokenizer.eos_token_id,)
     pairs = [
-        {"id": str(number), "prompt_ids": prompt, "chosen_ids": good + end, "rejected_ids": bad + end}
-        for number, (prompt, (good, bad)) in enumerate(zip(prompts, sides(job, len(prompts)), strict=True))
+        replace(pair, prompt_ids=tuple(prompt), chosen_ids=pair.chosen_ids + end, rejected_ids=pair.rejected_ids + end)
+        for prompt, pair in zip(prompts, pairs_of(problems_of(job, len(prompts)), job), strict=True)
     ]
     options = trainer_options(micro, True) | {"beta": 0.1}
     taken = trainer_step(partial(train_dpo, lora, tokenizer, pairs, **options))
     pair_row(bench, f"step, micro batch {micro}", taken, micro)
 
 
-def ppo_update(bench: Bench, value: str, recompute: bool) -> None:
+def ppo_update(bench: Bench, value: str, gradient_checkpointing: bool) -> None:
     """The second of two updates; the peaks are those of the rollout, and of all that comes after it."""
-    from smlib import ppo
-    from smlib.roles import Adapters
+    from smlib.ppo import training_log
+    from smlib.ppo.loop import train
+    from smlib.ppo.roles import Adapters
+    from smlib.ppo.settings import PPOSettings
 
     job, tokenizer = bench.job, word_tokenizer(bench.job.config)
-    held = choices(
-        job, value=value, recompute=recompute, minibatch=min(16, job.episodes // 2), rollout_rows=job.episodes
-    )
-    phases = {name: memory.total(parts) for name, parts in memory.phases(job.config, held).items()}
-    settings = ppo.PPOSettings(
-        value=value, updates=2, episodes=job.episodes, samples_per_question=SAMPLES, minibatch=held.minibatch,
+    plan = ppo_plan(
+        job, value=value, gradient_checkpointing=gradient_checkpointing, micro_batch=min(16, job.episodes // 2),
+        max_batch=job.episodes,
+    )  # fmt: skip
+    phases = computed_phases(job, plan)
+    settings = PPOSettings(
+        value=value, updates=2, episodes=job.episodes, samples_per_question=SAMPLES, minibatch=plan.micro_batch,
         epochs=1, max_new_tokens=job.new, precision="bfloat16", max_update_kl=1e9, learning_rate=1e-5,
     )  # fmt: skip
     roles = Adapters(adapted(job.config), share_trunk=value == "head")
-    if recompute:
-        roles.recompute_activations()
+    if gradient_checkpointing:
+        roles.checkpoint_gradients()
     asked, updates = problems_of(job, settings.questions), []
 
     def problems(update: int) -> list[Problem]:
@@ -598,18 +620,18 @@ def ppo_update(bench: Bench, value: str, recompute: bool) -> None:
         return [float(len(one) % 7) for one in texts]
 
     with tempfile.TemporaryDirectory() as out:
-        row = ppo.train(roles, score, problems, tokenizer, settings, out)[-1]
+        row = train(roles, score, problems, tokenizer, settings, out)[-1]
     bench.weigh("scoring and update", max(phases["reference"], phases["update"]))
     tokens, passes = row["tokens"], 1 if value == "head" else 2
-    forward = 2 * matrices(job.config) * held.tokens * job.episodes // held.minibatch  # of one pass, prompts included
-    work = passes * (3 if recompute else 2) * forward
+    forward = 2 * matrices(job.config) * plan.tokens * job.episodes // plan.micro_batch  # of one pass, prompts included
+    work = passes * (3 if gradient_checkpointing else 2) * forward
     bench.add("rollout", row["rollout_seconds"], "s", draw_bound(bench, job.episodes), f"{tokens} tokens")
     bench.add("rollout", tokens / row["rollout_seconds"], "tokens/s")
     # the reference's pass and, for values, one with an adapter on; those of the policy again, for log p in one pass
     bench.add("scoring", row["score_seconds"], "s", (2 + passes) * forward / bench.peak, "log p, values")
-    bench.add("update", row["update_seconds"], "s", work / bench.peak, f"{row['steps']} steps of {held.minibatch}")
+    bench.add("update", row["update_seconds"], "s", work / bench.peak, f"{row['steps']} steps of {plan.micro_batch}")
     bench.add("update", work / row["update_seconds"] / 1e12, "TFLOP/s", bench.peak / 1e12)
-    whole = sum(row[name] for name in ppo.SECONDS)
+    whole = sum(row[name] for name in training_log.SECONDS)
     bench.add("all", whole, "s", note=f"{job.episodes} completions")
     bench.add("all", 1e6 * whole / tokens, "us/token")
 
@@ -619,20 +641,20 @@ def ppo_update(bench: Bench, value: str, recompute: bool) -> None:
 
 def exploration(bench: Bench) -> None:
     """k completions of every prefix of wrong rationales: all together, and the nested loop on a few of them."""
-    from smlib import explore
+    from smlib.learning.exploration import SteppedRationale, explore_all
 
     job, model, tokenizer = bench.job, build(bench.job.config), word_tokenizer(bench.job.config)
     asked = problems_of(job, job.rationales)
     prompts, written = (token_ids(len(asked), length, job.config) for length in (job.prompt, job.new))
     ends = tuple(job.new * part // 4 for part in (1, 2, 3))
     rationales = [
-        explore.Rationale(problem, tuple(prompt), tuple(ids), ends)
+        SteppedRationale(problem, tuple(prompt), tuple(ids), ends)
         for problem, prompt, ids in zip(asked, prompts, written, strict=True)
     ]
-    draw = partial(sample_ids, model, tokenizer=tokenizer, temperature=1.0, max_new_tokens=job.new, seed=0)
-    explore.explore_all(tokenizer, rationales[:1], draw, K)
+    engine, params = NativeEngine(model, tokenizer), SamplingParams(temperature=1.0, max_new_tokens=job.new, seed=0)
+    explore_all(engine, rationales[:1], K, params)
     started = clock()
-    found = explore.explore_all(tokenizer, rationales, draw, K)
+    found = explore_all(engine, rationales, K, params)
     speed = sum(map(len, found.values())) / (clock() - started)
     bench.add(f"{len(found)} prefixes together", speed, "completions/s", note=f"k = {K}, {job.new} tokens")
     for at_once in (K, 1):
@@ -666,9 +688,15 @@ def nf4(bench: Bench) -> None:
         taken = seconds(lambda rows=rows: native(model, job, rows, job.new))
         bench.add(f"native, {rows} rows", rows * job.new / taken, "tokens/s")
     lora = models.add_lora(model, RANK, RANK, "all-linear", "")
-    recompute_activations(lora)
+    checkpoint_gradients(lora)
     taken = loop_step(bench, lora, 4)
-    bench.train("micro batch 4, recompute", taken, 4, update_bytes(job, 4, True, "nf4"), recompute=True)
+    bench.train(
+        "micro batch 4, gradient_checkpointing",
+        taken,
+        4,
+        update_bytes(job, 4, True, "nf4"),
+        gradient_checkpointing=True,
+    )
 
 
 # ---- all of it -----------------------------------------------------------------------------------------------
@@ -678,16 +706,15 @@ SECTIONS = {  # in the order of their worth; with seconds on a card of 80 GB
     "weights": (weights, 5),
     "sampling": (sampling, 40),
     "loop": (loop, 25),
-    "ppo_head": (partial(ppo_update, value="head", recompute=True), 40),
+    "ppo_head": (partial(ppo_update, value="head", gradient_checkpointing=True), 40),
     "steps": (steps, 25),
-    "graph": (graph, 40),
     "sft": (sft, 35),
-    "ppo_model": (partial(ppo_update, value="model", recompute=True), 50),
+    "ppo_model": (partial(ppo_update, value="model", gradient_checkpointing=True), 50),
     "reward": (reward, 25),
     "dpo": (dpo, 30),
     "exploration": (exploration, 30),
     "nf4": (nf4, 35),
-    "ppo_head_kept": (partial(ppo_update, value="head", recompute=False), 40),
+    "ppo_head_kept": (partial(ppo_update, value="head", gradient_checkpointing=False), 40),
     "static": (static, 60),
 }
 

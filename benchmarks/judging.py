@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from smlib import math_answers
-from smlib.answers import Verdict, grade, grade_many
-from smlib.evaluation import TEXT_DAVINCI_002
-from smlib.files import replacing
-from smlib.problems import KINDS, Problem
-from smlib.results import write_csv
+from smlib.files.atomic import replacing
+from smlib.judging import math_answers
+from smlib.judging.answers import Verdict, grade, grade_many
+from smlib.problems.datasets import KINDS, Problem
+from smlib.reports.evaluation import TEXT_DAVINCI_002
+from smlib.reports.results import write_csv
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "judging.md"
@@ -107,7 +107,7 @@ def judge(folder: Path) -> list[Judged]:
     judged = []
     for row in read(folder):
         problem = problem_of(row)
-        verdict = grade(row["output"], problem)
+        verdict = grade(problem, row["output"])
         judged.append(Judged(row.get("model", MODEL), row["index"], problem, row["published_correct"], verdict))
     order = list(TEXT_DAVINCI_002)
     return sorted(judged, key=lambda one: (one.model != MODEL, one.model, order.index(one.problem.dataset), one.index))
@@ -117,11 +117,11 @@ def speeds(folder: Path) -> list[dict]:
     """How fast the judge is, in processor time of one core; MATH, which works in a second process, on the clock."""
     rows = read(folder)
     outputs, problems = [row["output"] for row in rows], [problem_of(row) for row in rows]
-    seconds = min(_seconds(lambda: grade_many(outputs, problems), time.process_time) for _ in range(3))
+    seconds = min(_seconds(lambda: grade_many(problems, outputs), time.process_time) for _ in range(3))
     asked = [Problem(f"x/{kind}", "x", "?", gold, kind, choices) for kind, gold, choices in ANSWERS]
     texts = ["The answer is " + (first + second) * 5_000 for first in PIECES for second in PIECES]
     slowest = max(
-        _seconds(lambda: grade(text[:20_000], one), time.process_time)  # noqa: B023 (called at once)
+        _seconds(lambda: grade(one, text[:20_000]), time.process_time)  # noqa: B023 (called at once)
         for text in texts
         for one in asked
     )

@@ -2,15 +2,16 @@
 
     python benchmarks/memory.py    # five minutes on one core
 
-writes PPO's phases into results/memory.csv (measured) and memory_7b.csv, and the stages into memory_stages.csv
-(measured) and memory_stages_7b.csv. What is measured is every byte that PyTorch's CPU allocator hands out
-(torch.profiler), in the phases of an update as smlib.ppo runs them, and in whole calls of smlib.sft.train_sft,
-smlib.reward_model.train_reward_model, smlib.dpo.train_dpo and smlib.sampling.sample_ids.
+writes PPO's phases into results/memory.csv and the stages into memory_stages.csv, each computed beside measured, and
+the stages of the 7B presets, computed, into memory_stages_7b.csv. What is measured is every byte that PyTorch's CPU
+allocator hands out (torch.profiler), in the phases of an update as smlib.ppo.loop runs them, and in complete calls of
+train_sft, train_reward_model and train_dpo of smlib.learning, and of smlib.sampling.sampler.sample_ids.
 """
 
 import copy
 import csv
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -19,22 +20,28 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smlib import dpo, encoding, memory, models, prompts, reward_model, sft
-from smlib.memory import Choices, Sampling, Training
-from smlib.ppo import Batch, PPOSettings, collate, optimize, tabulate
-from smlib.problems import Problem
-from smlib.roles import Adapters, Roles, SeparateModels
-from smlib.sampling import Sample, sample_ids
-from smlib.settings import preset
+from smlib.learning import dpo, reward_model, sft
+from smlib.learning.rows import Pair, Rationale
+from smlib.ppo.batches import Batch, collate
+from smlib.ppo.roles import Adapters, Roles, SeparateModels
+from smlib.ppo.settings import PPOSettings
+from smlib.ppo.updates import logprobs_and_values, optimize
+from smlib.problems import prompts
+from smlib.problems.datasets import Problem
+from smlib.runs.settings import Settings, preset
+from smlib.sampling import devices, encoding, models, packing
+from smlib.sampling.params import Sample, SamplingParams
+from smlib.sampling.sampler import sample_ids
+from smlib.scale import memory
+from smlib.scale.memory import PPO, Sampling, Training
 
 RESULTS = Path(__file__).parents[1] / "results"
-HELD = (  # layout, value, recompute
-    ("separate", "model", False),
-    ("separate", "head", True),
-    ("adapters", "model", True),
-    ("adapters", "head", False),
+ROLES = (  # LoRA rank, value, gradient_checkpointing
+    (0, "model", False),
+    (0, "head", True),
+    (8, "model", True),
+    (8, "head", False),
 )
-MINIBATCHES, COMPLETIONS = (1, 4, 16), (128, 384, 896)  # with prompts of 128 tokens
 LENGTHS = {"prompt": 256, "shown": 1_400}  # of the stages at 7B
 
 
@@ -54,18 +61,17 @@ SHAPES = {  # what takes most of the memory: (model, minibatch, prompt, completi
 
 
 def cases():
-    """(name of the shape, its config, choices)"""
-    for name, (config, minibatch, prompt, completion) in SHAPES.items():
-        for layout, value, recompute in HELD:
-            reward = "model" if layout == "separate" else "adapter"
+    """(name of the shape, its config, PPO's plan)"""
+    for name, (config, micro_batch, prompt, completion) in SHAPES.items():
+        for rank, value, checkpointing in ROLES:
             precisions = [("float32", "float32")]
             if name in ("activations", "weights"):
                 precisions += [("bfloat16", "float32")]
-                precisions += [("bfloat16", "bfloat16")] if layout == "adapters" else []
-            for precision, frozen in precisions:
-                yield name, config, Choices(
-                    layout=layout, value=value, reward=reward, rank=8, frozen=frozen, precision=precision,
-                    recompute=recompute, minibatch=minibatch, rollout_rows=16, prompt=prompt, completion=completion,
+                precisions += [("bfloat16", "bfloat16")] if rank else []
+            for precision, dtype in precisions:
+                yield name, config, PPO(
+                    value=value, dtype=dtype, rank=rank, precision=precision, gradient_checkpointing=checkpointing,
+                    micro_batch=micro_batch, max_batch=16, prompt=prompt, completion=completion,
                 )  # fmt: skip
 
 
@@ -79,14 +85,14 @@ class Peak:
     def __exit__(self, *error):
         self.profile.__exit__(*error)
         found = allocations(self.profile.profiler.kineto_results.experimental_event_tree())
-        now, self.bytes, held = 0, 0, set()
+        now, self.bytes, live = 0, 0, set()
         for event in sorted(found, key=lambda event: event.start_time_ns):
             pointer, change = event.extra_fields.ptr, event.extra_fields.alloc_size
             # The profiler remembers addresses of earlier profiles, whatever has been there since: what was not
             # allocated within is no part of the peak, freed or not.
-            if change < 0 and pointer not in held:
+            if change < 0 and pointer not in live:
                 continue
-            (held.add if change > 0 else held.discard)(pointer)
+            (live.add if change > 0 else live.discard)(pointer)
             now += change
             self.bytes = max(self.bytes, now)
 
@@ -98,30 +104,26 @@ def allocations(events):
         yield from allocations(event.children)
 
 
-def build(config: LlamaConfig, choices: Choices) -> tuple[Roles, LlamaForCausalLM | None]:
-    """The roles, and the reward model where it is one of its own."""
+def build(config: LlamaConfig, plan: PPO) -> tuple[Roles, LlamaForCausalLM | None]:
+    """The roles, and the reward model where it is a model of its own and no adapter."""
     torch.manual_seed(0)
     base = LlamaForCausalLM(config)
     base.generation_config.eos_token_id = None  # so that completions reach their limit
-    if choices.lora:
-        if choices.frozen == "bfloat16":
-            base.bfloat16()
-        adapted = models.add_lora(base, choices.rank, 16, "all-linear", "")
-        with tempfile.TemporaryDirectory() as folder:
-            if choices.reward == "adapter":
-                adapted.save_pretrained(folder)
-            reward = folder if choices.reward == "adapter" else None
-            roles, judge = Adapters(adapted, reward, share_trunk=choices.value == "head"), None
+    if plan.lora:
+        adapted = models.add_lora(base.to(getattr(torch, plan.dtype)), plan.rank, 16, "all-linear", "")
+        with tempfile.TemporaryDirectory() as reward:
+            adapted.save_pretrained(reward)
+            roles, judge = Adapters(adapted, reward, share_trunk=plan.value == "head"), None
     else:
-        value = copy.deepcopy(base).get_decoder() if choices.value == "model" else None
-        judge = copy.deepcopy(base).requires_grad_(False) if choices.reward == "model" else None
+        value = copy.deepcopy(base).get_decoder() if plan.value == "model" else None
+        judge = copy.deepcopy(base).requires_grad_(False)
         roles = SeparateModels(base, copy.deepcopy(base), value)
-    if choices.recompute:
-        roles.recompute_activations()
+    if plan.gradient_checkpointing:
+        roles.checkpoint_gradients()
     return roles, judge
 
 
-def held(*owners) -> int:
+def tensor_bytes(*owners) -> int:
     """Bytes of the storages of modules' weights and gradients and of an optimizer's states, each counted once."""
     found = {}
     for owner in filter(None, owners):
@@ -139,65 +141,66 @@ def optimizer_of(roles: Roles) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
-def batch_of(config: LlamaConfig, choices: Choices) -> Batch:
-    """One minibatch, all of its completions as long as can be."""
-    draw = torch.randint(config.vocab_size, (choices.minibatch, choices.prompt + choices.completion)).tolist()
-    samples = [Sample("", tuple(row[choices.prompt :]), (-1.0,) * choices.completion, "length") for row in draw]
-    prompts = [row[: choices.prompt] for row in draw[:: choices.samples]]
-    batch = collate([prompts[number // choices.samples] for number in range(len(draw))], samples, 0)
+def batch_of(config: LlamaConfig, plan: PPO) -> Batch:
+    """One micro batch, all of its completions as long as can be."""
+    draw = torch.randint(config.vocab_size, (plan.micro_batch, plan.prompt + plan.completion)).tolist()
+    samples = [Sample("", tuple(row[plan.prompt :]), (-1.0,) * plan.completion, "length") for row in draw]
+    prompts = [row[: plan.prompt] for row in draw[:: plan.samples]]
+    batch = collate([prompts[number // plan.samples] for number in range(len(draw))], samples, 0)
     batch.values, batch.returns = torch.zeros_like(batch.logp), torch.ones_like(batch.logp)
     batch.advantages = batch.returns
     return batch
 
 
-def steps(roles: Roles, optimizer, batch: Batch, choices: Choices) -> None:
+def steps(roles: Roles, optimizer, batch: Batch, plan: PPO) -> None:
     """Two optimizer steps: the first finds no moments yet."""
-    plan = PPOSettings(minibatch=choices.minibatch, epochs=2, max_update_kl=1e9, precision=choices.precision)
-    optimize(models.accelerator(), roles, optimizer, batch, plan, torch.Generator())
+    settings = PPOSettings(minibatch=plan.micro_batch, epochs=2, max_update_kl=1e9, precision=plan.precision)
+    optimize(devices.accelerator(), roles, optimizer, batch, settings, torch.Generator())
 
 
-def draw(roles: Roles, config: LlamaConfig, choices: Choices) -> None:
-    prompts = torch.randint(config.vocab_size, (choices.rollout_rows // choices.samples, choices.prompt)).tolist()
-    sample_ids(roles.policy, prompts, choices.samples, temperature=1.0, max_new_tokens=choices.completion, seed=0)
+def draw(roles: Roles, config: LlamaConfig, plan: PPO) -> None:
+    prompts = torch.randint(config.vocab_size, (plan.max_batch // plan.samples, plan.prompt)).tolist()
+    params = SamplingParams(temperature=1.0, max_new_tokens=plan.completion, seed=0)
+    sample_ids(roles.policy, None, prompts, plan.samples, params)
 
 
-def judge_some(judge, config: LlamaConfig, choices: Choices) -> None:
-    """As many texts at a time as smlib.reward_model.score takes."""
-    each, texts = choices.completion, models.CONTINUATIONS_PER_ROW
-    rows = max(memory.SCORED_TOKENS // (choices.prompt + texts * each), 1)
-    packed = models.pack([([1] * choices.prompt, [[1] * each] * texts)] * rows, 0)
+def judge_some(judge, config: LlamaConfig, plan: PPO) -> None:
+    """As many texts at a time as smlib.learning.reward_model.score takes."""
+    each, texts = plan.completion, packing.CONTINUATIONS_PER_ROW
+    rows = max(memory.SCORED_TOKENS // (plan.prompt + texts * each), 1)
+    packed = packing.pack([([1] * plan.prompt, [[1] * each] * texts)] * rows, 0)
     with torch.inference_mode():
-        models.packed_logprobs(judge, packed)
+        packing.packed_logprobs(judge, packed)
 
 
-def measure(config: LlamaConfig, choices: Choices) -> dict[str, int]:
+def measure(config: LlamaConfig, plan: PPO) -> dict[str, int]:
     """Peak bytes of each phase of an update that is not the first."""
 
     def context():
-        return torch.autocast("cpu", torch.bfloat16, enabled=choices.precision == "bfloat16")
+        return torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bfloat16")
 
-    roles, judge = build(config, choices)
-    optimizer, batch = optimizer_of(roles), batch_of(config, choices)
-    found, before = {}, held(roles, judge)
+    roles, judge = build(config, plan)
+    optimizer, batch = optimizer_of(roles), batch_of(config, plan)
+    found, before = {}, tensor_bytes(roles, judge)
     with Peak() as peak:
-        steps(roles, optimizer, batch, choices)
+        steps(roles, optimizer, batch, plan)
     found["update"] = before + peak.bytes
-    before = held(roles, judge, optimizer)
+    before = tensor_bytes(roles, judge, optimizer)
     with Peak() as peak, context():
         roles.eval()
-        draw(roles, config, choices)
+        draw(roles, config, plan)
     found["rollout"] = before + peak.bytes
     with Peak() as peak:
         if judge is not None:
-            judge_some(judge, config, choices)
-        elif choices.reward == "adapter":
+            judge_some(judge, config, plan)
+        else:
             with roles.using("reward") as model:
-                judge_some(model, config, choices)
+                judge_some(model, config, plan)
     found["scoring"] = before + peak.bytes
     with Peak() as peak, context():
-        tabulate(roles, batch, choices.minibatch, reference=True)
-        if choices.precision == "bfloat16":
-            tabulate(roles, batch, choices.minibatch, reference=False)
+        logprobs_and_values(roles, batch, plan.micro_batch, reference=True)
+        if plan.precision == "bfloat16":
+            logprobs_and_values(roles, batch, plan.micro_batch, reference=False)
     found["reference"] = before + peak.bytes
     return found
 
@@ -222,13 +225,13 @@ DRAWN = {  # rows, samples, prompt, completion
 def stage_cases():
     """(name of the shape, its config, what is measured on it)"""
     for name, (config, rows, completion) in TRAINED.items():
-        for kind, rank, recompute in product(memory.TRAINED, (0, 8), (False, True)):
-            for frozen in ("float32", "bfloat16") if rank else ("float32",):
-                plan = Training(kind, frozen, rank, recompute, rows, recompute, completion=completion)
+        for kind, rank, checkpointing in product(memory.TRAINED, (0, 8), (False, True)):
+            for dtype in ("float32", "bfloat16") if rank else ("float32",):
+                plan = Training(kind, dtype, rank, checkpointing, rows, checkpointing, completion=completion)
                 yield name, config, replace(plan, prompt=len(head()))
     for name, sizes in DRAWN.items():
-        for frozen in ("float32", "bfloat16"):
-            yield name, TRAINED[name][0], Sampling(frozen, *sizes)
+        for dtype in ("float32", "bfloat16"):
+            yield name, TRAINED[name][0], Sampling(dtype, *sizes)
 
 
 def head() -> list[int]:
@@ -236,30 +239,37 @@ def head() -> list[int]:
     return encoding.encode_prompt(models.load_tokenizer(), prompts.open_prompt(QUESTION))
 
 
-def text(word: str, tokens: int) -> str:
-    """Of so many tokens, with the end."""
+def written(word: str, tokens: int) -> tuple[str, tuple[int, ...]]:
+    """A text of so many tokens, with the end that training adds, and its tokens."""
     found = word + " 7" * (tokens - 2)
-    assert len(encoding.encode_completion(models.load_tokenizer(), found)) == tokens
-    return found
+    ids = encoding.encode_completion(models.load_tokenizer(), found, eos=False)
+    assert len(ids) == tokens - 1
+    return found, tuple(ids)
+
+
+def right(length: int) -> Rationale:
+    """One of so many tokens to fine-tune on."""
+    text, ids = written(" 1", length)
+    return Rationale(id="0", dataset=QUESTION.dataset, text=text, token_ids=ids, answer=None, correct=True, side="+")
 
 
 def train(model, plan: Training) -> None:
     """Two optimizer steps, the second of which finds moments; one text of each is shorter, so that there is a mask."""
-    tokenizer, steps = models.load_tokenizer(), 2 * (1 + plan.accumulated) * plan.rows
-    lengths = [plan.completion - (number % plan.rows == 1) for number in range(steps)]
-    options = {"epochs": 1, "learning_rate": 1e-5, "batch": steps // 2, "micro_batch": plan.rows, "seed": 0}
-    options |= {"recompute": plan.recompute, "progress": None}
+    tokenizer, steps = models.load_tokenizer(), 2 * (1 + plan.accumulated) * plan.micro_batch
+    lengths = [plan.completion - (number % plan.micro_batch == 1) for number in range(steps)]
+    options = {"epochs": 1, "learning_rate": 1e-5, "batch": steps // 2, "micro_batch": plan.micro_batch, "seed": 0}
+    options |= {"gradient_checkpointing": plan.gradient_checkpointing, "progress": None}
     if plan.kind == "sft":
-        rows = [{"id": "0", "side": "+", "text": text(" 1", length)} for length in lengths]
-        sft.train_sft(model, tokenizer, [QUESTION], rows, **options)
+        sft.train_sft(model, tokenizer, [QUESTION], [right(length) for length in lengths], **options)
     elif plan.kind == "reward":
-        pairs = [{"id": "0", "held_out": False, "chosen": text(" 1", plan.completion)} for _ in lengths]
-        pairs = [pair | {"rejected": text(" 2", plan.completion)} for pair in pairs]
+        (good, good_ids), (bad, bad_ids) = (written(word, plan.completion) for word in (" 1", " 2"))
+        sides = {"chosen": good, "rejected": bad, "chosen_ids": good_ids, "rejected_ids": bad_ids}
+        pairs = [Pair(id="0", dataset=QUESTION.dataset, held_out=False, **sides)] * len(lengths)
         reward_model.train_reward_model(model, tokenizer, [QUESTION], pairs, beta=1.0, nll_coef=1.0, **options)
     else:
-        ends = [tokenizer.eos_token_id]
-        pairs = [{"id": "0", "prompt_ids": head(), "chosen_ids": [7] * (length - 1) + ends} for length in lengths]
-        pairs = [pair | {"rejected_ids": [8] * plan.completion} for pair in pairs]
+        ends, texts = (tokenizer.eos_token_id,), {"dataset": QUESTION.dataset, "chosen": "", "rejected": ""}
+        common = texts | {"prompt_ids": tuple(head()), "rejected_ids": (8,) * plan.completion}
+        pairs = [Pair(id="0", chosen_ids=(7,) * (length - 1) + ends, **common) for length in lengths]
         dpo.train_dpo(model, tokenizer, pairs, beta=0.1, **options)
 
 
@@ -268,17 +278,18 @@ def measure_stage(config: LlamaConfig, plan: Training | Sampling) -> int:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     model.generation_config.eos_token_id = None  # so that completions reach their limit
-    model.to(getattr(torch, plan.frozen))
+    model.to(getattr(torch, plan.dtype))
     if isinstance(plan, Training) and plan.lora:
         model = models.add_lora(model, plan.rank, 16, "all-linear", "")
-    before = held(model)
+    before = tensor_bytes(model)
     with Peak() as peak:
         if isinstance(plan, Training):
             train(model, plan)
         else:
-            asked = torch.randint(config.vocab_size, (plan.rollout_rows // plan.samples, plan.prompt)).tolist()
+            asked = torch.randint(config.vocab_size, (plan.max_batch // plan.samples, plan.prompt)).tolist()
             asked[-1] = asked[-1][: -1 if len(asked) > 1 else None]
-            sample_ids(model, asked, plan.samples, temperature=1.0, max_new_tokens=plan.completion, seed=0)
+            params = SamplingParams(temperature=1.0, max_new_tokens=plan.completion, seed=0)
+            sample_ids(model, None, asked, plan.samples, params)
     return before + peak.bytes
 
 
@@ -290,8 +301,12 @@ def compare_stages() -> list[dict]:
     rows = []
     for name, config, plan in stage_cases():
         training = isinstance(plan, Training)
-        row = {"shape": name, "stage": plan.kind if training else "sampling", "frozen": plan.frozen}
-        row |= {"rank": plan.rank, "recompute": plan.recompute} if training else {"rank": 0, "recompute": ""}
+        row = {"shape": name, "stage": plan.kind if training else "sampling", "dtype": plan.dtype}
+        row |= (
+            {"rank": plan.rank, "gradient_checkpointing": plan.gradient_checkpointing}
+            if training
+            else {"rank": 0, "gradient_checkpointing": ""}
+        )
         parts, measured = computed_stage(config, plan), measure_stage(config, plan)
         row |= {"measured MiB": round(measured / 2**20, 2), "computed MiB": round(memory.total(parts) / 2**20, 2)}
         rows.append(row | {"error (%)": round(100 * (memory.total(parts) / measured - 1), 1)})
@@ -301,34 +316,33 @@ def compare_stages() -> list[dict]:
 
 def compare() -> list[dict]:
     rows = []
-    for name, config, choices in cases():
-        measured = measure(config, choices)
-        computed = {phase: memory.total(parts) for phase, parts in memory.phases(config, choices).items()}
-        row = {"shape": name} | {
-            key: getattr(choices, key) for key in ("layout", "value", "precision", "frozen", "recompute")
-        }
+    for name, config, plan in cases():
+        measured = measure(config, plan)
+        computed = {phase: memory.total(parts) for phase, parts in memory.phases(config, plan).items()}
+        row = {"shape": name, "layout": "adapters" if plan.lora else "separate"}
+        row |= {key: getattr(plan, key) for key in ("value", "precision", "dtype", "gradient_checkpointing")}
         for phase in computed:
             row[f"{phase} MiB"] = round(measured[phase] / 2**20, 2)
             row[f"{phase} computed"] = round(computed[phase] / 2**20, 2)
             row[f"{phase} error (%)"] = round(100 * (computed[phase] / measured[phase] - 1), 1)
-        most, predicted = max(measured.values()), max(computed.values())
-        row |= {"peak MiB": round(most / 2**20, 2), "peak computed": round(predicted / 2**20, 2)}
-        rows.append(row | {"peak error (%)": round(100 * (predicted / most - 1), 1)})
+        peak, predicted = max(measured.values()), max(computed.values())
+        row |= {"peak MiB": round(peak / 2**20, 2), "peak computed": round(predicted / 2**20, 2)}
+        rows.append(row | {"peak error (%)": round(100 * (predicted / peak - 1), 1)})
         print("  ".join(str(value) for value in row.values()), flush=True)
     return rows
 
 
-def variants():
-    """Of a 7B: everything in float32 and, where it helps, in bfloat16 or 4 bits, with and without recomputation."""
-    kinds = [("separate", "float32", "float32"), ("separate", "bfloat16", "bfloat16")]
-    kinds += [("adapters", frozen, "bfloat16") for frozen in ("bfloat16", "nf4")]
-    for (layout, frozen, precision), value, recompute in product(kinds, ("model", "head"), (False, True)):
-        reward = "model" if layout == "separate" else "adapter"
-        for minibatch, completion in product(MINIBATCHES, COMPLETIONS):
-            yield Choices(
-                layout=layout, value=value, reward=reward, rank=16, frozen=frozen, precision=precision,
-                recompute=recompute, minibatch=minibatch, rollout_rows=32, prompt=128, completion=completion,
-            )  # fmt: skip
+def stage_table(config: LlamaConfig, runs: Iterable[Settings], *, prompt: int, shown: int) -> list[dict]:
+    """A row for every stage of each run: GiB by part and in all, and the cards it fits; lengths as `memory.stages`."""
+    rows = []
+    for settings in runs:
+        for stage, parts in memory.stages(config, settings, prompt=prompt, shown=shown).items():
+            peak = memory.total(parts)
+            sizes = {part: parts.get(part, 0.0) for part in memory.PARTS} | {"peak": peak}
+            row = {"preset": settings.preset, "stage": stage}
+            row |= {f"{name} GiB": round(size / 2**30, 2) for name, size in sizes.items()}
+            rows.append(row | {f"fits {card}": peak <= size for card, size in memory.CARDS.items()})
+    return rows
 
 
 def write(rows: list[dict], path: Path) -> None:
@@ -344,17 +358,13 @@ def main() -> None:
         errors = [row[column] for row in rows]
         print(f"{column:22} from {min(errors):+.1f} to {max(errors):+.1f} over {len(errors)} cases")
     write(rows, RESULTS / "memory.csv")
-    large = memory.table(memory.LLAMA_2_7B, variants())
-    for row in large:
-        print("  ".join(str(value) for value in row.values()))
-    write(large, RESULTS / "memory_7b.csv")
     measured = compare_stages()
     for stage in ("sampling", *memory.TRAINED):
         errors = [row["error (%)"] for row in measured if row["stage"] == stage]
         print(f"{stage:22} from {min(errors):+.1f} to {max(errors):+.1f} over {len(errors)} cases")
     write(measured, RESULTS / "memory_stages.csv")
     runs = [preset(name, "gsm8k") for name in ("llama2-7b", "llama2-7b-40gb", "llama2-7b-24gb")]
-    write(memory.stage_table(memory.LLAMA_2_7B, runs, **LENGTHS), RESULTS / "memory_stages_7b.csv")
+    write(stage_table(memory.LLAMA_2_7B, runs, **LENGTHS), RESULTS / "memory_stages_7b.csv")
 
 
 if __name__ == "__main__":

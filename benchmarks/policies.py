@@ -10,11 +10,13 @@ runs/PRESET-all-seedSEED, makes what is missing of them, and trains in folders o
 import argparse
 from pathlib import Path
 
+import variants
 from ablations import write
 
-from smlib import ablations, pipeline
-from smlib.artifacts import require
-from smlib.settings import preset
+from smlib.files.artifacts import require
+from smlib.runs import self_motivated, shared
+from smlib.runs.settings import preset
+from smlib.runs.shared import answer_fresh
 
 OWN = "PPO, learned reward"  # what the run itself trains, or has trained
 POLICIES = {  # name: method, reward
@@ -25,7 +27,7 @@ POLICIES = {  # name: method, reward
 }
 # A reward that is easy to please without solving anything, first at no price for leaving the reference, then at one.
 BRIEF = "learned - 5*words"
-HASTY = {"updates": 30, "learning_rate": 5e-4}
+HASTY = {"reward": BRIEF, "updates": 30, "learning_rate": 5e-4}
 HACKED = {"brevity, no price on KL": HASTY | {"kl_coef": 0.0}, "brevity, KL at a price": HASTY | {"kl_coef": 0.5}}
 
 
@@ -36,27 +38,27 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--hacked", type=int, nargs="*", default=[0], help="seeds of the cheating policy (default 0)")
     parser.add_argument("--questions", type=int, default=100, help="fresh questions per task (default 100)")
-    parser.add_argument("--out", type=Path, default=ablations.TABLE.parent)
+    parser.add_argument("--out", type=Path, default=variants.TABLE.parent)
     args = parser.parse_args()
     rows, curves = [], []
     for seed in args.seeds:
         settings = preset(args.preset, args.task, seed)
-        run = pipeline.run_folder("", args.preset, args.task, seed)
-        pipeline.before_policy(run, settings)
-        answered = ablations.answers(settings, require(run, "02_sft").path("model"), args.questions)
-        jobs = [(name, settings, *how) for name, how in POLICIES.items()]
-        for name, changes in HACKED.items() if seed in args.hacked else ():
-            jobs.append((name, preset(args.preset, args.task, seed, ppo=changes), "ppo", BRIEF))
-        for name, chosen, method, reward in jobs:
+        run = shared.run_folder("", args.preset, args.task, seed)
+        self_motivated.before_policy(run, settings)
+        answered = answer_fresh(settings, require(run, "02_sft").path("model"), args.questions)
+        jobs = [(name, method, {"reward": reward}) for name, (method, reward) in POLICIES.items()]
+        jobs += [(name, "ppo", changes) for name, changes in HACKED.items() if seed in args.hacked]
+        for name, method, changes in jobs:
+            chosen = preset(args.preset, args.task, seed, ppo=changes)
             if name == OWN:
-                stage = pipeline.train_policy(run, settings)
+                stage = self_motivated.train_policy(run, settings)
             else:
-                stage = ablations.policy(run, chosen, name.replace(", ", "-").replace(" ", "-"), method, reward)
-            curves += ablations.curve_rows(stage, chosen, name)
-            rows += ablations.policy_rows(stage, chosen, name, answered)
+                stage = variants.policy(run, chosen, name.replace(", ", "-").replace(" ", "-"), method)
+            curves += variants.curve_rows(stage, chosen, name)
+            rows += variants.policy_rows(stage, chosen, name, answered)
             print(f"seed {seed}: {name}", flush=True)
-        write(rows, ablations.COLUMNS, args.out / "policies.csv")
-        write(curves, ablations.CURVE_COLUMNS, args.out / "policy_curves.csv")
+        write(rows, variants.COLUMNS, args.out / "policies.csv")
+        write(curves, variants.CURVE_COLUMNS, args.out / "policy_curves.csv")
 
 
 if __name__ == "__main__":

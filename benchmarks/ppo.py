@@ -60,7 +60,7 @@ RECOMMENDED = (SHARED, "bfloat16", "shared trunk, bfloat16")
 
 def questions() -> list:
     """The 16 problems, the tasks mixed."""
-    from smlib.problems import TASKS, generate
+    from smlib.problems.datasets import TASKS, generate
 
     pools = [generate(task, -(-QUESTIONS // len(TASKS)), 30_000) for task in TASKS]
     return [problem for group in zip(*pools, strict=True) for problem in group][:QUESTIONS]
@@ -68,7 +68,8 @@ def questions() -> list:
 
 def prompt_ids(name: str) -> list[list[int]]:
     """Token ids of the 16 prompts."""
-    from smlib import encoding, models, prompts
+    from smlib.problems import prompts
+    from smlib.sampling import encoding, models
 
     tokenizer = models.load_tokenizer(name)
     return [encoding.encode_prompt(tokenizer, prompts.open_prompt(problem)) for problem in questions()]
@@ -78,7 +79,8 @@ def make_reward(name: str, tokenizer, lengths: list):
     """A model with a random scalar head as a callable on texts; to `lengths` goes a list of theirs, in tokens."""
     import torch
 
-    from smlib import encoding, models, prompts
+    from smlib.problems import prompts
+    from smlib.sampling import encoding, models, packing
 
     trunk = models.load_policy(name).get_decoder()
     head = torch.nn.Linear(trunk.config.hidden_size, 1, bias=False)
@@ -93,7 +95,7 @@ def make_reward(name: str, tokenizer, lengths: list):
         scores = {}
         for start in range(0, len(rows), MINIBATCH):
             taken = order[start : start + MINIBATCH]
-            ids = models.pad_right([rows[row] for row in taken], tokenizer.pad_token_id)
+            ids = packing.pad_right([rows[row] for row in taken], tokenizer.pad_token_id)
             states = trunk(input_ids=ids, use_cache=False).last_hidden_state
             last = states[torch.arange(len(taken)), torch.tensor([len(rows[row]) - 1 for row in taken])]
             scores |= zip(taken, head(last)[:, 0].tolist(), strict=True)
@@ -107,14 +109,16 @@ def train(job: dict) -> dict:
     import torch
     from accelerate import Accelerator
 
-    from smlib import models, ppo
-    from smlib.roles import SeparateModels
+    from smlib.ppo import loop
+    from smlib.ppo.roles import SeparateModels
+    from smlib.ppo.settings import PPOSettings
+    from smlib.sampling import models
 
     torch.manual_seed(0)
     name, asked, lengths, starts = job["model"], questions(), [], []
     policy, tokenizer = models.load_policy(name), models.load_tokenizer(name)
     value = copy.deepcopy(policy).get_decoder() if job["value"] == "model" else None
-    settings = ppo.PPOSettings(
+    settings = PPOSettings(
         value=job["value"], updates=job["updates"] + 1, episodes=QUESTIONS * SAMPLES, samples_per_question=SAMPLES,
         epochs=job["epochs"], minibatch=MINIBATCH, learning_rate=LEARNING_RATE, value_learning_rate=LEARNING_RATE,
         max_new_tokens=NEW_TOKENS, precision=job["precision"], max_update_kl=1e9,
@@ -125,7 +129,7 @@ def train(job: dict) -> dict:
         return asked
 
     with tempfile.TemporaryDirectory() as out:
-        rows = ppo.train(
+        rows = loop.train(
             SeparateModels(policy, models.load_policy(name), value), make_reward(name, tokenizer, lengths), problems,
             tokenizer, settings, out, accelerator=Accelerator(cpu=True), checkpoint_every=settings.updates,
         )  # fmt: skip
@@ -163,7 +167,7 @@ class Shapes:
 def shapes(name: str) -> Shapes:
     import torch
 
-    from smlib import models
+    from smlib.sampling import models
 
     model = models.load_policy(name)
     decoder, config = model.get_decoder(), model.config
@@ -218,7 +222,7 @@ def layer_speed(name: str, rows: int) -> float:
     """Operations per second of the model's own float32 matrix products, `rows` tokens at a time, and nothing else."""
     import torch
 
-    from smlib import models
+    from smlib.sampling import models
 
     model = models.load_policy(name)
     weights = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
@@ -258,7 +262,7 @@ def alone(job: dict) -> dict:
 
 
 def trl(python: str, job: dict, prompts: list[list[int]], batch: int) -> dict:
-    from smlib import models
+    from smlib.sampling import models
 
     asked = {
         "model": models.locate(job["model"])[0], "prompts": prompts, "samples": SAMPLES, "epochs": job["epochs"],

@@ -12,7 +12,8 @@ Tokens up to and with the end of a rationale count, padding after it does not. E
 own, alone, after a warm-up; the rounds alternate and the best of two is shown.
 
 Then for the native engine: samples per question (1, 4, 16, 64), number of questions (100 to 10,000, through
-smlib.bulk, with the peak memory of the process), and how much of the time the matrix products alone would take.
+smlib.sampling.shards, with the peak memory of the process), and how much of the time the matrix products alone would
+take.
 """
 
 import argparse
@@ -38,27 +39,31 @@ VLLM = {  # its engine in this process, compiled, on all cores
 
 def questions(count: int) -> list[tuple[str, str]]:
     """(key, prompt) of test questions, the tasks mixed."""
-    from smlib import prompts
-    from smlib.problems import TASKS, generate
+    from smlib.problems import prompts
+    from smlib.problems.datasets import TASKS, generate
 
     pools = [generate(task, -(-count // len(TASKS)), 60_000, split="test") for task in TASKS]
     mixed = [problem for group in zip(*pools, strict=True) for problem in group]
     return [(problem.id, prompts.open_prompt(problem)) for problem in mixed[:count]]
 
 
+def sampling_params():
+    from smlib.sampling.params import SamplingParams
+
+    return SamplingParams(temperature=1.0, max_new_tokens=NEW_TOKENS, seed=0)
+
+
 def by_engine(engine, asked, samples: int) -> list[int]:
     """Lengths of the samples that an engine draws."""
     keys, prompts = zip(*asked, strict=True)
-    drawn = engine.sample(
-        list(prompts), samples, keys=list(keys), temperature=1.0, max_new_tokens=NEW_TOKENS, seed=0
-    )  # fmt: skip
+    drawn = engine.sample(list(prompts), samples, sampling_params(), keys=list(keys))
     return [len(one.token_ids) for group in drawn for one in group]
 
 
 def by_generate(asked, samples: int, batch: int) -> list[int]:
     import torch
 
-    from smlib import encoding, models
+    from smlib.sampling import encoding, models
 
     model, tokenizer = models.load_policy("tiny"), models.load_tokenizer("tiny")
     rows = sorted((encoding.encode_prompt(tokenizer, prompt) for _, prompt in asked), key=len)
@@ -80,7 +85,7 @@ def by_generate_batch(asked, samples: int) -> list[int]:
     from transformers import GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-    from smlib import encoding, models
+    from smlib.sampling import encoding, models
 
     model, tokenizer = models.load_policy("tiny"), models.load_tokenizer("tiny")
     rows = [encoding.encode_prompt(tokenizer, prompt) for _, prompt in asked for _ in range(samples)]
@@ -94,11 +99,11 @@ def by_generate_batch(asked, samples: int) -> list[int]:
 
 
 def in_bulk(count: int, samples: int, folder: str) -> list[int]:
-    from smlib.bulk import Bulk
-    from smlib.engines import make_engine
+    from smlib.sampling.factory import make_engine
+    from smlib.sampling.shards import Bulk
 
     bulk = Bulk(folder, make_engine("native", "tiny"), {"base": "tiny"})
-    bulk.draw(questions(count), samples, temperature=1.0, max_new_tokens=NEW_TOKENS, seed=0)
+    bulk.draw(questions(count), samples, sampling_params())
     return [len(one.token_ids) for _, group in bulk.read() for one in group]
 
 
@@ -106,7 +111,7 @@ def bound(rows: int = 256) -> float:
     """Tokens per second if a step were nothing but the model's matrix products, `rows` rows at a time."""
     import torch
 
-    from smlib import models
+    from smlib.sampling import models
 
     model = models.load_policy("tiny")
     weights = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
@@ -123,8 +128,8 @@ def bound(rows: int = 256) -> float:
 
 def measure(job: dict) -> dict:
     """One job in this process: lengths, seconds, peak memory."""
-    from smlib.artifacts import peak_mib
-    from smlib.engines import make_engine
+    from smlib.files.artifacts import peak_mib
+    from smlib.sampling.factory import make_engine
 
     kind, samples = job["engine"], job["samples"]
     if kind == "bound":

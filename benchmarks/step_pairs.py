@@ -5,7 +5,7 @@
 Writes results/step_pairs.csv: accuracy on fresh questions of the train split, and the gain over RFT, for
 - DPO on outcome pairs and on the step-level pairs of Self-Explore, as the run trains them;
 - each of the two at the other's learning rate;
-- step-level pairs made otherwise (`smlib.ablations.step_pairs`): another choice of the chosen side, pits at the first
+- step-level pairs made otherwise (`variants.step_pairs`): another choice of the chosen side, pits at the first
   wrong step by the step checker, and a rejected side to the end of the rationale (at the rate of outcome pairs);
 - RFT and DPO on outcome pairs of more solutions a question (--samples), so many that they draw what Self-Explore does.
 For every seed it takes the run runs/PRESET-all-seedSEED, makes what is missing of stages 01, 02 and 06, and trains in
@@ -15,11 +15,14 @@ folders of their own. A stopped run goes on.
 import argparse
 from pathlib import Path
 
+import variants
 from ablations import write
 
-from smlib import ablations, explore_pipeline, pipeline
-from smlib.artifacts import require
-from smlib.settings import preset
+from smlib.files.artifacts import require
+from smlib.learning.rows import Pair
+from smlib.runs import self_explore, shared
+from smlib.runs.settings import preset
+from smlib.runs.shared import answer_fresh
 
 OWN = {"outcome pairs": "06_outcome_dpo", "first pit (Self-Explore)": "06_step_dpo"}
 
@@ -31,35 +34,35 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--samples", type=int, default=16, help="solutions a question for the same budget (default 16)")
     parser.add_argument("--questions", type=int, default=100, help="fresh questions per task (default 100)")
-    parser.add_argument("--out", type=Path, default=ablations.TABLE.parent / "step_pairs.csv")
+    parser.add_argument("--out", type=Path, default=variants.TABLE.parent / "step_pairs.csv")
     args = parser.parse_args()
     rows = []
     for seed in args.seeds:
         settings = preset(args.preset, args.task, seed)
-        run = pipeline.run_folder("", args.preset, args.task, seed)
-        explore_pipeline.run(run, settings)
+        run = shared.run_folder("", args.preset, args.task, seed)
+        self_explore.run(run, settings)
         trained = {
             "outcome pairs": require(run, "06_outcome_dpo"),
             "first pit (Self-Explore)": require(run, "06_step_dpo"),
         }
         whole, steps = settings.dpo.learning_rate, settings.dpo.step_learning_rate
-        jobs = {f"outcome pairs, rate {steps:g}": (require(run, "06_selection").read_rows("pairs"), steps)}
-        jobs[f"first pit, rate {whole:g}"] = require(run, "06_exploration").read_rows("pairs"), whole
-        for name, pairs in ablations.step_pairs(run, settings).items():
-            jobs[name] = pairs, whole if name == ablations.REST else steps
+        jobs = {f"outcome pairs, rate {steps:g}": (require(run, "06_selection").read_rows("pairs", Pair), steps)}
+        jobs[f"first pit, rate {whole:g}"] = require(run, "06_exploration").read_rows("pairs", Pair), whole
+        for name, pairs in variants.step_pairs(run, settings).items():
+            jobs[name] = pairs, whole if name == variants.REST else steps
         for name, (pairs, rate) in jobs.items():
-            trained[name] = ablations.step_policy(run, settings, name, pairs, rate)
+            trained[name] = variants.step_policy(run, settings, name, pairs, rate)
         more = preset(args.preset, args.task, seed, explore={"samples": args.samples})
-        wide = ablations.branch(run, f"solutions-{args.samples}", ablations.SAMPLED[:3])
-        explore_pipeline.draw_solutions(wide, more)
-        explore_pipeline.select(wide, more)
-        trained[f"RFT, {args.samples} solutions"] = explore_pipeline.train_rft(wide, more)
-        trained[f"outcome pairs, {args.samples} solutions"] = explore_pipeline.train_outcome_dpo(wide, more)
-        answered = ablations.answers(settings, require(run, "06_rft").path("model"), args.questions)
+        wide = variants.branch(run, f"solutions-{args.samples}", variants.SAMPLED[:3])
+        self_explore.draw_solutions(wide, more)
+        self_explore.select(wide, more)
+        trained[f"RFT, {args.samples} solutions"] = self_explore.train_rft(wide, more)
+        trained[f"outcome pairs, {args.samples} solutions"] = self_explore.train_outcome_dpo(wide, more)
+        answered = answer_fresh(settings, require(run, "06_rft").path("model"), args.questions)
         for name, stage in trained.items():
-            rows += ablations.policy_rows(stage, settings, name, answered, before="RFT")
+            rows += variants.policy_rows(stage, settings, name, answered, before="RFT")
             print(f"seed {seed}: {name}", flush=True)
-        write(rows, ablations.COLUMNS, args.out)
+        write(rows, variants.COLUMNS, args.out)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ pydantic checks, strictly: no text and no bool passes for a number. A value has 
 a whole number is declared and 2.0 where a fraction is, so that a stage has one fingerprint.
 """
 
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Literal, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -28,7 +28,7 @@ Drawn = Annotated[int, Field(ge=1, le=100_000_000)]  # of one prompt in one call
 SamplesOrZero = Annotated[int, Field(ge=0, le=10_000)]
 Tokens = Annotated[int, Field(ge=1, le=1_000_000)]  # of one completion
 TopK = Annotated[int, Field(ge=0, le=10_000_000)]  # tokens kept of the vocabulary, 0 = all
-Held = Annotated[int, Field(ge=0, le=1_000_000_000)]  # tokens held at once, 0 = no bound
+CacheTokens = Annotated[int, Field(ge=0, le=1_000_000_000)]  # tokens whose keys and values are held, 0 = no bound
 Rows = Annotated[int, Field(ge=1, le=100_000)]  # of a batch
 RowsOrZero = Annotated[int, Field(ge=0, le=100_000)]
 Processes = Annotated[int, Field(ge=1, le=10_000)]
@@ -41,6 +41,10 @@ ShareOrZero = Annotated[float, Field(ge=0, le=1)]
 Size = Annotated[float, Field(gt=0, le=1e9)]
 SizeOrZero = Annotated[float, Field(ge=0, le=1e9)]
 Weight = Annotated[float, Field(ge=-1e9, le=1e9)]
+Dtype = Literal["float32", "bfloat16", "nf4"]
+EngineName = Literal["native", "vllm", "auto"]
+Prompt = Literal["plain", "chat"]
+Completion = Literal["shortest", "random", "most_likely"]
 Text = Annotated[str, Field(pattern=r"^\P{Cc}*[^\s\p{Cc}]\P{Cc}*$")]  # not blank, one line
 
 _WORDS = {
@@ -53,6 +57,11 @@ _WORDS = {
 }
 
 
+def setting(default=MISSING, meaning: str = ""):
+    """A field of a `Declared` dataclass with what it means, which errors, --help and `smlib settings` read."""
+    return field(default=default, metadata={"meaning": meaning})
+
+
 class Declared:
     """A frozen dataclass whose fields are checked as they are declared, and kept in the form declared.
 
@@ -62,12 +71,28 @@ class Declared:
 
     def __post_init__(self):
         group = type(self).__name__.removesuffix("Settings").lower()
-        hints = _hints(type(self))
-        for field in fields(self):
-            if not is_dataclass(kind := hints[field.name]):
-                name = f"{group}.{field.name}".removeprefix(".")
-                value = checked(f"setting {name}", getattr(self, field.name), kind, field.default)
-                object.__setattr__(self, field.name, value)
+        for name, one in described(type(self)).items():
+            value = checked(f"setting {group}.{name}".replace(" .", " "), getattr(self, name), one.kind, one.default)
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class Described:
+    """A field of a `Declared` dataclass: its declared type, its default (MISSING for none), and what it means."""
+
+    kind: object
+    default: object
+    meaning: str
+
+
+def described(group: type) -> dict[str, Described]:
+    """The settings of a group, by name, without the groups in it."""
+    kinds = _hints(group)
+    return {
+        field.name: Described(kinds[field.name], field.default, field.metadata.get("meaning", ""))
+        for field in fields(group)
+        if not is_dataclass(kinds[field.name])
+    }
 
 
 def checked(name: str, value, kind, like=None):
@@ -81,6 +106,22 @@ def checked(name: str, value, kind, like=None):
         raise UsageError(_sentence(name, value, kind, like)) from None
 
 
+def allowed(kind) -> str:
+    """What `kind` lets pass, in words: "a whole number from 1 to 100,000", "one of: plain, chat"."""
+    schema = _adapter(kind).json_schema()
+    choices = [schema["const"]] if "const" in schema else schema.get("enum")
+    if choices:
+        return f"one of: {', '.join(choices)}"
+    wanted, high = _WORDS[schema["type"]], schema.get("maximum")
+    if "minimum" in schema:
+        wanted += f" from {schema['minimum']:,.15g} to {high:,.15g}"
+    if "exclusiveMinimum" in schema:
+        wanted += f" above {schema['exclusiveMinimum']:,.15g} and at most {high:,.15g}"
+    if "pattern" in schema:
+        wanted += " of one line that is not blank"
+    return wanted
+
+
 def named_folder(name: str, text: str) -> Path:
     """The folder that the option called `name` gives. UsageError where there can be none."""
     folder = Path(checked(name, text, Text))
@@ -92,17 +133,9 @@ def named_folder(name: str, text: str) -> Path:
 
 
 def _sentence(name: str, value, kind, like) -> str:
-    schema = _adapter(kind).json_schema()
-    choices = [schema["const"]] if "const" in schema else schema.get("enum")
-    if choices:
-        return f"{name} {shown(value)} is unknown; choose one of: {', '.join(choices)}"
-    wanted, high = _WORDS[schema["type"]], schema.get("maximum")
-    if "minimum" in schema:
-        wanted += f" from {schema['minimum']:,.15g} to {high:,.15g}"
-    if "exclusiveMinimum" in schema:
-        wanted += f" above {schema['exclusiveMinimum']:,.15g} and at most {high:,.15g}"
-    if "pattern" in schema:
-        wanted += " that is not blank"
+    wanted = allowed(kind)
+    if wanted.startswith("one of"):
+        return f"{name} {shown(value)} is unknown; choose {wanted}"
     such_as = f", such as {like!r}" if isinstance(like, int | float | str) and like != "" else ""
     return f"{name} = {shown(value)} is not allowed: give {wanted}{such_as}"
 

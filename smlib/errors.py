@@ -5,6 +5,9 @@ takes. Its message names the value, what is allowed, and the way out. Any other 
 traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Something outside the code is wrong: a value, a file, a machine, a training that fails."""
@@ -20,3 +23,14 @@ class ModelError(UserError, OSError):
 
 class MissingLibrary(UserError, ModuleNotFoundError):
     """A library that is not part of the plain installation."""
+
+
+@contextmanager
+def of_extra(extra: str) -> Iterator[None]:
+    """Imports within need an extra of this package; MissingLibrary says which where it is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if isinstance(error, MissingLibrary) or (error.name or "").split(".")[0] in ("", "smlib"):
+            raise
+        raise MissingLibrary(f"{error.name} is not installed: pip install 'smlib[{extra}]'") from error

@@ -1,4 +1,4 @@
-"""The tiny base: its corpus, its tokenizer, its training, its card (`python -m smlib pretrain`).
+"""The tiny base: its corpus, its tokenizer, its training, its card (`smlib pretrain`).
 
 A real base model has read the web: many authors, most of them sure of themselves, many of them wrong in the
 same way all through a page. The corpus imitates that. Each document is one generated question and one
@@ -8,7 +8,6 @@ is in reach: what self-motivated learning needs. A part of the documents states 
 ("Given answer: ..."), and not all of those authors are honest about how they got there.
 """
 
-import argparse
 import hashlib
 import json
 import random
@@ -17,25 +16,24 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from smlib import encoding, models, prompts
-from smlib.declared import Seed, Tokens, checked, named_folder
 from smlib.draws import own_draws
-from smlib.engines import NativeEngine
 from smlib.errors import UsageError
-from smlib.evaluation import evaluate, summarise
-from smlib.files import replacing
-from smlib.model_files import read_object
-from smlib.problems import TASKS, Problem, generate
-from smlib.steps import WRITERS, compute, parse, swap, turn
+from smlib.files.atomic import replacing
+from smlib.problems import prompts
+from smlib.problems.datasets import TASKS, Problem, generate
+from smlib.problems.steps import WRITERS, compute, parse, swap, turn
+from smlib.reports.evaluation import evaluate, summarise
+from smlib.sampling import encoding, models, packing
+from smlib.sampling.engines import NativeEngine
+from smlib.sampling.model_files import read_object
+from smlib.sampling.params import SamplingParams
 
 # ------------------------------------------------------------------------------------------------- authors
 
@@ -271,7 +269,7 @@ def _batches(
         while pool:
             rows = max(1, tokens_per_batch // (len(pool[-1][0]) + len(pool[-1][1])))
             taken, pool = pool[-rows:], pool[:-rows]
-            ids = models.pad_right([head + tail for head, tail in taken], tokenizer.pad_token_id)
+            ids = packing.pad_right([head + tail for head, tail in taken], tokenizer.pad_token_id)
             weights = torch.zeros(ids.shape)
             for row, (head, tail) in enumerate(taken):
                 weights[row, : len(head)] = 0.1
@@ -322,54 +320,13 @@ def train(model: LlamaForCausalLM, batches: list[tuple[torch.Tensor, torch.Tenso
 
 def accuracy_by_task(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, dict[str, float]]:
     """Greedy and sampled accuracy of a base on 200 questions per task of the train split, for its card."""
-    accuracy = {}
+    accuracy, params = {}, SamplingParams(temperature=0.8, max_new_tokens=128, seed=0)
     for task in TASKS:
-        rows = evaluate(
-            NativeEngine(model, tokenizer),
-            generate(task, 200, seed=2_000_003),
-            k=8,
-            temperature=0.8,
-            max_new_tokens=128,
-            seed=0,
-        )
+        rows = evaluate(NativeEngine(model, tokenizer), generate(task, 200, seed=2_000_003), 8, params)
         numbers = summarise(rows)
         names = {"greedy": "greedy", "sampled at T = 0.8": "avg_at_k", "pass@8 at T = 0.8": "pass_at_k"}
         accuracy[task] = {name: round(numbers[key]["value"], 3) for name, key in names.items()}
     return accuracy
-
-
-OPTIONS = {
-    "documents": Annotated[int, Field(ge=1, le=10_000_000)],
-    "hidden": Annotated[int, Field(ge=32, le=65_536)],
-    "layers": Annotated[int, Field(ge=1, le=1_000)],
-    "tokens_per_batch": Tokens,
-    "seed": Seed,
-}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
-def _options(argv: list[str]) -> argparse.Namespace:
-    """The options of the command, each in its range. Raises UsageError."""
-    parser = _Parser(prog="python -m smlib pretrain", description=main.__doc__)
-    there = "folder to write, new or empty; `--model FOLDER` then takes it (the package's own base stays as it is)"
-    parser.add_argument("--out", required=True, help=there)
-    parser.add_argument("--documents", type=int, default=150_000, help="documents to read, each once (default 150,000)")
-    parser.add_argument("--hidden", type=int, default=128, help="width, a multiple of 32 (default 128)")
-    parser.add_argument("--layers", type=int, default=3, help="(default 3)")
-    parser.add_argument("--start-from", type=Path, help="go on from this base instead of random weights")
-    tokens = "at most, but for a document that is longer (default 4,096)"
-    parser.add_argument("--tokens-per-batch", type=int, default=4096, help=tokens)
-    parser.add_argument("--seed", type=int, default=0, help="of weights and documents (default 0)")
-    options = parser.parse_args(argv)
-    for name, kind in OPTIONS.items():
-        checked("--" + name.replace("_", "-"), getattr(options, name), kind)
-    if options.hidden % 32:
-        raise UsageError(f"--hidden = {options.hidden} is not allowed: give a multiple of 32, the size of a head")
-    return options
 
 
 def _check_place(out: Path) -> None:
@@ -393,33 +350,36 @@ def _earlier_phases(base: Path) -> list[dict]:
     return phases
 
 
-def main(argv: list[str]) -> int:
-    """`python -m smlib pretrain`: make a tiny base as the package's was made, and write it with its card."""
-    options = _options(argv)
-    out = named_folder("--out", options.out).resolve()
+def make_base(
+    out: Path, *, documents: int, hidden: int, layers: int, start_from: Path | None, tokens_per_batch: int, seed: int
+) -> None:
+    """Make a tiny base as the package's was made, and write it with its card, training.json, which is printed too.
+
+    out: a folder that is new or empty. documents: how many are read, each once. hidden: width, a multiple of 32.
+    start_from: a base of this function's to go on from, None for random weights. tokens_per_batch: at most, but for a
+    document that is longer. Raises UsageError before any work.
+    """
+    out = out.resolve()
     _check_place(out)
     started = time.time()
-    if options.start_from:
-        base = Path(models.locate(options.start_from)[0])
+    if start_from:
+        base = Path(models.locate(start_from)[0])
         before = _earlier_phases(base)
         tokenizer, model = models.load_tokenizer(str(base)), models.load_policy(base).cpu()
     else:
         before = []
-        tokenizer = make_tokenizer([prompt + completion for prompt, completion in corpus(8_000, options.seed)])
-        with own_draws(options.seed):
-            model = LlamaForCausalLM(tiny_config(len(tokenizer), tokenizer, options.hidden, options.layers))
-    batches = _batches(tokenizer, options.documents, options.tokens_per_batch, options.seed)
+        tokenizer = make_tokenizer([prompt + completion for prompt, completion in corpus(8_000, seed)])
+        with own_draws(seed):
+            model = LlamaForCausalLM(tiny_config(len(tokenizer), tokenizer, hidden, layers))
+    batches = _batches(tokenizer, documents, tokens_per_batch, seed)
     tokens = sum(int((weights > 0).sum()) for _, weights in batches)
-    print(
-        f"{models.model_size(model):,} parameters, {len(tokenizer)} tokens, {tokens:,} tokens to read",
-        flush=True,
-    )
+    print(f"{models.model_size(model):,} parameters, {len(tokenizer)} tokens, {tokens:,} tokens to read", flush=True)
     losses = train(model, batches)
     phase = {
-        "documents": options.documents,
+        "documents": documents,
         "tokens": tokens,
-        "seed": options.seed,
-        "tokens_per_batch": options.tokens_per_batch,
+        "seed": seed,
+        "tokens_per_batch": tokens_per_batch,
         "seconds": round(time.time() - started),
         "final_loss": round(sum(losses[-50:]) / len(losses[-50:]), 4),
     }
@@ -436,4 +396,3 @@ def main(argv: list[str]) -> int:
         card["sha256"] = hashlib.sha256((tmp / "model.safetensors").read_bytes()).hexdigest()
         (tmp / "training.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(card, indent=2))
-    return 0

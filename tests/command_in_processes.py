@@ -6,7 +6,7 @@ Such a thread may abort the process while the interpreter ends: seldom, so that 
 import sys
 from pathlib import Path
 
-from smlib.__main__ import main
+from smlib.cli import main
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])

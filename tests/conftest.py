@@ -19,10 +19,28 @@ hypothesis.settings.register_profile("here", deadline=None)
 hypothesis.settings.load_profile("here")
 
 
+def pytest_collection_modifyitems(items):
+    """The runs of all notebooks, then other files with slow tests: what workers begin last is to be short."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, item.path.stem != "test_notebook_runs"))
+
+
 @pytest.fixture
 def interrupts():
-    """A request to end (SIGTERM) raises KeyboardInterrupt, as Ctrl-C does; so the command line has it."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """A request to end (SIGTERM) raises KeyboardInterrupt, as Ctrl-C does, also where a shell has started the tests in
+    the background, which ignore Ctrl-C; so the command line has it."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     yield
-    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
-    signal.signal(signal.SIGTERM, before)
+    assert all(signal.getsignal(number) is signal.default_int_handler for number in numbers)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def in_process():
+    """Notebooks run in this process: a kernel takes seconds to start, and most tests are not about one."""
+    import small_notebooks
+
+    with small_notebooks.engine(small_notebooks.InProcess):
+        yield

@@ -1,7 +1,9 @@
 """Break a stage while it is made, and look at what is left: run by tests/test_faults.py in a process of its own.
 
     python tests/faults.py calm FOLDER full            make all stages, undisturbed
-    python tests/faults.py kill FOLDER full 04_ppo 5   kill -9 before every fifth of its file operations, go on, compare
+    python tests/faults.py kill FOLDER full 04_ppo=5   kill -9 before every fifth of its file operations, go on, compare
+
+To start takes longer than to make a stage: one process takes several stages, as 02_sft=6 04_ppo=11.
 
 The process that forks computes nothing itself, so that its children may use torch; each child makes one stage.
 """
@@ -22,15 +24,16 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 
-from smlib import explore_pipeline, pipeline, ppo, trl_policy
-from smlib.settings import Settings, preset
+from smlib.ppo import loop, rloo_grpo
+from smlib.runs import self_explore, self_motivated
+from smlib.runs.settings import Settings, preset
 
-for trainer in (ppo, trl_policy):
+for trainer in (loop, rloo_grpo):
     trainer.train.__kwdefaults__["checkpoint_every"] = 1  # so that there are checkpoints to be killed amid
-explore_pipeline.SHARD = 8
+self_explore.SHARD = 8
 
-POLICIES = {f"04_{name}": partial(pipeline.train_policy, method=name) for name in ("rloo", "grpo")}
-STAGES = pipeline.STAGES | POLICIES | explore_pipeline.STAGES
+POLICIES = {f"04_{name}": partial(self_motivated.train_policy, method=name) for name in ("rloo", "grpo")}
+STAGES = self_motivated.STAGES | POLICIES | self_explore.STAGES
 # of a checkpoint or stage, with times and paths in them: they differ in every run
 OWN = ("state.json", "smlib.json", "trainer_state.json", "training_args.bin", "manifest.json")
 
@@ -135,7 +138,7 @@ def make_calm(run: Path, mode: str) -> None:
 
 
 def kill(calm: Path, mode: str, stage: str, every: int) -> dict:
-    """kill -9 before every `every`-th file operation of a stage, and at as many random moments; then go on."""
+    """kill -9 before every `every`-th file operation of a stage, and at a quarter as many moments; then go on."""
     run = without(calm, stage, calm.with_name(f"{calm.name}-{stage}"))
     started = time.monotonic()
     code, error = attempt(run, mode, stage, FileOperations(run))
@@ -143,7 +146,8 @@ def kill(calm: Path, mode: str, stage: str, every: int) -> dict:
     faults, kills = [f"undisturbed: {code} {error}"] * bool(code), 0
     moments = random.Random(stage)
     for number in range(0, operations, every):
-        for how in ({"hook": FileOperations(run, number)}, {"seconds": moments.uniform(0, seconds)}):
+        at_random = [{"seconds": moments.uniform(0, seconds)}] * (number // every % 4 == 0)
+        for how in [{"hook": FileOperations(run, number)}, *at_random]:
             run = without(calm, stage, run)
             code, error = attempt(run, mode, stage, **how)
             kills += code == -signal.SIGKILL
@@ -152,7 +156,7 @@ def kill(calm: Path, mode: str, stage: str, every: int) -> dict:
             elif wrong := goes_on(calm, run, mode, stage):
                 faults.append(f"operation {number}, {how}: {wrong}")
     shutil.rmtree(run)
-    return {"stage": stage, "operations": operations, "kills": kills, "faults": faults}
+    return {"operations": operations, "kills": kills, "faults": faults}
 
 
 def full(calm: Path, mode: str, stage: str, mount: Path, places: int) -> dict:
@@ -176,7 +180,7 @@ def full(calm: Path, mode: str, stage: str, mount: Path, places: int) -> dict:
                 faults.append(f"{number}: {wrong}")
         finally:
             _system(f"umount {mount}")
-    return {"stage": stage, "filled": filled, "faults": faults}
+    return {"filled": filled, "faults": faults}
 
 
 def _system(command: str) -> None:
@@ -191,7 +195,7 @@ def together(run: Path, first: dict, second: dict) -> list[tuple[int, str]]:
         report.write_text("")
         if not (child := os.fork()):
             try:
-                pipeline.run(run, replace(settings("full"), **changes), progress=False)
+                self_motivated.run(run, replace(settings("full"), **changes), progress=False)
                 os._exit(0)
             except BaseException as error:
                 report.write_text(f"{type(error).__name__}: {error}")
@@ -200,13 +204,25 @@ def together(run: Path, first: dict, second: dict) -> list[tuple[int, str]]:
     return [(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), report.read_text()) for child, report in children]
 
 
+def until_done(run: Path, first: dict, second: dict, rounds: int) -> list[list[tuple[int, str]]]:
+    """`together` again and again, as each time at least one gets further: how they ended, round by round."""
+    ended = []
+    while len(ended) < rounds and (not ended or any(code for code, _ in ended[-1])):
+        ended.append(together(run, first, second))
+    return ended
+
+
 if __name__ == "__main__":
     what, folder, mode, *rest = sys.argv[1:]
+    run, stages = (
+        Path(folder),
+        {name: int(number) for name, number in (part.split("=") for part in rest if "=" in part)},
+    )
     if what == "calm":
-        make_calm(Path(folder), mode)
+        make_calm(run, mode)
     elif what == "kill":
-        print(json.dumps(kill(Path(folder), mode, rest[0], int(rest[1]))))
+        print(json.dumps({stage: kill(run, mode, stage, every) for stage, every in stages.items()}))
     elif what == "full":
-        print(json.dumps(full(Path(folder), mode, rest[0], Path(rest[1]), int(rest[2]))))
+        print(json.dumps({stage: full(run, mode, stage, Path(rest[0]), places) for stage, places in stages.items()}))
     elif what == "together":
-        print(json.dumps(together(Path(folder), {}, {"seed": int(rest[0])})))
+        print(json.dumps(until_done(run, {}, {"seed": int(rest[0])}, int(rest[1]))))

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 
-from smlib import encoding, models, pipeline, prompts
-from smlib.downloads import read_pinned
-from smlib.problems import Problem
-from smlib.settings import Settings
+from smlib.problems import prompts
+from smlib.problems.datasets import Problem
+from smlib.problems.downloads import read_pinned
+from smlib.runs import questions
+from smlib.runs.settings import Settings
+from smlib.sampling import encoding, models, packing
 
 LAST_NUMBER = re.compile(r"\d+(?:\.\d+)?(?!.*\d)", re.DOTALL)
 
@@ -43,10 +45,10 @@ def solutions(problem: Problem) -> list[str]:
 def make_base(settings: Settings, folder: Path, epochs: int = 30) -> str:
     """Write the base into a folder, whose name is returned; it knows the questions of all stages, the test's too."""
     torch.manual_seed(0)
-    asked, tokenizer, model = pipeline.ppo_problems(settings), models.load_tokenizer(), models.load_policy()
-    problems = pipeline.training_problems(settings) + pipeline.second_problems(settings)
+    asked, tokenizer, model = questions.ppo_problems(settings), models.load_tokenizer(), models.load_policy()
+    problems = questions.training_problems(settings) + questions.second_problems(settings)
     problems += [problem for update in range(settings.ppo.updates) for problem in asked(update)]
-    problems += [problem for group in pipeline.test_problems(settings).values() for problem in group]
+    problems += [problem for group in questions.test_problems(settings).values() for problem in group]
     rows = [
         (
             encoding.encode_prompt(tokenizer, prompts.open_prompt(problem)),
@@ -59,8 +61,8 @@ def make_base(settings: Settings, folder: Path, epochs: int = 30) -> str:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     draw = random.Random(0)
     for _ in range(steps):
-        packed = models.pack(draw.sample(rows, 4), tokenizer.pad_token_id)
-        (-models.packed_logprobs(model, packed).mean()).backward()
+        packed = packing.pack(draw.sample(rows, 4), tokenizer.pad_token_id)
+        (-packing.packed_logprobs(model, packed).mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

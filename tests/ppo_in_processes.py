@@ -16,8 +16,10 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from smlib import models, pipeline, ppo
-from smlib.roles import Adapters
+from smlib.ppo import loop
+from smlib.ppo.roles import Adapters
+from smlib.runs import shared
+from smlib.sampling import models
 
 
 class Sharding(Accelerator):
@@ -63,11 +65,11 @@ def train(kind: str, out: Path, accelerator: Accelerator | None = None):
     plan, hardware, large = QUICK, {}, kind.startswith("large")
     if large:
         plan = replace(QUICK, precision="bfloat16")
-        hardware = {"micro_batch": 2, "recompute": True, "rollout_rows": 6}
+        hardware = {"micro_batch": 2, "gradient_checkpointing": True, "max_batch": 6}
     roles = large_roles(kind == "large, grouped") if large else make_roles(kind)
     problems, tokenizer = questions(4), make_tokenizer()
     reward = SaysYes(tokenizer) if large else says_yes
-    ppo.train(roles, reward, problems, tokenizer, plan, out, accelerator=accelerator, checkpoint_every=2, **hardware)
+    loop.train(roles, reward, problems, tokenizer, plan, out, accelerator=accelerator, checkpoint_every=2, **hardware)
     return roles
 
 
@@ -79,7 +81,7 @@ def main(out: Path, *cases: str) -> None:
         if wrapper == "fsdp":
             assert all(hasattr(weight, "full_tensor") for weight in roles.parameters())  # sharded to the end
         del roles
-    pipeline.leave()
+    shared.end_process_group()
     os._exit(0)  # torch's caches keep the group of sharded weights, and so its threads, when all others let go
 
 

@@ -5,7 +5,8 @@ import json
 
 import torch
 
-from smlib import downloads, models, prompts
+from smlib.problems import downloads, prompts
+from smlib.sampling import packing
 
 SUMS = [(3, 4), (2, 6), (1, 8), (5, 2), (4, 4), (6, 1), (2, 7)]
 TRAIN, TEST, SHOWN = SUMS[:4], SUMS[4:6], SUMS[6]
@@ -16,7 +17,7 @@ def asked(task: str, a: int, b: int) -> str:
 
 
 def steps(task: str, a: int, b: int, total: int) -> list[str]:
-    """Two lines, or two sentences on one, as `smlib.explore` expects them of the dataset."""
+    """Two lines, or two sentences on one, as `smlib.learning.exploration` expects them of the dataset."""
     if task == "gsm8k":
         return [f"Ann starts with {a}.", f"{a} + {b} = {total} nuts."]
     return [f"We have to add ${b}$ to ${a}$. So the sum of both is ${total}$."]
@@ -47,7 +48,7 @@ def publish(task: str, folder, patch) -> None:
 
 def learn(model, documents: list[list[int]], times: int) -> None:
     """Let a model read all documents, as token ids, so many times."""
-    ids = models.pad_right(documents, -100)
+    ids = packing.pad_right(documents, -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(times):
         model(input_ids=ids.clamp(min=0), labels=ids).loss.backward()

@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smlib.artifacts import Stage, StageError, StageMismatch, peak_mib, require
-from smlib.files import DiskFullError
+from smlib.files.artifacts import Stage, StageError, StageMismatch, peak_mib, require
+from smlib.files.atomic import DiskFullError
 
 SETTINGS = {"seed": 0, "sampling": {"temperature": 0.8, "samples": 8}}
 JSON = st.recursive(
@@ -154,7 +154,7 @@ def test_a_kill_between_the_manifest_and_the_end_leaves_a_finished_stage(tmp_pat
 
 def test_one_process_at_a_time_makes_a_stage(tmp_path):
     stage = Stage(tmp_path, "04_ppo", SETTINGS)
-    script = "import sys; from smlib.artifacts import Stage; import json\n"
+    script = "import sys; from smlib.files.artifacts import Stage; import json\n"
     script += f"with Stage(sys.argv[1], '04_ppo', {SETTINGS!r}).recording(): pass"
     command = [sys.executable, "-c", script, str(tmp_path)]
     with stage.recording():
@@ -168,7 +168,7 @@ def test_one_process_at_a_time_makes_a_stage(tmp_path):
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
-    script = "import os, signal, sys; from smlib.artifacts import Stage\n"
+    script = "import os, signal, sys; from smlib.files.artifacts import Stage\n"
     script += f"with Stage(sys.argv[1], '04_ppo', {SETTINGS!r}).recording(): os.kill(os.getpid(), signal.SIGKILL)"
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)])
     assert killed.returncode == -signal.SIGKILL
@@ -399,8 +399,8 @@ def test_where_the_memory_of_a_gpu_runs_out_the_stage_and_the_settings_are_named
     stage = Stage(tmp_path, "02_sft", SETTINGS)
     with pytest.raises(StageError) as raised, stage.recording():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    assert str(raised.value).startswith(f"{stage.folder}: the GPU's memory ran out. Lower hardware.rollout_rows")
-    for setting in ("rollout_rows", "micro_batch", "recompute", "weights"):
+    assert str(raised.value).startswith(f"{stage.folder}: the GPU's memory ran out. Lower hardware.max_batch")
+    for setting in ("max_batch", "micro_batch", "gradient_checkpointing", "dtype"):
         assert f"hardware.{setting}" in str(raised.value)
     assert isinstance(raised.value.__cause__, torch.OutOfMemoryError) and not stage.done
     with pytest.raises(RuntimeError, match="another fault"), stage.recording():
@@ -408,13 +408,23 @@ def test_where_the_memory_of_a_gpu_runs_out_the_stage_and_the_settings_are_named
 
 
 def test_where_the_module_resource_is_missing_as_on_windows_commands_work(tmp_path):
-    script = "import sys, psutil; sys.modules['resource'] = None\n"
-    script += "from smlib.__main__ import main\nsys.exit(main(sys.argv[1:]))"
     # psutil comes first, as its part for Linux needs the module
+    script = "import sys, psutil; sys.modules['resource'] = None\nfrom smlib.cli import main\n"
+    script += "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+    script += "sys.exit(main(sys.argv[1:]))"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     wanted = ["stage", "01_sampling", "--preset", "smoke", "--task", "coin_flip", "--out", str(tmp_path)]
-    for arguments, shown in ((["--help"], "usage: python -m smlib"), (wanted, "01_sampling: ")):
-        command = [sys.executable, "-c", script, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0 and shown in done.stdout, done.stderr
+    command = [sys.executable, "-c", script, *wanted, "--set", "sampling.questions=2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "usage: smlib" in done.stdout and "01_sampling: " in done.stdout, done.stderr
     assert require(tmp_path, "01_sampling").manifest["peak_mib"] > 100
+
+
+def test_a_stage_killed_between_its_last_two_steps_is_finished_by_whoever_looks_next(tmp_path):
+    """Fault: manifest.json was there and unfinished.json stayed for good."""
+    with (stage := Stage(tmp_path, "01_sampling", {"seed": 0})).recording():
+        stage.write_rows("rows", [{"n": 1}])
+        left = (stage.folder / "unfinished.json").read_bytes()
+    (stage.folder / "unfinished.json").write_bytes(left)
+    assert Stage(tmp_path, "01_sampling", {"seed": 0}).done
+    assert sorted(path.name for path in stage.folder.iterdir()) == ["manifest.json", "rows.jsonl"]

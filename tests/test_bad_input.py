@@ -9,19 +9,22 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from pydantic import TypeAdapter
+from tiny_model import policy
 
-from smlib import pipeline, sampling
-from smlib.__main__ import main
-from smlib.bulk import Bulk
+from smlib.cli import main
 from smlib.declared import checked
-from smlib.engines import make_engine
 from smlib.errors import UsageError
-from smlib.plan import describe
-from smlib.ppo import PPOSettings
-from smlib.problems import generate, load
-from smlib.settings import PRESETS, Settings, SFTSettings, preset
+from smlib.ppo.settings import PPOSettings
+from smlib.problems.datasets import generate, load
+from smlib.runs import questions
+from smlib.runs.settings import PRESETS, Settings, SFTSettings, preset
+from smlib.sampling.factory import make_engine
+from smlib.sampling.params import SamplingParams
+from smlib.sampling.sampler import sample_ids
+from smlib.sampling.shards import Bulk
+from smlib.scale.plan import describe
 
-COMMANDS = ("run --dry-run", "run", "stage", "policy", "explore")
+COMMANDS = ("run --dry-run", "run", "stage", "train-policy", "explore")
 
 
 @pytest.fixture
@@ -123,7 +126,7 @@ def test_what_the_error_names_is_allowed(group, name, kind, default):
             "episodes = 8 is no multiple of ppo.samples_per_question",
         ),
         ({"ppo": {1: 2}}, "setting 'ppo.1' is unknown"),
-        ({"base": ""}, "setting base = '' is not allowed: give a text that is not blank"),
+        ({"base": ""}, "setting base = '' is not allowed: give a text of one line that is not blank"),
         ({"base": 3}, "setting base = 3"),
         ({"base": None}, "setting base = None"),
         ({"lora": {"targets": "(("}}, r"lora.targets = '\(\(' is no regular expression"),
@@ -157,9 +160,9 @@ sft.epochs=-1 ppo.updates=-5 ppo.learning_rate=-1 ranking.max_per_side=-1 reward
 sft.batch=True evaluation.questions=0 ppo.epochs=0 sampling.samples=0 sampling.top_p=7 sampling.temperature=inf
 sft.epochs=1e999 sft.epochs=nan sft.epochs=[1] sft.epochs={'a':1} sft.epochs=None sft.epochs= sft.epochs=yes
 sft.epochs='1' sampling.questions=1000000000000 evaluation.questions=1000000000000 reward.questions=10**9
-ppo.updates=1000000000000 hardware.rollout_rows=0 hardware.recompute=1 explore.k=0 dpo.beta=0 lora.rank=-1
-lora.rank=1.5 lora.targets=(( sampling.shots=nope hardware.weights=int8 hardware.engine=abacus ppo=1 ppo=None
-ppo.nope=1 nope.ppo=1 ppo.Updates=1 base=x ppo.episodes=36 ppo.max_new_tokens=600 hardware.weights=nf4
+ppo.updates=1000000000000 hardware.max_batch=0 hardware.gradient_checkpointing=1 explore.k=0 dpo.beta=0 lora.rank=-1
+lora.rank=1.5 lora.targets=(( sampling.shots=nope hardware.dtype=int8 hardware.engine=abacus ppo=1 ppo=None
+ppo.nope=1 nope.ppo=1 ppo.Updates=1 base=x ppo.episodes=36 ppo.max_new_tokens=600 hardware.dtype=nf4
 """
 
 
@@ -185,9 +188,9 @@ run --out out --seed 1.5 :: 1.5
 run --out out --seed nan :: nan
 run --out out --seed "" :: --seed
 run --out out --preset huge :: 'huge'
-run --out out --preset "" :: preset ''
+run --out out --preset "" :: invalid choice: ''
 run --out out --task chess :: 'chess'
-run --out out --task "" :: task ''
+run --out out --task "" :: invalid choice: ''
 run --out out --model "" :: --model = ''
 run --out "" :: --out = ''
 run --out " " :: --out = ' '
@@ -203,18 +206,18 @@ run --out out --to x :: 'x'
 run --out out --set ppo.episodes=40 :: 5 questions per update, no multiple of the 4 tasks
 run --dry-run --set ppo.episodes=40 :: 5 questions per update, no multiple of the 4 tasks
 stage --out out --set ppo.episodes=40 :: 5 questions per update, no multiple of the 4 tasks
-policy --out out --set ppo.episodes=40 :: 5 questions per update, no multiple of the 4 tasks
+train-policy --out out --set ppo.episodes=40 :: 5 questions per update, no multiple of the 4 tasks
 run --dry-run --from 5 --to 2 :: --from 5 --to 2
 run --dry-run --from 99 :: --from 99
 run --dry-run --to -1 :: --to -1
 run --out out --set UPDATES=4 :: UPDATES
 run --dry-run --set UPDATES=4 :: UPDATES
-run --out out --set REWARD=human :: 'human'
-run --out out --set REWARD=3 :: REWARD = 3
-run --out out --set REWARD= :: reward ''
-run --out out --set "REWARD=learned learned" :: learned learned
-run --out out --set REWARD=99999999999*words :: weight in a reward
-run --dry-run --set REWARD=human :: 'human'
+run --out out --set ppo.reward=human :: 'human'
+run --out out --set ppo.reward=3 :: ppo.reward = 3
+run --out out --set ppo.reward= :: ppo.reward = ''
+run --out out --set "ppo.reward=learned learned" :: learned learned
+run --out out --set ppo.reward=99999999999*words :: weight in ppo.reward = 99999999999.0
+run --dry-run --set ppo.reward=human :: 'human'
 run --out out --set TRACKER=abacus :: 'abacus'
 run --out out --set TRACKER=1 :: TRACKER = 1
 run --out out --set SAMPLES=0 :: SAMPLES = 0
@@ -223,7 +226,6 @@ run --out out --set SAMPLES=True :: SAMPLES = True
 run --out out --set FRESH_QUESTIONS=-3 :: FRESH_QUESTIONS = -3
 run --out out --set HELD_OUT=1e9 :: HELD_OUT = 1000000000.0
 run --out out --set DRAWS=many :: DRAWS = 'many'
-run --out out --set ABLATIONS=1 :: ABLATIONS = 1
 run --out out --set START=yes :: START = 'yes'
 run --out out --set LARGE=huge :: 'huge'
 run --out out --set LARGE_TASK=chess :: 'chess'
@@ -236,23 +238,36 @@ run --out out --set a.b.c=1 :: a.b.c=1
 run --out out -k nope :: -k
 run --out out --nope :: --nope
 run --out out nope :: nope
+run --out out --set REWARD=checker :: REWARD
+run --out out --config "" :: --config = ''
+run --out out --config nowhere.yaml :: --config nowhere.yaml cannot be read (No such file or directory): give
+stage --out out --config nowhere.yaml :: --config nowhere.yaml cannot be read
+train-policy --out out --config FILE :: is not allowed: give lines such as PRESET: tiny
+stage --out out --model tiny --set base.x=1 :: base.x cannot be set, since base is 'tiny'
+settings huge :: invalid choice: 'huge'
+settings tiny nope :: invalid choice: 'nope'
+settings tiny --set ppo.nope=1 :: ppo.nope
+settings tiny --set TRACKER=tensorboard :: TRACKER is no setting
+settings --task mistral :: 'mistral'
+settings --out out :: 'out'
 stage nope --out out :: 'nope'
 stage "" --out out :: stage ''
 stage --out "" :: --out = ''
 stage --out FILE :: is a file
 stage --out out --seed -1 :: --seed = -1
 stage --out out --model "" :: --model = ''
-stage --out out --set REWARD=checker :: REWARD
+stage --out out --set TRACKER=tensorboard :: TRACKER
 stage --out out -k nope :: -k
-policy --out out --method a2c :: 'a2c'
-policy --out out --method "" :: method ''
-policy --out out --reward human :: 'human'
-policy --out out --reward "" :: reward ''
-policy --out out --reward "2*" :: '2*'
-policy --out out --tracker abacus :: 'abacus'
-policy --out out --method grpo --tracker tensorboard :: tracker 'tensorboard'
-policy --out "" :: --out = ''
-policy --out out :: 02_sft
+train-policy --out out --method a2c :: 'a2c'
+train-policy --out out --method "" :: invalid choice: ''
+train-policy --out out --set ppo.reward=human :: 'human'
+train-policy --out out --set ppo.reward= :: ppo.reward = ''
+train-policy --out out --set "ppo.reward=2*" :: '2*'
+train-policy --out out --reward learned :: --reward
+train-policy --out out --tracker abacus :: 'abacus'
+train-policy --out out --method grpo --tracker tensorboard :: tracker 'tensorboard'
+train-policy --out "" :: --out = ''
+train-policy --out out :: 02_sft
 explore --out "" :: --out = ''
 explore --out FILE :: is a file
 explore --out out --seed 9e9 :: 9e9
@@ -260,7 +275,7 @@ explore --out out --preset mistral-7b --task all :: exemplars
 results :: RUN
 results nowhere :: nowhere
 results "" :: 05_evaluation
-results FILE :: 05_evaluation
+results FILE :: is a file, where a folder belongs: move it elsewhere, or name another folder
 data nope :: 'nope'
 data coin_flip nope :: 'nope'
 data "" :: ''
@@ -270,18 +285,18 @@ sample coin_flip --out FILE :: is a file
 sample coin_flip --out FILE/x/y :: is a file
 sample nope --out out :: 'nope'
 sample "" --out out :: ''
-sample --out out :: dataset
+sample --out out :: DATASET
 sample coin_flip --out out --split nope :: 'nope'
 sample coin_flip --out out --split all :: 'all'
 sample coin_flip --out out --split "" :: ''
 sample gsm8k --out out --split nope :: 'nope'
 sample coin_flip --out out --shots nope :: 'nope'
-sample coin_flip --out out --shots "" :: --shots ''
+sample coin_flip --out out --shots "" :: invalid choice: ''
 sample chain_arithmetic --out out --shots wei :: 'chain_arithmetic'
 sample coin_flip --out out --engine nope :: 'nope'
 sample coin_flip --out out --prompt nope :: 'nope'
 sample coin_flip --out out --prompt chat :: chat
-sample coin_flip --out out --weights int8 :: 'int8'
+sample coin_flip --out out --dtype int8 :: 'int8'
 sample coin_flip --out out --model "" :: --model = ''
 sample coin_flip --out out --questions -5 :: --questions = -5
 sample coin_flip --out out --questions 0 :: --questions = 0
@@ -305,9 +320,9 @@ sample coin_flip --out out --max-new-tokens 512 :: --max-new-tokens = 512
 sample coin_flip --out out --max-new-tokens 1000000000000 :: --max-new-tokens = 1000000000000
 sample coin_flip --out out --seed -1 :: --seed = -1
 sample coin_flip --out out --seed 99999999999999999999 :: --seed = 99999999999999999999
-sample coin_flip --out out --rows 0 :: --rows = 0
-sample coin_flip --out out --rows -1 :: --rows = -1
-sample coin_flip --out out --rows 1000000000 :: --rows = 1000000000
+sample coin_flip --out out --max-batch 0 :: --max-batch = 0
+sample coin_flip --out out --max-batch -1 :: --max-batch = -1
+sample coin_flip --out out --max-batch 1000000000 :: --max-batch = 1000000000
 sample coin_flip --out out --cache-tokens -1 :: --cache-tokens = -1
 sample coin_flip --out out --cache-tokens 1e6 :: '1e6'
 sample coin_flip --out out --workers 0 :: --workers = 0
@@ -351,27 +366,32 @@ def test_a_value_that_python_cannot_read_is_a_text(refused, value):
 
 # ---- functions -----------------------------------------------------------------------------------------------
 
-DRAWING = {"temperature": 1.0, "max_new_tokens": 8, "seed": 0, "n": 1}
+PARAMS = {"temperature": 1.0, "max_new_tokens": 8, "seed": 0}
 
 
 @pytest.mark.parametrize(
     ("name", "values"),
     [
         ("temperature", [math.inf, math.nan, -1, 101, "1", None, True]),
-        ("n", [0, -1, 1.5, math.inf, "1", None, True, 10**9]),
         ("max_new_tokens", [0, -1, 1.5, math.nan, "8", None, 10**9]),
         ("top_p", [0, 7, -1, math.nan, math.inf, "1", None, True]),
         ("top_k", [-1, 1.5, "1", None, True]),
         ("seed", [-1, 1.5, math.nan, "1", None, True, 2**64]),
-        ("first", [-1, 0.5, "0", None]),
     ],
 )
 def test_what_no_engine_draws(name, values):
-    """Before the model is looked at, which is None here."""
     for value in values:
-        arguments = DRAWING | {name: value}
         with pytest.raises(UsageError, match=f"{name} = .* is not allowed"):
-            sampling.sample_ids(None, [[1]], **arguments)
+            SamplingParams(**PARAMS | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("n", [0, -1, 1.5, math.inf, "1", None, True, 10**9]), ("first", [-1, 0.5, "0", None])]
+)
+def test_which_samples_no_engine_draws(name, values):
+    for value in values:
+        with pytest.raises(UsageError, match=f"{name} = .* is not allowed"):
+            sample_ids(policy(), None, [[1]], **{"n": 1, "params": SamplingParams(**PARAMS), name: value})
 
 
 def test_functions_that_make_engines_folders_and_questions(tmp_path):
@@ -379,7 +399,7 @@ def test_functions_that_make_engines_folders_and_questions(tmp_path):
         (lambda: Bulk(tmp_path, make_engine("native", "tiny"), {}, 0), "shard = 0"),
         (lambda: Bulk(tmp_path, make_engine("native", "tiny"), {}, math.inf), "shard = inf"),
         (lambda: make_engine("native", "tiny", workers=0), "workers = 0"),
-        (lambda: make_engine("native", "tiny", rows=-1), "rows = -1"),
+        (lambda: make_engine("native", "tiny", max_batch=-1), "max_batch = -1"),
         (lambda: make_engine("native", "tiny", cache_tokens=-1), "cache_tokens = -1"),
         (lambda: generate("coin_flip", -5, 0), "n = -5"),
         (lambda: generate("coin_flip", 10**12, 0), "n = 1000000000000"),
@@ -397,7 +417,7 @@ def test_the_plan_of_many_questions_makes_few(monkeypatch):
         asked.append(n)
         return generate(task, min(n, 50), *arguments, **options)
 
-    monkeypatch.setattr(pipeline, "generate", counted)
+    monkeypatch.setattr(questions, "generate", counted)
     many = {group: {"questions": 100_000} for group in ("sampling", "reward", "evaluation")}
     plan = describe(preset("smoke", "coin_flip", **many))
     assert "03_second_sampling  400,000" in plan and max(asked) == 10_000
@@ -408,14 +428,14 @@ def test_the_plan_of_many_questions_makes_few(monkeypatch):
     [("hardware.engine=vllm", "vllm"), ("hardware.workers=2", "ray"), ("hardware.rollout_engine=vllm", "vllm")],
 )
 def test_an_engine_that_is_not_installed_is_refused_before_anything_is_written(refused, monkeypatch, setting, library):
-    monkeypatch.setattr("smlib.engines.find_spec", lambda name: None)
-    for command in ("run", "stage", "explore", "policy"):
-        if command == "policy" and "rollout" not in setting:  # it draws by itself alone
+    monkeypatch.setattr("smlib.sampling.engines.find_spec", lambda name: None)
+    for command in ("run", "stage", "explore", "train-policy"):
+        if command == "train-policy" and "rollout" not in setting:  # it draws by itself alone
             continue
         if command == "explore" and "rollout" in setting:
             continue
         arguments = [command, "--preset", "rehearsal", "--task", "coin_flip", "--set", setting, "--out", "run"]
-        assert f"needs {library}, which is not installed" in refused(*arguments, "--set", "hardware.weights=float32")
+        assert f"needs {library}, which is not installed" in refused(*arguments, "--set", "hardware.dtype=float32")
 
 
 @pytest.mark.parametrize("command", ["run", "stage", "sample coin_flip", "pretrain", "explore", "run --verify"])
@@ -425,6 +445,34 @@ def test_a_folder_that_links_to_nothing_is_refused(tmp_path, monkeypatch, capsys
     Path("link").symlink_to(target)
     assert main([*command.split(), "--out", "link"]) == 1
     assert "--out = 'link' is not allowed, since 'link' links to nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [
+        ("stage 01_sampling", ".locks"),
+        ("stage 01_sampling", "01_sampling"),
+        ("run --to 0", ".locks"),
+        ("sample coin_flip --questions 2 --samples 1", ".locks"),
+    ],
+)
+def test_a_file_where_a_folder_belongs_is_named_with_the_way_out(tmp_path, capsys, command, place):
+    (tmp_path / place).touch()
+    smoke = [] if "sample" in command.split() else ["--preset", "smoke", "--task", "coin_flip"]
+    assert main([*command.split(), *smoke, "--out", str(tmp_path)]) == 1
+    said = f"error: {tmp_path / place} is a file, where a folder belongs: move it elsewhere, or name another folder"
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_a_folder_where_a_shard_belongs_is_named_with_the_way_out(tmp_path, capsys):
+    command = ["sample", "coin_flip", "--questions", "2", "--samples", "1", "--max-new-tokens", "8"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    (shard,) = tmp_path.glob("shard-*")
+    shard.unlink()
+    shard.mkdir()
+    assert main([*command, "--out", str(tmp_path)]) == 1
+    assert f"error: {shard} is a folder, where a file belongs: move it elsewhere" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

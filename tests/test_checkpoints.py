@@ -6,16 +6,17 @@ from dataclasses import replace
 
 import pytest
 import test_ppo
-import test_trl_policy
+import test_rloo_grpo
 import torch
 from safetensors import SafetensorError
 from test_ppo import QUICK, Killed, dies_at, same_weights, without_times
 
-from smlib import checkpoints, ppo, trl_policy
-from smlib.artifacts import StageError
-from smlib.files import DiskFullError
+from smlib.files import checkpoints
+from smlib.files.artifacts import StageError
+from smlib.files.atomic import DiskFullError
+from smlib.ppo import rloo_grpo, state
 
-BOOKS = {"ppo": ppo.BOOK, "rloo": trl_policy.BOOK, "grpo": trl_policy.BOOK}
+STATE_FILES = {"ppo": state.STATE_FILE, "rloo": rloo_grpo.STATE_FILE, "grpo": rloo_grpo.STATE_FILE}
 SHORT = replace(QUICK, updates=1, warmup_updates=0)
 
 
@@ -23,16 +24,22 @@ def run(method, out, plan=SHORT, **options):
     """A short training -> (rows, what was trained)."""
     if method == "ppo":
         return test_ppo.run(out, plan, **options)
-    return test_trl_policy.run(method, out, plan, **options)
+    return test_rloo_grpo.run(method, out, plan, **options)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """method -> a finished training's folder."""
     out = tmp_path_factory.mktemp("trained")
-    for method in BOOKS:
+    for method in STATE_FILES:
         run(method, out / method)
-    return {method: out / method for method in BOOKS}
+    return {method: out / method for method in STATE_FILES}
+
+
+@pytest.fixture(scope="module")
+def read_back(trained):
+    """method -> (rows, what was trained), from the finished training's folder."""
+    return {method: run(method, trained[method]) for method in STATE_FILES}
 
 
 def cut(folder, name):
@@ -52,9 +59,9 @@ def write(text):
 
 def edit(folder, name):
     """Another state, of the right shape."""
-    said = json.loads((folder / name).read_text())
-    said["state"]["update"] = 0
-    (folder / name).write_text(json.dumps(said))
+    saved = json.loads((folder / name).read_text())
+    saved["state"]["update"] = 0
+    (folder / name).write_text(json.dumps(saved))
 
 
 def remove(folder, name):
@@ -62,8 +69,8 @@ def remove(folder, name):
 
 
 FILES = [
-    *(("ppo", name) for name in ("weights.safetensors", "optimizer.safetensors", ppo.BOOK)),
-    *(("rloo", name) for name in ("model.safetensors", "optimizer.pt", "trainer_state.json", trl_policy.BOOK)),
+    *(("ppo", name) for name in ("weights.safetensors", "optimizer.safetensors", state.STATE_FILE)),
+    *(("rloo", name) for name in ("model.safetensors", "optimizer.pt", "trainer_state.json", rloo_grpo.STATE_FILE)),
     ("grpo", "scheduler.pt"),
 ]
 SHAPES = ("[]", "{}", "null", '{"sha256": 3}', '{"run": {}, "state": [], "files": {}, "sha256": ""}', "[" * 100_000)
@@ -72,9 +79,11 @@ SHAPES = ("[]", "{}", "null", '{"sha256": 3}', '{"run": {}, "state": [], "files"
 @pytest.mark.parametrize(
     ("method", "name", "harm"),
     [(*file, harm) for file in FILES for harm in (cut, flip, remove)]
-    + [(method, BOOKS[method], harm) for method in ("ppo", "grpo") for harm in (edit, *map(write, SHAPES))],
+    + [(method, STATE_FILES[method], harm) for method in ("ppo", "grpo") for harm in (edit, *map(write, SHAPES))],
 )
-def test_a_damaged_checkpoint_is_refused_with_its_file_and_the_way_out(trained, tmp_path, method, name, harm):
+def test_a_damaged_checkpoint_is_refused_with_its_file_and_the_way_out(
+    trained, read_back, tmp_path, method, name, harm
+):
     out = tmp_path / "out"
     shutil.copytree(trained[method], out)
     [folder] = out.glob("checkpoint-*")
@@ -87,7 +96,7 @@ def test_a_damaged_checkpoint_is_refused_with_its_file_and_the_way_out(trained, 
     )
     shutil.rmtree(folder)  # the way out
     rows, policy = run(method, out)
-    whole, other = run(method, trained[method])
+    whole, other = read_back[method]
     assert without_times(rows) == without_times(whole) and same_weights(policy, other)
 
 
@@ -98,7 +107,7 @@ def test_where_there_is_an_older_checkpoint_the_way_out_names_it(trained, tmp_pa
     with pytest.raises(StageError, match=r"000010; the training then goes on from checkpoint-000001\."):
         run("ppo", tmp_path / "out")
     with pytest.raises(StageError, match=r"weights\.safetensors is missing or damaged"):
-        ppo.trained_roles(test_ppo.make_roles(), tmp_path / "out")
+        state.trained_roles(test_ppo.make_roles(), tmp_path / "out")
 
 
 def test_a_checkpoint_of_ppo_holds_no_pickle(trained, monkeypatch):
@@ -106,10 +115,10 @@ def test_a_checkpoint_of_ppo_holds_no_pickle(trained, monkeypatch):
         monkeypatch.setattr(torch, name, lambda *_, **__: 1 / 0)
     run("ppo", trained["ppo"])
     names = {file.name for file in (trained["ppo"] / "checkpoint-000001").iterdir()}
-    assert names == {"weights.safetensors", "optimizer.safetensors", ppo.BOOK}
+    assert names == {"weights.safetensors", "optimizer.safetensors", state.STATE_FILE}
 
 
-@pytest.mark.parametrize("method", BOOKS)
+@pytest.mark.parametrize("method", STATE_FILES)
 def test_a_full_disk_leaves_the_older_checkpoint_and_no_half_of_another(method, tmp_path, monkeypatch):
     plan = replace(QUICK, updates=2)
     whole, roles = run(method, tmp_path / "whole", plan, checkpoint_every=1)
@@ -125,9 +134,9 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_no_half_of_another(method, 
 
     with monkeypatch.context() as patch:
         if method == "ppo":
-            patch.setattr(ppo, "save_file", full(ppo.save_file))
+            patch.setattr(state, "save_file", full(state.save_file))
         else:
-            trainer = trl_policy.METHODS[method][0]
+            trainer = rloo_grpo.METHODS[method][0]
             patch.setattr(trainer, "_save_optimizer_and_scheduler", full(trainer._save_optimizer_and_scheduler))
         with pytest.raises(DiskFullError, match=r"No space left on the disk to write .*checkpoint-\d+: .* Free"):
             run(method, tmp_path / "full", plan, checkpoint_every=1)
@@ -138,19 +147,19 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_no_half_of_another(method, 
 
 
 def test_the_older_checkpoint_goes_only_when_the_newer_one_is_there(tmp_path):
-    with checkpoints.saving(tmp_path / "checkpoint-1", "book", {"a": 1}) as first:
+    with checkpoints.new_checkpoint(tmp_path / "checkpoint-1", "state.json", {"a": 1}) as first:
         (first / "file").write_bytes(b"one")
     (tmp_path / "checkpoint-10.tmp").mkdir()  # left by a killed run
     (tmp_path / "checkpoint-10.tmp" / "half").touch()
-    with checkpoints.saving(tmp_path / "checkpoint-10", "book", {"a": (2.5, None)}) as second:
+    with checkpoints.new_checkpoint(tmp_path / "checkpoint-10", "state.json", {"a": (2.5, None)}) as second:
         (second / "folder").mkdir()
         (second / "folder" / "file").write_bytes(b"two")
         assert checkpoints.newest(tmp_path).name == "checkpoint-1"
-        assert checkpoints.opened(tmp_path / "checkpoint-1", "book")["a"] == 1
+        assert checkpoints.read_state(tmp_path / "checkpoint-1", "state.json")["a"] == 1
     assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-10"]
-    said = checkpoints.opened(tmp_path / "checkpoint-10", "book")
-    assert said["a"] == [2.5, None] and list(said["files"]) == ["folder/file"]
-    with pytest.raises(Killed), checkpoints.saving(tmp_path / "checkpoint-20", "book", {}):
+    saved = checkpoints.read_state(tmp_path / "checkpoint-10", "state.json")
+    assert saved["a"] == [2.5, None] and list(saved["files"]) == ["folder/file"]
+    with pytest.raises(Killed), checkpoints.new_checkpoint(tmp_path / "checkpoint-20", "state.json", {}):
         raise Killed
     assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-10"]
 
@@ -166,4 +175,5 @@ def test_a_killed_training_leaves_a_whole_checkpoint(tmp_path):
     with pytest.raises(Killed):
         test_ppo.run(tmp_path, reward=dies_at(3, Killed), checkpoint_every=1)
     folder = checkpoints.newest(tmp_path)
-    assert folder.name == "checkpoint-000003" and checkpoints.opened(folder, ppo.BOOK)["state"]["update"] == 3
+    assert folder.name == "checkpoint-000003"
+    assert checkpoints.read_state(folder, state.STATE_FILE)["state"]["update"] == 3

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from smlib import models
+from smlib.sampling import devices, models
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,27 +21,36 @@ accelerate.state.is_mps_available = accelerate.utils.is_mps_available = yes
 transformers.utils.is_torch_mps_available = transformers.training_args.is_torch_mps_available = yes
 
 from pathlib import Path
-from smlib import models, pipeline, ppo, reward_model, roles, sft
-from smlib.artifacts import Stage
-from smlib.problems import generate
-from smlib.settings import preset
+from smlib.learning import reward_model, sft
+from smlib.learning.rows import Pair, Rationale
+from smlib.ppo import loop, roles
+from smlib.runs import self_motivated
+from smlib.sampling import devices, encoding, models
+from smlib.files.artifacts import Stage
+from smlib.problems.datasets import generate
+from smlib.runs.settings import preset
 
 out, tokenizer = Path({out!r}), models.load_tokenizer()
 problems = generate("coin_flip", 4, 0, split="train")
-here = models.device()
+yes, no = "So it is. The answer is yes.", "The answer is no."
+yes_ids, no_ids = (tuple(encoding.encode_completion(tokenizer, text, eos=False)) for text in (yes, no))
+here = devices.device()
 assert here.type == "cpu", here
 """
 
 SFT = """
-rows = [{"id": problem.id, "text": "So it is. The answer is yes.", "side": "+"} for problem in problems]
+right = [
+    Rationale(id=problem.id, dataset="coin_flip", text=yes, token_ids=yes_ids, answer="yes", correct=True, side="+")
+    for problem in problems
+]
 model = models.load_policy()
-sft.train_sft(model, tokenizer, problems, rows, epochs=1, learning_rate=1e-3, batch=4, seed=0, progress=None)
-assert model.device == here == models.launched().device
+sft.train_sft(model, tokenizer, problems, right, epochs=1, learning_rate=1e-3, batch=4, seed=0, progress=None)
+assert model.device == here == devices.process_state().device
 """
 
 REWARD_MODEL = """
 pairs = [
-    {"id": problem.id, "chosen": "So it is. The answer is yes.", "rejected": "The answer is no.", "held_out": False}
+    Pair(id=problem.id, dataset="coin_flip", chosen=yes, rejected=no, chosen_ids=yes_ids, rejected_ids=no_ids)
     for problem in problems
 ]
 model = models.load_policy()
@@ -56,41 +65,60 @@ MAKE_REWARD = """
 stage = Stage(out, "03_reward_model", {})
 with stage.recording():
     stage.write_model("model", models.load_policy(), tokenizer)
-reward = pipeline.make_reward("learned", stage, tokenizer)
+reward = self_motivated.make_reward("learned", stage, tokenizer)
 assert len(reward(problems, ["The answer is yes."] * 4)) == 4
 """
 
 PPO = """
 settings = preset("smoke", ppo={"updates": 1, "episodes": 8, "minibatch": 8, "max_new_tokens": 16}).ppo
 policy = models.load_policy()
-ppo.train(roles.SeparateModels(policy, models.load_policy()), reward_model.checker_reward, lambda update: problems[:2],
+loop.train(roles.SeparateModels(policy, models.load_policy()), reward_model.checker_reward, lambda update: problems[:2],
           tokenizer, settings, out)
-assert policy.device == here == models.accelerator().device
+assert policy.device == here == devices.accelerator().device
 """
 
 
-@pytest.mark.parametrize("step", [SFT, REWARD_MODEL, MAKE_REWARD, PPO], ids=["sft", "reward_model", "reward", "ppo"])
-def test_on_a_mac_all_stays_where_the_models_are(step, tmp_path):
-    script = MAC.replace("{out!r}", repr(str(tmp_path))) + step
+STEPS = {"sft": SFT, "reward_model": REWARD_MODEL, "reward": MAKE_REWARD, "ppo": PPO}
+
+EACH = """
+import os
+for name, step in {steps!r}.items():
+    if not (child := os.fork()):  # accelerate's state is one for a process, and made by whoever asks first
+        exec(step)
+        os._exit(0)
+    print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def on_a_mac(tmp_path_factory):
+    """name of a step -> its exit code as a text; and what all of them wrote of errors."""
+    script = MAC.format(out=str(tmp_path_factory.mktemp("mac"))) + EACH.format(steps=STEPS)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(line.split() for line in done.stdout.splitlines()), done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_on_a_mac_all_stays_where_the_models_are(on_a_mac, step):
+    codes, errors = on_a_mac
+    assert codes.get(step) == "0", errors
 
 
 def test_after_launch_with_cpu_the_models_are_on_the_cpu_too(monkeypatch):
     monkeypatch.setattr(models.torch.cuda, "is_available", lambda: True)
-    assert models.on_gpu()
+    assert devices.on_gpu()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert not models.on_gpu() and models.device().type == "cpu" and models.device_name() == "CPU"
+    assert not devices.on_gpu() and devices.device().type == "cpu" and devices.device_name() == "CPU"
 
 
 def test_nobody_else_asks_accelerate_or_torch_for_a_device():
-    """models.py alone makes accelerate's state, which is one for the process, on the device that models.py chose."""
+    """devices.py alone makes accelerate's state, which is one for the process, on the device that devices.py chose."""
     asking = re.compile(r"PartialState\(|Accelerator\((?!cpu=True)|cuda\.is_available\(|backends\.mps")
     found = {
         path.name: asking.findall(path.read_text())
         for folder in ("smlib", "benchmarks")
-        for path in sorted((ROOT / folder).glob("*.py"))
-        if path.name not in ("models.py", "gpu_7b.py")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if path.name not in ("devices.py", "gpu_7b.py", "trl_ppo.py")
     }
     assert {name: calls for name, calls in found.items() if calls} == {}

@@ -1,15 +1,16 @@
 import hashlib
 import json
+import os
 import re
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
-from smlib import downloads
-from smlib.downloads import FILES, DatasetError, Pinned, read_pinned
+from smlib.problems.downloads import FILES, DatasetError, Pinned, read_pinned
 
 PATH = "coin_flip/coin_flip.json"
 CONTENT = b"".join(b"line %d\n" % number for number in range(30_000))
@@ -64,26 +65,27 @@ def test_a_local_copy_comes_first(server, tmp_path, monkeypatch):
     local = tmp_path / "here" / PATH
     local.parent.mkdir(parents=True)
     local.write_bytes(CONTENT)
-    assert read_pinned(PATH, tmp_path / "here") == CONTENT
     monkeypatch.setenv("SML_DATA_DIR", str(tmp_path / "here"))
     assert read_pinned(PATH) == CONTENT
     assert server.asked == []
 
 
 @pytest.mark.parametrize("content", [CONTENT[:-1], CONTENT.replace(b"1", b"2", 1), b""])
-def test_a_truncated_or_altered_copy_is_refused_with_both_hashes(server, tmp_path, content):
+def test_a_truncated_or_altered_copy_is_refused_with_both_hashes(server, tmp_path, monkeypatch, content):
     local = tmp_path / PATH
     local.parent.mkdir(parents=True)
     local.write_bytes(content)
+    monkeypatch.setenv("SML_DATA_DIR", str(tmp_path))
     with pytest.raises(DatasetError, match=re.escape(str(local))) as refused:
-        read_pinned(PATH, tmp_path)
+        read_pinned(PATH)
     assert FILES[PATH].sha256 in str(refused.value)
     assert hashlib.sha256(content).hexdigest() in str(refused.value)
 
 
-def test_a_missing_file_is_named_with_the_way_out(server, tmp_path):
+def test_a_missing_file_is_named_with_the_way_out(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("SML_DATA_DIR", str(tmp_path))
     with pytest.raises(DatasetError, match=r"coin_flip\.json is not there; SML_DATA_DIR must hold"):
-        read_pinned(PATH, tmp_path)
+        read_pinned(PATH)
 
 
 def test_a_download_is_kept_and_not_fetched_twice(server, tmp_path):
@@ -200,14 +202,14 @@ def _hub_form(path, row):
 
 @pytest.mark.parametrize("path", [path for path, pinned in FILES.items() if pinned.hub])
 def test_every_published_file_is_made_again_from_the_hub_s_columns(path, monkeypatch, hub, tmp_path):
-    import os
-
     if not os.environ.get("SML_DATA_DIR"):
         pytest.skip("needs the published questions: set SML_DATA_DIR to a local copy of the datasets")
     local = Path(os.environ["SML_DATA_DIR"]) / path
     if not local.is_file():
         pytest.skip(f"{path} is not in SML_DATA_DIR")
     raw = local.read_bytes()
-    repository, revision, file, raw_row = FILES[path].hub
-    hub[repository] = [_hub_form(path, json.loads(line)) for line in raw.decode().split("\n") if line]
-    assert downloads._from_hub(repository, revision, file, raw_row) == raw
+    hub[FILES[path].hub[0]] = [_hub_form(path, json.loads(line)) for line in raw.decode().split("\n") if line]
+    monkeypatch.setitem(FILES, path, replace(FILES[path], url=(tmp_path / "nowhere").as_uri()))
+    monkeypatch.delenv("SML_DATA_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert read_pinned(path) == raw

@@ -1,12 +1,16 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_model import policy, tokenizer
 
-from smlib import dpo, encoding, models, prompts
-from smlib.problems import generate
-from smlib.steps import worked_solution
+from smlib.learning import dpo
+from smlib.learning.rows import Pair
+from smlib.problems import prompts
+from smlib.problems.datasets import generate
+from smlib.problems.steps import worked_solution
+from smlib.sampling import encoding, models, packing
 
 EOS = tokenizer().eos_token_id
 QUICK = {"beta": 0.1, "epochs": 1, "learning_rate": 3e-3, "batch": 4, "seed": 0, "progress": None}
@@ -18,8 +22,15 @@ def pair(problem):
     head = encoding.encode_prompt(tokenizer(), prompts.open_prompt(problem))
     head += encoding.encode_completion(tokenizer(), f" {lines[0]}\n", eos=False)
     chosen = "\n".join([*lines[1:], prompts.answer_sentence(problem, answer)])
-    ids = {"prompt_ids": head, "chosen_ids": encoding.encode_completion(tokenizer(), chosen)}
-    return {"id": problem.id} | ids | {"rejected_ids": encoding.encode_completion(tokenizer(), "Ann: 0.\n", eos=False)}
+    return Pair(
+        id=problem.id,
+        dataset=problem.dataset,
+        chosen=chosen,
+        rejected="Ann: 0.\n",
+        prompt_ids=tuple(head),
+        chosen_ids=tuple(encoding.encode_completion(tokenizer(), chosen)),
+        rejected_ids=tuple(encoding.encode_completion(tokenizer(), "Ann: 0.\n", eos=False)),
+    )
 
 
 PAIRS = [pair(problem) for problem in generate("chain_arithmetic", 6, seed=0) + generate("coin_flip", 6, seed=0)]
@@ -44,8 +55,8 @@ def sides(batch):
 
 
 def test_the_trainer_sees_the_tokens_of_the_pairs_and_an_end_on_the_chosen_side_only(trainer):
-    chosen = {tuple(one["prompt_ids"] + one["chosen_ids"]): tuple(one["chosen_ids"]) for one in PAIRS}
-    rejected = {tuple(one["prompt_ids"] + one["rejected_ids"]): tuple(one["rejected_ids"]) for one in PAIRS}
+    chosen = {one.prompt_ids + one.chosen_ids: one.chosen_ids for one in PAIRS}
+    rejected = {one.prompt_ids + one.rejected_ids: one.rejected_ids for one in PAIRS}
     seen = []
     for batch in trainer.get_train_dataloader():
         rows = list(sides(batch))
@@ -62,7 +73,7 @@ def test_the_trainer_sees_the_tokens_of_the_pairs_and_an_end_on_the_chosen_side_
 def side_logprob(model, prompt, side):
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[*prompt, *side]])).logits[0, len(prompt) - 1 : -1]
-    return models.token_logprobs(logits, torch.tensor(side)).sum()
+    return packing.token_logprobs(logits, torch.tensor(side)).sum()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
@@ -84,8 +95,7 @@ def test_the_loss_is_that_of_the_formula_against_the_policy_before_training(trai
 
 def margin(model):
     gaps = [
-        side_logprob(model, one["prompt_ids"], one["chosen_ids"])
-        - side_logprob(model, one["prompt_ids"], one["rejected_ids"])
+        side_logprob(model, one.prompt_ids, one.chosen_ids) - side_logprob(model, one.prompt_ids, one.rejected_ids)
         for one in PAIRS
     ]
     return torch.stack(gaps).mean().item()
@@ -105,7 +115,7 @@ def test_a_few_steps_widen_the_margin_and_a_seed_decides_them(capfd, recwarn):
     assert [str(found.message) for found in recwarn if "checkpointing" in str(found.message)] == []
 
 
-@pytest.mark.parametrize("hardware", [{"micro_batch": 2}, {"micro_batch": 1, "recompute": True}])
+@pytest.mark.parametrize("hardware", [{"micro_batch": 2}, {"micro_batch": 1, "gradient_checkpointing": True}])
 def test_micro_batches_and_recomputing_change_nothing(hardware):
     """Eleven pairs: the last batch has a micro batch of two pairs and one of one, which TRL would count alike."""
     whole, small, quick = policy(), policy(), QUICK | {"epochs": 2}
@@ -135,9 +145,10 @@ def test_an_adapter_learns_against_its_base_which_stays():
     ("pairs", "message"),
     [
         ([], "DPO needs at least one pair, got none"),
-        ([PAIRS[0] | {"rejected_ids": []}], "has an empty side: rejected_ids"),
-        ([PAIRS[0] | {"chosen_ids": []}], "has an empty side: chosen_ids"),
-        ([PAIRS[0] | {"chosen_ids": PAIRS[0]["chosen_ids"][:-1]}], "does not end with end-of-sequence"),
+        ([replace(PAIRS[0], prompt_ids=None)], "has an empty side: prompt_ids"),
+        ([replace(PAIRS[0], rejected_ids=())], "has an empty side: rejected_ids"),
+        ([replace(PAIRS[0], chosen_ids=())], "has an empty side: chosen_ids"),
+        ([replace(PAIRS[0], chosen_ids=PAIRS[0].chosen_ids[:-1])], "does not end with end-of-sequence"),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused(pairs, message):

@@ -17,10 +17,13 @@ from test_sft import PROBLEMS, ROWS
 from test_sft import QUICK as SFT_QUICK
 from tiny_model import policy, tokenizer
 
-from smlib import dpo, explore, explore_pipeline, models, pipeline, ppo, reward_model, sft
 from smlib.draws import own_draws, seed_of
-from smlib.roles import Adapters
-from smlib.settings import preset
+from smlib.learning import dpo, exploration, reward_model, sft
+from smlib.ppo import loop, rollouts
+from smlib.ppo.roles import Adapters
+from smlib.runs import self_explore, self_motivated
+from smlib.runs.settings import preset
+from smlib.sampling import models
 
 
 def disturb():
@@ -113,33 +116,35 @@ def test_a_training_neither_heeds_nor_moves_the_generators(name, make):
 # ------------------------------------------------------------------------------------------------- whole stages
 
 SMALL = {
-    "sampling": {"questions": 8, "samples": 8, "conditioned_questions": 4, "conditioned_samples": 1},
+    "sampling": {"questions": 12, "samples": 8, "conditioned_questions": 4, "conditioned_samples": 1},
     "reward": {"questions": 8, "epochs": 1.0},
     "ppo": {"updates": 2, "episodes": 16, "minibatch": 8, "warmup_updates": 1, "max_new_tokens": 48, "value": "model"},
     "explore": {"samples": 8, "k": 2},
 }
 TRAINED = {
-    "02_sft": pipeline.train_sft,
-    "03_reward_model": pipeline.train_reward_model,
-    "04_ppo": pipeline.train_policy,
-    "04_rloo": lambda *given, **options: pipeline.train_policy(*given, method="rloo", **options),
-    "04_grpo": lambda *given, **options: pipeline.train_policy(*given, method="grpo", **options),
-    "06_rft": explore_pipeline.train_rft,
-    "06_step_dpo": explore_pipeline.train_step_dpo,
-    "06_outcome_dpo": explore_pipeline.train_outcome_dpo,
+    "02_sft": self_motivated.train_sft,
+    "03_reward_model": self_motivated.train_reward_model,
+    "04_ppo": self_motivated.train_policy,
+    "04_rloo": lambda *given, **options: self_motivated.train_policy(*given, method="rloo", **options),
+    "04_grpo": lambda *given, **options: self_motivated.train_policy(*given, method="grpo", **options),
+    "06_rft": self_explore.train_rft,
+    "06_step_dpo": self_explore.train_step_dpo,
+    "06_outcome_dpo": self_explore.train_outcome_dpo,
 }
-STAGES = pipeline.STAGES | explore_pipeline.STAGES | TRAINED
+STAGES = self_motivated.STAGES | self_explore.STAGES | TRAINED
 
 
 @pytest.fixture(scope="module", params=["whole", "adapters"])
 def calm(request, tmp_path_factory):
     """A run of all stages that train, and of those that they need: (folder, settings)."""
-    settings = preset("smoke", **SMALL, **({"lora": {"rank": 4}} if request.param == "adapters" else {}))
+    settings = preset(
+        "smoke", "chain_arithmetic", **SMALL, **({"lora": {"rank": 4}} if request.param == "adapters" else {})
+    )
     run = tmp_path_factory.mktemp(request.param) / "calm"
     before = ["06_solutions", "06_selection", "06_rft", "06_exploration"]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", explore.LuckWarning)
-        for name in [*list(pipeline.STAGES)[:6], *before, *TRAINED]:
+        warnings.simplefilter("ignore", exploration.LuckWarning)
+        for name in [*list(self_motivated.STAGES)[:6], *before, *TRAINED]:
             STAGES[name](run, settings, progress=False)
     return run, settings
 
@@ -170,18 +175,19 @@ def test_a_stage_that_was_stopped_and_resumed_gives_the_same_bytes(calm, method,
     run, settings = calm
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / f"04_{method}")
-    scored, calls = ppo.scored, iter(range(9))
+    scores, calls = rollouts.reward_scores, iter(range(9))
 
     def stopped(*given):
         if next(calls) == 1:
             raise KeyboardInterrupt
-        return scored(*given)
+        return scores(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ppo, "scored", stopped)
+        for module in (loop, rollouts):
+            patch.setattr(module, "reward_scores", stopped)
         with pytest.raises(KeyboardInterrupt):
-            pipeline.train_policy(tmp_path / "run", settings, method=method, progress=False)
+            self_motivated.train_policy(tmp_path / "run", settings, method=method, progress=False)
     assert list((tmp_path / "run" / f"04_{method}" / "training").glob("checkpoint-*"))
     disturb()
-    pipeline.train_policy(tmp_path / "run", settings, method=method, progress=False)
+    self_motivated.train_policy(tmp_path / "run", settings, method=method, progress=False)
     assert weights(tmp_path / "run", f"04_{method}") == weights(run, f"04_{method}")

@@ -12,9 +12,11 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from smlib import encoding, models, pipeline, prompts
-from smlib.problems import Problem
-from smlib.settings import preset
+from smlib.problems import prompts
+from smlib.problems.datasets import Problem
+from smlib.runs import shared
+from smlib.runs.settings import preset
+from smlib.sampling import encoding, models
 
 PROBLEM = Problem("gsm8k/train/0", "gsm8k", "Ann has 3 nuts and gets 4. How many are it?", "7", "number")
 WORDS = [
@@ -258,8 +260,8 @@ def test_a_chat_names_no_day_and_a_template_that_refuses_is_one_sentence():
 def test_stages_of_plain_and_chat_runs_do_not_mix():
     plain, chat = (preset("smoke", "coin_flip", sampling={"prompt": prompt}) for prompt in encoding.PROMPTS)
     for group in ("sft", "reward", "ppo", "evaluation", "dpo"):
-        asked = pipeline.stage_keys(chat, group)
-        assert asked.pop("prompt") == "chat" and asked == pipeline.stage_keys(plain, group)
+        asked = shared.stage_keys(chat, group)
+        assert asked.pop("prompt") == "chat" and asked == shared.stage_keys(plain, group)
 
 
 def test_an_engine_s_tokenizer_is_the_stages_own(tmp_path):
@@ -269,7 +271,7 @@ def test_an_engine_s_tokenizer_is_the_stages_own(tmp_path):
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path)
     settings = preset("smoke", "coin_flip", base=str(tmp_path), sampling={"prompt": "chat"})
-    with pipeline.load_engine(settings, settings.base) as engine:
+    with shared.load_engine(settings, settings.base) as engine:
         assert (engine.tokenizer.eos_token, engine.tokenizer.pad_token) == (tokenizer.eos_token, tokenizer.pad_token)
         ends = encoding.ends(engine.tokenizer, engine.model.generation_config)
         assert tokenizer.convert_tokens_to_ids("<|end|>") in ends

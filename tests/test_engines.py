@@ -6,12 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from smlib import encoding, engines, explore_pipeline, models, pipeline, vllm_engine
-from smlib.artifacts import StageMismatch, require
-from smlib.engines import EngineError, NativeEngine, make_engine
-from smlib.problems import generate
-from smlib.prompts import open_prompt
-from smlib.settings import preset
+from smlib.files.artifacts import StageMismatch, require
+from smlib.problems.datasets import generate
+from smlib.problems.prompts import open_prompt
+from smlib.runs import self_explore, self_motivated, shared
+from smlib.runs.settings import preset
+from smlib.sampling import encoding, engines, models, vllm_engine
+from smlib.sampling.engines import EngineError, NativeEngine
+from smlib.sampling.factory import make_engine
+from smlib.sampling.params import SamplingParams
 
 SMALL = {
     "sampling": {"questions": 12, "samples": 4, "conditioned_questions": 1, "conditioned_samples": 1},
@@ -38,31 +41,31 @@ def installed(monkeypatch):
 
 def test_auto_is_vllm_where_it_is_installed(installed):
     assert [engines.chosen(name) for name in ("auto", "native", "vllm")] == ["vllm", "native", "vllm"]
-    assert pipeline.engine_key(small(engine="auto", workers=3)) == {"engine": "vllm"}
+    assert shared.engine_key(small(engine="auto", workers=3)) == {"engine": "vllm"}
     installed.remove("vllm")
     assert [engines.chosen(name) for name in ("auto", "native", "vllm")] == ["native", "native", "vllm"]
-    assert pipeline.engine_key(small(engine="auto", workers=3)) == {}
+    assert shared.engine_key(small(engine="auto", workers=3)) == {}
     assert isinstance(make_engine("auto", "tiny"), NativeEngine)
 
 
 def test_auto_is_native_where_vllm_cannot_draw(installed, monkeypatch):
     """It has no 4 bits, and takes over adapters for PPO in one process."""
-    beside = partial(pipeline.engine_name, who="rollout_engine")
+    beside = partial(shared.engine_name, who="rollout_engine")
     assert engines.chosen("auto", "nf4") == "native" and engines.chosen("vllm", "nf4") == "vllm"
     rounded, adapters = preset("llama2-7b-24gb", "coin_flip"), preset("llama2-7b", "coin_flip")
-    assert pipeline.engine_name(rounded) == beside(rounded) == "native"
-    assert pipeline.engine_name(adapters) == beside(adapters) == "vllm"
+    assert shared.engine_name(rounded) == beside(rounded) == "native"
+    assert shared.engine_name(adapters) == beside(adapters) == "vllm"
     assert beside(small(rollout_engine="auto")) == "native"  # all weights train
-    monkeypatch.setattr(pipeline, "launched", lambda: SimpleNamespace(num_processes=2))
-    assert beside(adapters) == "native" and pipeline.engine_name(adapters) == "vllm"
+    monkeypatch.setattr(shared, "process_state", lambda: SimpleNamespace(num_processes=2))
+    assert beside(adapters) == "native" and shared.engine_name(adapters) == "vllm"
 
 
 def test_what_is_not_installed_is_named(installed, tmp_path):
     installed.clear()
     with pytest.raises(ModuleNotFoundError, match="this engine needs vllm, which is not installed: in an environment"):
-        pipeline.sample_rationales(tmp_path, small(engine="vllm"), progress=False)
+        self_motivated.sample_rationales(tmp_path, small(engine="vllm"), progress=False)
     with pytest.raises(ModuleNotFoundError, match="this engine needs ray, which is not installed"):
-        pipeline.load_engine(small(workers=2), "tiny")
+        shared.load_engine(small(workers=2), "tiny")
 
 
 def test_the_engine_is_made_as_the_settings_say(monkeypatch):
@@ -72,27 +75,27 @@ def test_the_engine_is_made_as_the_settings_say(monkeypatch):
         asked.append((names, options))
         return made
 
-    monkeypatch.setattr(pipeline, "make_engine", make)
-    assert pipeline.load_engine(small(engine="auto", rollout_rows=7, cuda_graphs=True, workers=2), "some/model") is made
-    options = {"weights": "float32", "rows": 7, "cache_tokens": 0, "cuda_graphs": True, "workers": 2}
+    monkeypatch.setattr(shared, "make_engine", make)
+    assert shared.load_engine(small(engine="auto", max_batch=7, workers=2), "some/model") is made
+    options = {"dtype": "float32", "max_batch": 7, "cache_tokens": 0, "workers": 2}
     options |= {"prompt": "plain"}
     assert asked == [(("auto", "some/model"), options)]
-    with make_engine("native", "tiny", weights="bfloat16", rows=7, cuda_graphs=True) as engine:
+    with make_engine("native", "tiny", dtype="bfloat16", max_batch=7, cache_tokens=99) as engine:
         assert str(engine.model.dtype) == "torch.bfloat16"
-        assert engine.ways == {"max_batch": 7, "cache_tokens": 0, "cuda_graphs": True}
+        assert (engine.max_batch, engine.cache_tokens) == (7, 99)
 
 
 def test_texts_and_their_tokens_give_the_same_samples():
     texts = [open_prompt(problem) for problem in generate("coin_flip", 3, seed=0)]
-    drawing = {"keys": ["a", "b", "c"], "temperature": 1.0, "max_new_tokens": 12, "seed": 0, "first": 2}
+    params, given = SamplingParams(temperature=1.0, max_new_tokens=12, seed=0), {"keys": ["a", "b", "c"], "first": 2}
     with make_engine("native", "tiny") as engine:
         ids = [encoding.encode_prompt(engine.tokenizer, text) for text in texts]
-        assert engine.sample(texts, 2, **drawing) == engine.sample_ids(ids, 2, **drawing)
+        assert engine.sample(texts, 2, params, **given) == engine.sample_ids(ids, 2, params, **given)
 
 
 def test_a_closed_engine_holds_no_model():
     with make_engine("native", "tiny") as engine:
-        engine.sample(["Q: 2 + 2?\nA:"], 1, keys=["a"], temperature=0.0, max_new_tokens=4, seed=0)
+        engine.sample(["Q: 2 + 2?\nA:"], 1, SamplingParams(temperature=0.0, max_new_tokens=4, seed=0), keys=["a"])
         model = weakref.ref(engine.model)
     assert model() is None
     engine.close()
@@ -114,17 +117,17 @@ def test_stages_close_their_engine_before_the_next_model_is_loaded_and_record_wh
         assert all(engine.model is None for engine in opened)
         return load(*args, **options)
 
-    monkeypatch.setattr(pipeline, "make_engine", make)
+    monkeypatch.setattr(shared, "make_engine", make)
     monkeypatch.setattr(models, "load_policy", checked_load)
-    pipeline.run(tmp_path, small(engine="vllm"), progress=False)
-    explore_pipeline.run(tmp_path, small(engine="vllm"), progress=False)
+    self_motivated.run(tmp_path, small(engine="vllm"), progress=False)
+    self_explore.run(tmp_path, small(engine="vllm"), progress=False)
     assert len(opened) == 1 + 1 + 3 + 1 + 1 + 1 + 3  # evaluations have one for every model
     assert all(engine.model is None for engine in opened)
     for folder in tmp_path.iterdir():
         recorded = require(tmp_path, folder.name).settings.get("engine")
         assert recorded == ("vllm" if folder.name in SAMPLING else None), folder.name
     with pytest.raises(StageMismatch, match=r"engine = 'vllm', and now engine = '\(not set\)' is asked for"):
-        pipeline.sample_rationales(tmp_path, small(), progress=False)
+        self_motivated.sample_rationales(tmp_path, small(), progress=False)
 
     base = models.load_tokenizer("tiny")
     text = open_prompt(generate("coin_flip", 1, seed=0)[0])
@@ -136,7 +139,7 @@ def test_stages_close_their_engine_before_the_next_model_is_loaded_and_record_wh
 
 def test_vllm_is_not_started_where_less_is_free_than_it_is_to_take(monkeypatch):
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    memory = vllm_engine._Memory(free=8e9, total=10e9, share=0.5)
+    memory = vllm_engine.Memory(free=8e9, total=10e9, share=0.5)
     memory.refuse(0.8)
     with pytest.raises(EngineError, match=r"vLLM was to take 9\.2 GB, and 8\.0 of 10\.0 GB of memory are free"):
         memory.refuse(0.92)

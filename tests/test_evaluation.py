@@ -1,4 +1,5 @@
 import math
+from dataclasses import asdict
 from itertools import combinations
 
 import pytest
@@ -6,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import tokenizer, written_sample
 
-from smlib.evaluation import (
+from smlib.problems.datasets import Problem
+from smlib.problems.prompts import few_shot
+from smlib.reports.evaluation import (
     accuracy_interval,
     best_of_n,
     best_of_n_curve,
@@ -17,8 +20,7 @@ from smlib.evaluation import (
     pass_at_k,
     summarise,
 )
-from smlib.problems import Problem
-from smlib.prompts import few_shot
+from smlib.sampling.params import SamplingParams
 
 # ----------------------------------------------------------------------------------------------- intervals
 
@@ -178,18 +180,21 @@ WRITTEN = {
 }
 
 
+PARAMS = SamplingParams(temperature=0.7, max_new_tokens=9, seed=5)
+
+
 class Writer:
-    """An engine that writes WRITTEN; `calls` are the keyword arguments of its calls."""
+    """An engine that writes WRITTEN; `calls` are what it was asked."""
 
     tokenizer = tokenizer()
 
     def __init__(self):
         self.calls = []
 
-    def sample_ids(self, prompt_ids, n, *, temperature, keys, **rest):
+    def sample_ids(self, prompt_ids, n, params, *, keys, progress):
         prompts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompt_ids]
-        self.calls.append({"prompts": prompts, "n": n, "temperature": temperature, "keys": keys, **rest})
-        written = [[WRITTEN[key][0]] if temperature == 0 else WRITTEN[key][1] for key in keys]
+        self.calls.append({"prompts": prompts, "n": n, "keys": keys, "progress": progress, **asdict(params)})
+        written = [[WRITTEN[key][0]] if params.temperature == 0 else WRITTEN[key][1] for key in keys]
         return [[written_sample(text) for text in texts] for texts in written]
 
 
@@ -199,7 +204,7 @@ def engine():
 
 
 def test_evaluate_asks_the_question_alone_greedily_and_k_times(engine):
-    rows = evaluate(engine, PROBLEMS, k=3, temperature=0.7, max_new_tokens=9, seed=5)
+    rows = evaluate(engine, PROBLEMS, 3, PARAMS)
     assert [(c["n"], c["temperature"]) for c in engine.calls] == [(1, 0), (3, 0.7)]
     for call in engine.calls:
         assert call["prompts"] == ["Q: 1 + 1?\nA:", "Q: 2 + 3?\nA:"]
@@ -222,19 +227,19 @@ def test_evaluate_asks_the_question_alone_greedily_and_k_times(engine):
 
 def test_exemplars_come_first_where_asked_for(engine):
     coin = Problem("p/0", "coin_flip", "Heads up?", "yes", "yes_no")
-    evaluate(engine, [coin], k=0, temperature=0.7, max_new_tokens=9, seed=5, shots="smlib")
+    evaluate(engine, [coin], 0, PARAMS, shots="smlib")
     (call,) = engine.calls
     assert call["prompts"] == [few_shot("coin_flip") + "Q: Heads up?\nA:"] and call["stop"] == ("\nQ: ",)
 
 
 def test_text_after_the_answer_does_not_count(engine, monkeypatch):
     monkeypatch.setitem(WRITTEN, "p/0", ("The answer is 2.\n\nQ: 3 + 3?\nA: The answer is 6.", []))
-    (row,) = evaluate(engine, PROBLEMS[:1], k=0, temperature=0.7, max_new_tokens=9, seed=5)
+    (row,) = evaluate(engine, PROBLEMS[:1], 0, PARAMS)
     assert row["greedy_correct"] and row["greedy_text"] == "The answer is 2."
 
 
 def test_summary_by_hand(engine):
-    summary = summarise(evaluate(engine, PROBLEMS, k=3, temperature=0.7, max_new_tokens=9, seed=5))
+    summary = summarise(evaluate(engine, PROBLEMS, 3, PARAMS))
     assert summary["k"] == 3
     assert summary["greedy"]["value"] == 0.5
     assert (summary["greedy"]["low"], summary["greedy"]["high"]) == accuracy_interval(1, 2)
@@ -248,19 +253,18 @@ def test_summary_by_hand(engine):
 
 
 def test_greedy_only(engine):
-    rows = evaluate(engine, PROBLEMS, k=0, temperature=0.7, max_new_tokens=9, seed=5)
+    rows = evaluate(engine, PROBLEMS, 0, PARAMS)
     assert len(engine.calls) == 1
     assert set(summarise(rows)) == {"k", "greedy", "greedy_invalid"}
 
 
 def test_summarise_refuses_rows_of_different_runs(engine):
-    run = {"temperature": 0.7, "max_new_tokens": 9, "seed": 5}
-    rows = evaluate(engine, PROBLEMS, k=3, **run) + evaluate(engine, PROBLEMS, k=0, **run)
+    rows = evaluate(engine, PROBLEMS, 3, PARAMS) + evaluate(engine, PROBLEMS, 0, PARAMS)
     with pytest.raises(ValueError, match=r"\[0, 3\] samples"):
         summarise(rows)
 
 
 def test_a_question_with_only_invalid_answers_is_lost_by_the_vote(monkeypatch, engine):
     monkeypatch.setitem(WRITTEN, "p/0", ("?", ["?", "?", "?"]))
-    summary = summarise(evaluate(engine, PROBLEMS, k=3, temperature=0.7, max_new_tokens=9, seed=5))
+    summary = summarise(evaluate(engine, PROBLEMS, 3, PARAMS))
     assert (summary["majority_at_k"]["value"], summary["greedy_invalid"]) == (0, 0.5)

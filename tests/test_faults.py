@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from smlib.__main__ import verify
-from smlib.artifacts import StageError, require
+from smlib.files.artifacts import StageError, require
+from smlib.notebooks.runner import verify
 
 SCRIPT = Path(__file__).with_name("faults.py")
 STAGES = (
@@ -48,44 +48,48 @@ def calm(tmp_path_factory):
     return make
 
 
-def check_kills(calm, mode, stage, every):
-    found = faults("kill", calm(mode), mode, stage, every)
+@pytest.fixture(scope="module")
+def killed(calm):
+    """stage -> what was found, for those in SOME."""
+    return faults("kill", calm("full"), "full", *(f"{stage}={every}" for stage, every in SOME.items()))
+
+
+def check_kills(found, every):
     assert found["faults"] == []
     assert found["operations"] >= 8 and found["kills"] >= found["operations"] // every
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "every"), SOME.items())
-def test_a_killed_stage_goes_on_to_the_same_bytes(calm, stage, every):
-    check_kills(calm, "full", stage, every)
+@pytest.mark.parametrize("stage", SOME)
+def test_a_killed_stage_goes_on_to_the_same_bytes(killed, stage):
+    check_kills(killed[stage], SOME[stage])
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_any_file_operation_a_stage_goes_on_to_the_same_bytes(calm, stage, mode):
-    check_kills(calm, mode, stage, 1)
+    check_kills(faults("kill", calm(mode), mode, f"{stage}=1")[stage], 1)
 
 
-def check_full_disk(calm, mode, stage, places, folder):
+def check_full_disk(calm, mode, stages, places, folder):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", folder], capture_output=True).returncode:
         pytest.skip("a small file system can only be mounted by root")
     subprocess.run(["umount", folder], check=True)
-    found = faults("full", calm(mode), mode, stage, folder, places)
-    assert found["faults"] == [] and found["filled"] >= 1
+    for stage, found in faults("full", calm(mode), mode, folder, *(f"{stage}={places}" for stage in stages)).items():
+        assert found["faults"] == [] and found["filled"] >= 1, stage
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["02_sft", "04_ppo"])
-def test_a_full_disk_is_one_sentence_and_then_the_stage_goes_on(calm, stage, tmp_path):
-    check_full_disk(calm, "full", stage, 3, tmp_path)
+def test_a_full_disk_is_one_sentence_and_then_the_stage_goes_on(calm, tmp_path):
+    check_full_disk(calm, "full", ["02_sft", "04_ppo"], 3, tmp_path)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_wherever_the_disk_is_full_a_stage_goes_on_to_the_same_bytes(calm, stage, mode, tmp_path):
-    check_full_disk(calm, mode, stage, 8, tmp_path)
+    check_full_disk(calm, mode, [stage], 8, tmp_path)
 
 
 def flip(path):
@@ -127,14 +131,11 @@ def test_damage_to_any_file_of_a_run_is_found_by_name(calm, damage, tmp_path, ca
 
 @pytest.mark.slow
 def test_of_two_processes_one_makes_a_stage_and_nothing_is_damaged(calm, tmp_path):
-    run, refused = tmp_path / "run", 0
-    for _ in range(8):  # each time at least one gets further
-        ended = faults("together", run, "full", 0)
-        assert all(code == 0 or "another process (" in error or "is complete" in error for code, error in ended)
-        refused += sum(code != 0 for code, _ in ended)
-        if not any(code for code, _ in ended):
-            break
-    assert refused and ended == [[0, ""], [0, ""]] and verify(run) == 0
+    run = tmp_path / "run"
+    *before, last = faults("together", run, "full", 0, 8)
+    for code, error in (ended for both in before for ended in both):
+        assert code == 0 or "another process (" in error or "is complete" in error
+    assert before and last == [[0, ""], [0, ""]] and verify(run) == 0
     for stage in ("01_sampling", "02_sft", "04_ppo", "05_evaluation"):
         one, other = (require(folder, stage).manifest["files"] for folder in (calm("full"), run))
         same = [name for name in one if not name.endswith((".csv", "state.json"))]  # which hold seconds
@@ -143,7 +144,7 @@ def test_of_two_processes_one_makes_a_stage_and_nothing_is_damaged(calm, tmp_pat
 
 @pytest.mark.slow
 def test_of_two_processes_with_different_settings_one_is_refused(tmp_path):
-    ended = faults("together", tmp_path / "run", "full", 1)
+    [ended] = faults("together", tmp_path / "run", "full", 1, 1)
     assert sorted(code for code, _ in ended) == [0, 1]
     (error,) = [error for code, error in ended if code]
     assert "another process (" in error or "was made with seed = " in error or "is complete" in error
@@ -157,9 +158,10 @@ def test_of_two_processes_with_different_settings_one_is_refused(tmp_path):
 def test_a_signal_lets_an_update_end_and_saves_it(calm, sent, code, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(calm("full"), run, ignore=shutil.ignore_patterns("04_*"))
-    script = "import sys, faults; from smlib import __main__, ppo; ppo.train.__kwdefaults__['checkpoint_every'] = 99\n"
+    script = "import sys, faults; from smlib import cli; from smlib.ppo import loop\n"
+    script += "loop.train.__kwdefaults__['checkpoint_every'] = 99\n"
     script += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    script += "__main__.settings_of = lambda args: faults.settings('full')\nsys.exit(__main__.main(sys.argv[1:]))"
+    script += "cli.preset = lambda *_, **__: faults.settings('full')\nsys.exit(cli.main(sys.argv[1:]))"
     environment = os.environ | {"PYTHONPATH": f"{SCRIPT.parents[1]}:{SCRIPT.parent}"}
     command = [sys.executable, "-c", script, "stage", "04_ppo", "--preset", "smoke", "--out", str(run)]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:

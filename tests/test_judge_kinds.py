@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from smlib.answers import before_answer, grade
-from smlib.problems import Problem
+from smlib.judging.answers import before_answer, grade
+from smlib.problems.datasets import Problem
 
 CHOICES = ("red ball", "Moby Dick.", "vitamin C", "a movie")
 GOLD = {"number": "18", "choice": "B", "yes_no": "yes", "letters": "yajo", "math": "18"}
@@ -22,7 +22,7 @@ def problem(kind, gold=None, question="What is asked?"):
 
 
 def judge(said, kind="number", gold=None, question="What is asked?"):
-    return grade(f"The answer is {said}", problem(kind, gold, question))
+    return grade(problem(kind, gold, question), f"The answer is {said}")
 
 
 def lines(table):
@@ -45,7 +45,7 @@ def public_reports():
 @pytest.mark.parametrize("row", public_reports(), ids=lambda row: row["id"])
 def test_public_report(row):
     asked = Problem("test/0", "test", "?", row["gold"], row["problem_kind"], tuple(row.get("choices", ())))
-    verdict = grade(row["output"], asked)
+    verdict = grade(asked, row["output"])
     allowed = {
         "right": verdict.correct,
         "not right": not verdict.correct,
@@ -523,7 +523,7 @@ def test_a_hedge_is_no_answer(kind, said):
 )
 def test_a_hedge_around_the_announcement_is_no_answer(output):
     for kind in ("number", "math"):
-        assert not grade(output, problem(kind)).correct
+        assert not grade(problem(kind), output).correct
 
 
 @pytest.mark.parametrize(
@@ -539,7 +539,7 @@ def test_a_hedge_around_the_announcement_is_no_answer(output):
     ],
 )
 def test_of_several_announcements_the_last_counts(output, said):
-    assert grade(output, problem("number")).extracted == said
+    assert grade(problem("number"), output).extracted == said
 
 
 # ------------------------------------------------------------------------------------------- denials and bounds
@@ -687,7 +687,7 @@ def test_a_denied_or_bounded_candidate_is_no_answer(kind, said):
     ],
 )
 def test_words_about_something_else_do_not_make_an_answer_invalid(kind, output):
-    verdict = grade(output, problem(kind))
+    verdict = grade(problem(kind), output)
     assert verdict.correct, verdict.reason
 
 
@@ -760,20 +760,20 @@ def test_no_is_the_answer_no(said):
     ],
 )
 def test_the_first_step_of_a_rationale_is_not_its_answer(output, said):
-    assert grade(output, problem("number")).extracted == said
+    assert grade(problem("number"), output).extracted == said
 
 
 def test_a_pronoun_is_no_option():
     asked = Problem("test/0", "test", "?", "I", "choice", tuple("abcdefghi"))
-    assert not grade("Answer: I think it is (C)", asked).correct
-    assert grade("Answer: I.", asked).correct
-    assert grade("Answer: I is right", asked).correct
+    assert not grade(asked, "Answer: I think it is (C)").correct
+    assert grade(asked, "Answer: I.").correct
+    assert grade(asked, "Answer: I is right").correct
 
 
 @pytest.mark.parametrize("kind", ["number", "math"])
 def test_an_answer_sentence_in_a_box_is_read(kind):
-    assert grade(r"\boxed{\text{The answer is 18}}", problem(kind)).correct
-    assert not grade(r"\boxed{\text{The answer is 18 or 20}}", problem(kind)).correct
+    assert grade(problem(kind), r"\boxed{\text{The answer is 18}}").correct
+    assert not grade(problem(kind), r"\boxed{\text{The answer is 18 or 20}}").correct
 
 
 @pytest.mark.parametrize("kind", sorted(GOLD))
@@ -783,6 +783,6 @@ def test_an_answer_sentence_in_a_box_is_read(kind):
 def test_a_long_text_takes_milliseconds(kind, piece):
     text = ("The answer is 18 " + piece * 20_000)[:20_000]
     started = time.process_time()
-    grade(text, problem(kind))
-    before_answer(text, problem(kind))
+    grade(problem(kind), text)
+    before_answer(text)
     assert time.process_time() - started < 0.5  # some milliseconds; a pattern that tries every way takes minutes

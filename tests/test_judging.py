@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from smlib.answers import grade, grade_many
-from smlib.problems import KINDS, LETTERS, Problem, load
+from smlib.judging.answers import grade, grade_many
+from smlib.problems.datasets import KINDS, Problem, load
+from smlib.problems.generators import LETTERS
 
 ROOT = Path(__file__).parents[1]
 SPEC = importlib.util.spec_from_file_location("judging", ROOT / "benchmarks" / "judging.py")
@@ -21,7 +22,7 @@ SPEC.loader.exec_module(judging)
 def test_a_decision_stands(row):
     dataset = row["dataset"]
     problem = Problem("x/0", dataset, "?", row["gold"], KINDS[dataset], tuple(row.get("choices", ())))
-    verdict = grade(row["output"], problem)
+    verdict = grade(problem, row["output"])
     assert (verdict.correct, verdict.extracted) == (not row["published"], row["ours"])
 
 
@@ -30,7 +31,7 @@ def test_every_verdict_of_the_random_sample_is_the_reader_s():
     assert len(rows) == 5 * len(judging.TEXT_DAVINCI_002)
     for row in rows:
         choices = tuple(f"option {number}" for number in range(row.get("options", 0)))
-        verdict = grade(row["output"], Problem("x/0", row["dataset"], "?", row["gold"], KINDS[row["dataset"]], choices))
+        verdict = grade(Problem("x/0", row["dataset"], "?", row["gold"], KINDS[row["dataset"]], choices), row["output"])
         assert (verdict.extracted, verdict.correct) == (row["ours"], row["reader"] == "right"), row
 
 
@@ -75,7 +76,7 @@ def published(data_dir):
 def test_every_gold_solution_of_gsm8k_is_right(data_dir, split, rows):
     with open(data_dir / "gsm8k" / f"{split}.jsonl", encoding="utf-8") as lines:
         solutions = [json.loads(line)["answer"] for line in lines]
-    verdicts = grade_many(solutions, load("gsm8k", split))
+    verdicts = grade_many(load("gsm8k", split), solutions)
     assert sum(verdict.correct for verdict in verdicts) == rows
 
 
@@ -103,7 +104,7 @@ def test_gold_in_the_output_form_of_its_dataset_is_right(published, dataset):
         texts = [(problem, own_text(problem)) for problem in published[dataset]]
         outputs += [(problem, f"The answer is {text}.") for problem, text in texts if text]
         assert sum(text is None for _, text in texts) / len(texts) < 0.02
-    assert [text for problem, text in outputs if not grade(text, problem).correct] == []
+    assert [text for problem, text in outputs if not grade(problem, text).correct] == []
 
 
 def wrong(problem, rng):
@@ -143,7 +144,7 @@ def test_ten_thousand_wrong_answers_are_wrong(published):
             continue
         judged += 1
         output = rng.choice(said(problem, answer))
-        verdict = grade(output, problem)
+        verdict = grade(problem, output)
         if verdict.correct or verdict.extracted is None:
             taken.append((problem.id, output, verdict.reason))
     assert taken == []

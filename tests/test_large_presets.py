@@ -11,11 +11,14 @@ import torch
 from sums import TRAIN, learn, publish, steps
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from smlib import encoding, explore_pipeline, models, pipeline, prompts, results
-from smlib.__main__ import main
-from smlib.artifacts import require
-from smlib.problems import load
-from smlib.settings import preset
+from smlib.cli import main
+from smlib.files.artifacts import require
+from smlib.problems import prompts
+from smlib.problems.datasets import load
+from smlib.reports import results
+from smlib.runs import self_explore, self_motivated
+from smlib.runs.settings import preset
+from smlib.sampling import encoding, models
 
 KINDS = {
     "mistral": (MistralForCausalLM, MistralConfig),
@@ -66,7 +69,7 @@ def check(run, settings):
     train, test = ({problem.id for problem in load(task, split)} for split in ("train", "test"))
     drawn, explored = require(run, "06_solutions"), require(run, "06_exploration")
     assert {found["id"] for found in drawn.read_rows("solutions")} == train
-    assert drawn.settings["weights"] == "bfloat16" and drawn.settings["lora"]["rank"] == 16
+    assert drawn.settings["dtype"] == "bfloat16" and drawn.settings["lora"]["rank"] == 16
     pairs = explored.read_rows("pairs")
     assert {pair["step"] for pair in pairs} == {1, 2} and {pair["dataset"] for pair in pairs} == {task}
     assert all(right <= 4 for found in explored.read_rows("explored") for right in found["right"])
@@ -98,7 +101,7 @@ def test_math_is_cut_at_sentences_and_judged_as_math(published, tmp_path):
     base, run = published("math", "llama"), tmp_path / "run"
     rates = {"sft": {"learning_rate": 5e-4}, "dpo": {"learning_rate": 1e-2}}
     settings = preset("deepseek-math-7b", "math", base=base, explore={"samples": 24}, **rates)
-    explore_pipeline.run(run, settings, progress=False)
+    self_explore.run(run, settings, progress=False)
     check(run, settings)
     rejected = [pair["rejected"] for pair in require(run, "06_exploration").read_rows("pairs")]
     assert any(text.startswith(" So the sum") for text in rejected)  # one line, two sentences
@@ -118,7 +121,7 @@ def test_llama2_7b_itself_goes_through_self_motivated_learning(published, tmp_pa
     """The preset, but for its numbers of questions and updates: two for stage 01, one for 03, all four for PPO."""
     few = {"sampling": {"questions": 2}, "reward": {"questions": 1}, "ppo": {"updates": 1, "episodes": 32}}
     settings = preset("llama2-7b", "gsm8k", base=published("gsm8k", kind), **few)
-    pipeline.run(tmp_path / "run", settings, progress=False)
+    self_motivated.run(tmp_path / "run", settings, progress=False)
     rows = require(tmp_path / "run", "01_sampling").read_rows("rationales")
     assert {(row["source"], row["correct"]) for row in rows} >= {("open", True), ("open", False)}
     tuned, rewarder, policy = (require(tmp_path / "run", name) for name in ("02_sft", "03_reward_model", "04_ppo"))
@@ -127,7 +130,7 @@ def test_llama2_7b_itself_goes_through_self_motivated_learning(published, tmp_pa
         adapter = json.loads((stage.path("model") / "adapter_config.json").read_text())
         assert adapter["base_model_name_or_path"] == "../../02_sft/model" and adapter["r"] == 16
     answers = require(tmp_path / "run", "05_evaluation").read_rows("answers")
-    assert {row["method"] for row in answers} == set(pipeline.METHODS)
+    assert {row["method"] for row in answers} == set(results.METHODS)
 
 
 def test_the_command_names_the_tasks_of_a_large_preset(capsys, tmp_path):

@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_model import policy, tokenizer
 
-from smlib import encoding, models
-from smlib.__main__ import main
+from smlib.cli import main
 from smlib.errors import ModelError, UserError
-from smlib.problems import generate
+from smlib.problems.datasets import generate
+from smlib.sampling import encoding, models
 
 LOADERS = (models.load_config, models.load_generation, models.load_tokenizer, models.load_policy)
 
@@ -121,6 +121,10 @@ DAMAGE = {
         rf"1 differ \(missing, left over or of another size\), such as {NORM}",
     ),
     "a weight that is not finite": (weights(lambda found: found[NORM].fill_(torch.nan)), rf"{NORM} in .* not finite"),
+    "whole numbers": (
+        weights(lambda found: found.update({NORM: found[NORM].int()})),
+        rf"{NORM} in .*model\.safetensors is of whole numbers \(I32\)",
+    ),
     "another width": (change("config.json", hidden_size=64), r"do not fit its configuration: 11 differ"),
     "more layers": (change("config.json", num_hidden_layers=2), r"9 differ .*such as model\.layers\.1\."),
     "fewer layers": (change("config.json", num_hidden_layers=0), r"9 differ .*such as model\.layers\.0\."),
@@ -242,6 +246,12 @@ ADAPTERS = {
     "a config of another shape": (write("adapter_config.json", "[]"), r"adapter_config\.json holds no JSON object"),
     "a config cut short": (cut("adapter_config.json"), r"adapter_config\.json cannot be read as JSON"),
     "another kind": (change("adapter_config.json", peft_type="LOHA"), r"is not that of a LoRA adapter with the name"),
+    "one that begins within a text": (
+        change("adapter_config.json", alora_invocation_tokens=[1]), r"is not that of a LoRA adapter with the name",
+    ),
+    "whole numbers": (
+        weights(lambda found: found.update({name: one.int() for name, one in found.items()})), r"whole numbers \(I32\)",
+    ),
     "an unknown kind": (change("adapter_config.json", peft_type="NONE"), r"do not fit each other \("),
     "no base": (change("adapter_config.json", base_model_name_or_path=None), r"LoRA adapter with the name of its base"),
     "a base that is gone": (

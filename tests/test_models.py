@@ -8,13 +8,16 @@ from huggingface_hub import errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tiny_model import policy, tokenizer
+from tiny_model import policy, tokenizer, written
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import hub
 
-from smlib import encoding, models, prompts, sft
-from smlib.problems import TASKS, generate
-from smlib.steps import worked_solution
+from smlib.errors import ModelError
+from smlib.learning import sft
+from smlib.problems import prompts
+from smlib.problems.datasets import TASKS, generate
+from smlib.problems.steps import worked_solution
+from smlib.sampling import encoding, models, packing
 
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 
@@ -70,19 +73,19 @@ def test_prompt_and_completion_join_without_a_seam(task):
 
 
 def test_pad_right():
-    assert models.pad_right([[5, 6, 7], [8], []], 0).tolist() == [[5, 6, 7], [8, 0, 0], [0, 0, 0]]
+    assert packing.pad_right([[5, 6, 7], [8], []], 0).tolist() == [[5, 6, 7], [8, 0, 0], [0, 0, 0]]
 
 
 @torch.inference_mode()
 def test_pads_on_the_right_do_not_change_the_logits_of_real_tokens():
     model, row = policy(), encoding.encode_prompt(tokenizer(), "Q: How many nuts?\nA: three")
     alone = model(input_ids=torch.tensor([row])).logits[0]
-    padded = model(input_ids=models.pad_right([row, row * 3], tokenizer().pad_token_id)).logits[0, : len(row)]
+    padded = model(input_ids=packing.pad_right([row, row * 3], tokenizer().pad_token_id)).logits[0, : len(row)]
     torch.testing.assert_close(padded, alone)
 
 
 def test_pack_by_hand():
-    packed = models.pack([([1, 5], [[6, 2], [7, 8, 2]]), ([1], [[9]])], pad_id=0)
+    packed = packing.pack([([1, 5], [[6, 2], [7, 8, 2]]), ([1], [[9]])], pad_id=0)
     assert packed["input_ids"].tolist() == [[1, 5, 6, 2, 7, 8, 2], [1, 9, 0, 0, 0, 0, 0]]
     assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4], [0, 1, 0, 0, 0, 0, 0]]
     assert packed["sources"].tolist() == [1, 2, 1, 4, 5, 7]  # the second way on starts from the prefix as well
@@ -91,7 +94,7 @@ def test_pack_by_hand():
     seen = packed["attention_mask"][0, 0].int().tolist()
     assert seen[3] == [1, 1, 1, 1, 0, 0, 0]  # the end of the first way on
     assert seen[6] == [1, 1, 0, 0, 1, 1, 1]  # the end of the second, which does not see the first
-    assert models.sum_rows(torch.arange(6.0), packed["rows"]).tolist() == [1, 9, 5]
+    assert packing.sum_rows(torch.arange(6.0), packed["rows"]).tolist() == [1, 9, 5]
 
 
 tokens = st.lists(st.integers(3, 40), min_size=1, max_size=6)
@@ -103,7 +106,7 @@ tokens = st.lists(st.integers(3, 40), min_size=1, max_size=6)
 def test_packed_rows_have_the_log_probabilities_and_gradients_of_each_alone(attention, groups):
     model = policy()
     model.set_attn_implementation(attention)
-    packed = models.packed_logprobs(model, models.pack(groups, pad_id=0))
+    packed = packing.packed_logprobs(model, packing.pack(groups, pad_id=0))
     (packed.sum() * 3).backward()
     gradient = model.model.embed_tokens.weight.grad.clone()
     model.zero_grad()
@@ -169,7 +172,7 @@ def test_a_saved_tokenizer_gives_the_same_ids(tmp_path):
 
 def test_without_the_tiny_base_the_error_says_how_to_make_it(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "TINY_BASE", tmp_path)
-    with pytest.raises(models.ModelError, match="python -m smlib pretrain --out"):
+    with pytest.raises(ModelError, match="smlib pretrain --out"):
         models.load_policy()
 
 
@@ -275,7 +278,7 @@ def test_what_the_hub_refuses_is_said_with_the_way_out(monkeypatch, case, load):
     monkeypatch.setattr(hub, "hf_hub_download", refuse)
     monkeypatch.setattr(hub, "snapshot_download", refuse)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    with pytest.raises(models.ModelError) as raised:
+    with pytest.raises(ModelError) as raised:
         load("some/model@abc")
     assert str(raised.value) == message
     assert set(asked) == {("some/model", "abc")}  # tokenizer, config and model are all of that revision
@@ -284,9 +287,9 @@ def test_what_the_hub_refuses_is_said_with_the_way_out(monkeypatch, case, load):
 
 @pytest.mark.parametrize("load", LOADERS)
 def test_what_is_no_model_is_said(tmp_path, load):
-    with pytest.raises(models.ModelError, match=r"holds no model: it has no config\.json\. Give a folder that save"):
+    with pytest.raises(ModelError, match=r"holds no model: it has no config\.json\. Give a folder that save"):
         load(str(tmp_path))
-    with pytest.raises(models.ModelError, match="missing is neither a folder here nor a hub id such as owner/name: "):
+    with pytest.raises(ModelError, match="missing is neither a folder here nor a hub id such as owner/name: "):
         load(str(tmp_path / "missing"))
 
 
@@ -294,7 +297,7 @@ def test_what_is_no_model_is_said(tmp_path, load):
 def test_a_model_of_another_kind_is_said(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({}, tmp_path / "model.safetensors")
-    with pytest.raises(models.ModelError, match=r"is no causal language model that transformers knows: see model_type"):
+    with pytest.raises(ModelError, match=r"is no causal language model that transformers knows: see model_type"):
         models.load_policy(tmp_path)
 
 
@@ -325,9 +328,9 @@ def test_targets_that_match_nothing_are_named_beside_what_there_is(targets):
 def test_gpt2_whose_layers_are_no_linear_ones_trains_an_adapter(recwarn):
     adapted, before = models.add_lora(gpt2(), 2, 4, "all-linear", base=""), gpt2().state_dict()
     problems = generate("coin_flip", 4, seed=0)
-    rows = [{"id": one.id, "side": "+", "text": f" Yes.\nThe answer is {one.answer}."} for one in problems]
+    right = [written(one, f" Yes.\nThe answer is {one.answer}.") for one in problems]
     training = {"epochs": 1.0, "learning_rate": 1e-2, "batch": 2, "seed": 0, "progress": None}
-    sft.train_sft(adapted, tokenizer(), problems, rows, **training)
+    sft.train_sft(adapted, tokenizer(), problems, right, **training)
     ids = torch.tensor([encoding.encode_prompt(tokenizer(), "Q: How many nuts?\nA: three")])
     with torch.no_grad():
         logits = adapted(input_ids=ids).logits
@@ -346,5 +349,5 @@ def test_without_bitsandbytes_four_bits_are_refused_with_the_way_to_get_it(monke
         models.load_policy("tiny", "nf4")
     assert str(raised.value) == (
         "weights in 'nf4' need bitsandbytes, which is not installed: pip install 'smlib[gpu]', or choose "
-        "hardware.weights = 'bfloat16'"
+        "hardware.dtype = 'bfloat16'"
     )

@@ -4,24 +4,28 @@ import json
 
 import pytest
 import torch
-from tiny_model import tokenizer
+from tiny_model import tokenizer, written
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smlib import dpo, encoding, models, pipeline, sft
-from smlib.artifacts import require
-from smlib.problems import generate
-from smlib.prompts import open_prompt
-from smlib.roles import Adapters
-from smlib.sampling import sample
-from smlib.settings import preset
+from smlib.files.artifacts import require
+from smlib.learning import dpo, sft
+from smlib.learning.rows import Pair
+from smlib.ppo.roles import Adapters
+from smlib.problems.datasets import generate
+from smlib.problems.prompts import open_prompt
+from smlib.runs import self_motivated, shared
+from smlib.runs.settings import preset
+from smlib.sampling import encoding, models, packing
+from smlib.sampling.params import SamplingParams
+from smlib.sampling.sampler import sample
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra: pip install 'smlib[gpu]'")
 
 PROBLEMS = generate("coin_flip", 8, seed=0)
-ROWS = [{"id": one.id, "side": "+", "text": f" It is easy.\nThe answer is {one.answer}."} for one in PROBLEMS]
+ROWS = [written(one, f" It is easy.\nThe answer is {one.answer}.") for one in PROBLEMS]
 TRAINING = {"epochs": 20, "learning_rate": 5e-3, "batch": 4, "seed": 0, "progress": None}
 GROUPS = [
-    (encoding.encode_prompt(tokenizer(), open_prompt(one)), [encoding.encode_completion(tokenizer(), row["text"])])
+    (encoding.encode_prompt(tokenizer(), open_prompt(one)), [encoding.encode_completion(tokenizer(), row.text)])
     for one, row in zip(PROBLEMS, ROWS, strict=True)
 ]
 
@@ -60,7 +64,7 @@ def frozen(model) -> dict:
 
 @torch.no_grad()
 def logprobs(model):
-    return models.packed_logprobs(model, models.pack(GROUPS, pad_id=0))
+    return packing.packed_logprobs(model, packing.pack(GROUPS, pad_id=0))
 
 
 def test_four_bits_a_weight_and_the_rest_in_bfloat16(base):
@@ -85,13 +89,14 @@ def test_it_computes_what_its_weights_stand_for_again_and_again(base):
 def test_gradients_flow_after_sampling(base):
     """bitsandbytes would repack the weights at the first sample, where the processor has AVX512-BF16."""
     model = with_adapter(base)
-    sample(model, tokenizer(), ["Q: How many nuts?\nA:"], 2, keys=["a"], temperature=1.0, max_new_tokens=4, seed=0)
-    models.packed_logprobs(model, models.pack(GROUPS, pad_id=0)).sum().backward()
+    params = SamplingParams(temperature=1.0, max_new_tokens=4, seed=0)
+    sample(model, tokenizer(), ["Q: How many nuts?\nA:"], 2, params, keys=["a"])
+    packing.packed_logprobs(model, packing.pack(GROUPS, pad_id=0)).sum().backward()
     gradients = {name: weight.grad for name, weight in model.named_parameters() if "lora_B" in name}
     assert len(gradients) == 2 * 7 and all(gradient.any() for gradient in gradients.values())
 
 
-@pytest.mark.parametrize("hardware", [{}, {"micro_batch": 2}, {"micro_batch": 1, "recompute": True}])
+@pytest.mark.parametrize("hardware", [{}, {"micro_batch": 2}, {"micro_batch": 1, "gradient_checkpointing": True}])
 def test_an_adapter_learns_on_it_in_float32_and_it_stays_as_it_is(base, hardware):
     model = with_adapter(base)
     before = frozen(model)
@@ -106,7 +111,7 @@ def test_after_merging_it_is_an_ordinary_model_in_bfloat16(base, tmp_path):
     model = with_adapter(base)
     sft.train_sft(model, tokenizer(), PROBLEMS, ROWS, **TRAINING)
     trained, untrained = logprobs(model), logprobs(models.load_policy(base, "nf4"))
-    pipeline.merged(model, base).save_pretrained(tmp_path / "merged")
+    shared.merged(model, base).save_pretrained(tmp_path / "merged")
     merged = models.load_policy(tmp_path / "merged", "bfloat16")
     assert {weight.dtype for weight in merged.parameters()} == {torch.bfloat16} and not linear(merged)
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
@@ -132,8 +137,8 @@ def test_roles_are_adapters_of_it(base, tmp_path):
     sft.train_sft(rewarder, tokenizer(), PROBLEMS, ROWS, **TRAINING)
     rewarder.save_pretrained(tmp_path / "reward")
     roles = Adapters(with_adapter(base), tmp_path / "reward")
-    roles.recompute_activations()
-    packed, before = models.pack(GROUPS, pad_id=0), frozen(roles.model)
+    roles.checkpoint_gradients()
+    packed, before = packing.pack(GROUPS, pad_id=0), frozen(roles.model)
     with torch.no_grad():
         reference = roles(packed, reference=True)[0]
     optimizer = torch.optim.AdamW([weight for weight in roles.parameters() if weight.requires_grad], lr=1e-2)
@@ -152,10 +157,10 @@ def test_roles_are_adapters_of_it(base, tmp_path):
 
 
 def test_dpo_learns_on_it_and_its_base_is_the_reference(base):
-    model, ids = with_adapter(base), encoding.encode_completion(tokenizer(), " The answer is yes.")
-    prompt = encoding.encode_prompt(tokenizer(), "Q: Is it?\nA:")
-    wrong = encoding.encode_completion(tokenizer(), " The answer is no.")
-    pair = {"id": "a", "prompt_ids": prompt, "chosen_ids": ids, "rejected_ids": wrong}
+    model, texts = with_adapter(base), {"chosen": " The answer is yes.", "rejected": " The answer is no."}
+    ids = {f"{side}_ids": tuple(encoding.encode_completion(tokenizer(), text)) for side, text in texts.items()}
+    ids["prompt_ids"] = tuple(encoding.encode_prompt(tokenizer(), "Q: Is it?\nA:"))
+    pair = Pair(id="a", dataset="coin_flip", **texts, **ids)
     log = dpo.train_dpo(model, tokenizer(), [pair] * 4, beta=0.5, **TRAINING, micro_batch=2)
     assert log[0]["loss"] == pytest.approx(0.693, abs=0.001) and log[-1]["loss"] < 0.3
 
@@ -164,9 +169,9 @@ def test_every_stage_runs_on_it(tmp_path):
     """SFT leaves an ordinary model; reward model and policy are adapters of it, held in 4 bits again."""
     few = {"sampling": {"questions": 8, "conditioned_questions": 4, "max_new_tokens": 64}, "reward": {"questions": 6}}
     few |= {"ppo": {"max_new_tokens": 64, "episodes": 16}, "evaluation": {"questions": 4, "samples": 1, "published": 0}}
-    settings = preset("rehearsal", "coin_flip", hardware={"weights": "nf4"}, **few)
-    pipeline.run(tmp_path, settings, progress=False)
-    assert require(tmp_path, "02_sft").settings["weights"] == "nf4"
+    settings = preset("rehearsal", "coin_flip", hardware={"dtype": "nf4"}, **few)
+    self_motivated.run(tmp_path, settings, progress=False)
+    assert require(tmp_path, "02_sft").settings["dtype"] == "nf4"
     tuned = json.loads((require(tmp_path, "02_sft").path("model") / "config.json").read_text())
     assert tuned["dtype"] == "bfloat16" and "quantization_config" not in tuned
     for name in ("03_reward_model", "04_ppo"):

@@ -1,15 +1,100 @@
-"""All notebooks with a large model's settings and on a published task: unchanged but for their parameters."""
+"""All notebooks, executed twice: at the smallest preset, and with a large model's settings on a published task.
+
+The outputs in the repository are of the preset `tiny`, which takes long to execute (`make test-notebooks`). What does
+not depend on the preset is compared here: the cells that ask for it by `# NBVAL_CHECK_OUTPUT`, as their numbers are
+exact and their work is small; the cells that read a table of results/; and the library's code, where it is shown.
+"""
 
 import os
+import re
 import subprocess
 import sys
+from collections import defaultdict
+from pathlib import Path
 
-import nbformat
 import pytest
 from gsm8k_base import make_base
 
-from smlib.settings import preset
-from smlib.steps import ONLY_GENERATED
+from smlib.notebooks.runner import read_notebook, verify
+from smlib.problems.steps import ONLY_GENERATED
+from smlib.runs.settings import preset
+
+pytestmark = pytest.mark.slow
+with_published = pytest.mark.skipif(
+    not os.environ.get("SML_DATA_DIR"), reason="needs the published questions: set SML_DATA_DIR"
+)
+COMMITTED = {path.stem: path for path in sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))}
+EXACT = re.compile(r"# NBVAL_CHECK_OUTPUT|\.\./results|\b(?:tables|committed) / ")
+
+
+def executed(out, *options, **environment):
+    """stem -> code cells of the notebooks that the command has executed; what it executed them with is left out."""
+    command = [sys.executable, "-m", "smlib", "run", "--out", str(out), *options]
+    finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return {path.stem: code(path) for path in sorted((out / "notebooks").glob("*.ipynb"))}
+
+
+def code(path):
+    cells = [cell for cell in read_notebook(path).cells if cell.cell_type == "code"]
+    return [cell for cell in cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+
+
+def outputs(cell):
+    """Stream or MIME type -> what the cell has shown of it, as nbval compares it; of pictures, how many there are."""
+    found = defaultdict(str)
+    for output in cell.outputs:
+        for kind, shown in {output.name: output.text}.items() if "text" in output else output.data.items():
+            found[kind] += "*" if kind == "image/png" else shown
+    return dict(found)
+
+
+# ------------------------------------------------------------------------------------------- the smallest preset
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A run of all notebooks: its folder, and the pairs of cells, committed and executed, by notebook."""
+    out = tmp_path_factory.mktemp("smoke") / "run"
+    done = executed(out, "--preset", "smoke")
+    return out, {name: list(zip(code(path), done[name], strict=True)) for name, path in COMMITTED.items()}
+
+
+def test_the_smoke_pipeline_runs_from_end_to_end(smoke):
+    out, cells = smoke
+    assert {path.stem for path in (out / "notebooks").glob("*.ipynb")} == set(cells) == set(COMMITTED)
+    assert list((out / "results").glob("*.csv")) and list((out / "figures").glob("*.png"))
+    assert verify(out) == 0  # every notebook in timings.json, every file as it was written
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_what_no_preset_changes_is_as_committed(smoke, name):
+    exact = [pair for pair in smoke[1][name] if EXACT.search(pair[0].source)]
+    assert exact
+    for committed, done in exact:
+        shown = [outputs(cell) | {"image/png": None} for cell in (committed, done)]
+        assert shown[0] == shown[1], committed.source
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_the_code_that_a_notebook_shows_is_the_library_s(smoke, name):
+    """Else `make notebooks` is due: the function was changed since."""
+    shown = [pair for pair in smoke[1][name] if "plots.source(" in pair[0].source]
+    assert shown
+    for committed, done in shown:
+        assert outputs(committed)["text/latex"] == outputs(done)["text/latex"], committed.source
+
+
+@with_published
+@pytest.mark.parametrize("name", COMMITTED)
+def test_every_cell_shows_what_it_showed_in_kind(smoke, name):
+    for committed, done in smoke[1][name]:
+        kinds = [{kind: shown if kind == "image/png" else "" for kind, shown in outputs(cell).items()}
+                 for cell in (committed, done)]  # fmt: skip
+        assert kinds[0] == kinds[1], committed.source
+
+
+# --------------------------------------------------------------------------------- a large model's settings, GSM8K
 
 SEED = 7  # of which some questions of both authors are held out, few as they are
 SMALL = {
@@ -19,48 +104,41 @@ SMALL = {
     "evaluation": {"questions": 4},
     "explore": {"samples": 4},
 }
-
-
 COUNTING = """
 def _count():
     import os, weakref
-    from smlib import models
-    loaded, load = [], models._load
+    from transformers import PreTrainedModel
+    loaded, load = [], PreTrainedModel.from_pretrained.__func__
 
-    def counting(*arguments):
-        model = load(*arguments)
-        loaded.append(weakref.ref(model))
+    def counting(*arguments, **options):
+        found = load(*arguments, **options)
+        loaded.append(weakref.ref(found[0] if isinstance(found, tuple) else found))
         with open(os.environ["LOADED"], "a") as file:
             print(sum(one() is not None for one in loaded), file=file)
-        return model
+        return found
 
-    models._load = counting
+    PreTrainedModel.from_pretrained = classmethod(counting)
 
 _count()
 """  # what a kernel does first: writes how many models it holds whenever one was loaded
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("SML_DATA_DIR"), reason="needs the published questions: set SML_DATA_DIR")
+@with_published
 def test_they_run_on_gsm8k_with_weights_in_bfloat16_and_adapters(tmp_path):
     base = make_base(preset("rehearsal", "gsm8k", SEED, **SMALL), tmp_path / "base")
-    command = [sys.executable, "-m", "smlib", "run", "--preset", "rehearsal", "--task", "gsm8k", "--model", base]
-    command += ["--seed", str(SEED), "--to", "6"]
+    options = ["--preset", "rehearsal", "--task", "gsm8k", "--model", base, "--seed", str(SEED), "--to", "6"]
     for group, values in SMALL.items():
-        command += [part for name, value in values.items() for part in ("--set", f"{group}.{name}={value}")]
+        options += [part for name, value in values.items() for part in ("--set", f"{group}.{name}={value}")]
     startup = tmp_path / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
     (startup / "count.py").write_text(COUNTING)
     counted = {"IPYTHONDIR": str(tmp_path / "ipython"), "LOADED": str(tmp_path / "loaded")}
-    command += ["--out", str(tmp_path / "run")]
-    finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | counted)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    done = executed(tmp_path / "run", *options, **counted)
     held = [int(line) for line in (tmp_path / "loaded").read_text().split()]
     # Notebook 03 compares the reward model with what it was before its training; all else wants a card for itself.
     assert max(held) == 2 and held.count(2) <= 3, held
-    done = {path.stem[:2]: nbformat.read(path, 4) for path in (tmp_path / "run" / "notebooks").glob("*.ipynb")}
-    assert sorted(done) == [f"{number:02d}" for number in range(7)]
-    for number, notebook in done.items():
-        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-        assert [output.text for output in outputs if output.get("name") == "stderr"] == []
-        assert number == "00" or any(ONLY_GENERATED in output.get("text", "") for output in outputs)
+    assert [name[:2] for name in done] == [f"{number:02d}" for number in range(7)]
+    for name, cells in done.items():
+        shown = [outputs(cell) for cell in cells]
+        assert [each["stderr"] for each in shown if "stderr" in each] == []
+        assert name.startswith("00") or any(ONLY_GENERATED in each.get("stdout", "") for each in shown)

@@ -1,6 +1,6 @@
 """Every notebook follows the same template, was executed from top to bottom, and kept clean outputs.
 
-That the cells run and give what they gave is nbval's part (`make test`).
+That the cells run and give what they gave is the part of test_notebook_runs.py, and of `make test-notebooks`.
 """
 
 import ast
@@ -8,7 +8,11 @@ import re
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
+from bs4 import BeautifulSoup
+
+from smlib.problems.datasets import TASKS
 
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -115,7 +119,68 @@ def test_its_metadata_is_the_same_on_every_machine(notebook):
 
 
 def test_some_outputs_are_checked(notebook):
-    """nbval compares only the cells that ask for it: those whose output is exact on any machine."""
+    """Only the cells that ask for it are compared: those whose output is exact on any machine."""
     checked = [cell for cell in code(notebook) if "# NBVAL_CHECK_OUTPUT" in cell.source]
     assert checked
     assert all(cell.outputs for cell in checked)
+
+
+# ------------------------------------------------------------------------- the tables beside those in results/
+
+
+def shown(number, text):
+    """The tables that a cell shows, each as a list of rows of texts: the cell of a notebook whose source has `text`."""
+    (path,) = [path for path in PATHS if path.stem.startswith(number)]
+    (cell,) = [cell for cell in code(nbformat.read(path, 4)) if text in cell.source]
+    tables = []
+    for data in (output.data for output in cell.outputs if "data" in output):
+        if "text/html" in data:
+            lines = BeautifulSoup(data["text/html"], "html.parser").select("tbody tr")
+            tables.append([[part.text for part in line.find_all(["th", "td"])] for line in lines])
+        elif "text/markdown" in data:
+            tables.append([line.strip("| ").split(" | ") for line in data["text/markdown"].splitlines()[2:]])
+    return tables
+
+
+def made(name):
+    return pd.read_csv(ROOT / "results" / f"{name}.csv")
+
+
+def in_percent(*values):
+    """Shares that results/ has to four decimals and a notebook, which knows more of them, to one in percent."""
+    return pytest.approx([100 * value for value in values], abs=0.0551)
+
+
+def test_notebook_03_shows_the_table_of_held_out_pairs():
+    [rows] = shown("03", "reward_model.csv")
+    assert [row[1:] for row in rows] == made("reward_model").drop(columns="seed").astype(str).to_numpy().tolist()
+
+
+def test_notebook_05_shows_the_accuracies_of_the_results():
+    table = made("evaluation").set_index(["metric", "method", "test_set"])
+    for metric, rows in zip(("greedy", "avg_at_8"), shown("05", "evaluation.csv"), strict=True):
+        assert len(rows) == 3
+        for method, (_, *cells) in zip(("base", "sft", "sml"), rows, strict=True):
+            for task, cell in zip([*TASKS, "mean of tasks"], cells, strict=True):
+                wanted = table.loc[metric, method, task]
+                found = [float(number) for number in re.findall(r"[\d.]+", cell)]
+                assert found == in_percent(wanted["value"], wanted["low"], wanted["high"])
+
+
+def test_notebook_06_shows_the_report_of_the_results():
+    [rows], table = shown("06", "pits.csv"), made("pits")
+    columns = ["exact", "early", "early_expected", "late", "none", "repeated", "false_pits", "expected"]
+    assert len(rows) == len(table)
+    for (task, k, *shares, rationales), (_, wanted) in zip(rows, table.iterrows(), strict=True):
+        assert (task, int(k), int(rationales)) == (
+            wanted["dataset"].replace("_", " "),
+            wanted["k"],
+            wanted["rationales"],
+        )
+        assert [float(share) for share in shares] == in_percent(*wanted[columns])
+
+
+def test_notebook_08_shows_the_memory_of_the_results():
+    [rows] = shown("08", "plan_7b.csv")
+    needed = [float(number) for number in rows[-1][1:]]  # in the order of the table's presets
+    assert needed == pytest.approx(list(made("plan_7b").groupby("preset", sort=False)["GB"].max()), abs=0.0501)

@@ -15,9 +15,10 @@ import pandas as pd
 import pytest
 from nbconvert.filters.markdown_mistune import MarkdownWithMath
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from small_notebooks import run, write_notebook
 
-import smlib.__main__ as runner
-from smlib import pages, plots
+from smlib.notebooks import pages
+from smlib.reports import plots
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -235,8 +236,7 @@ def test_tables_that_a_notebook_holds_are_data_for_jupyterlab_too(notebook):
 
 def test_a_notebook_shows_as_markdown_only_tables_of_numbers(notebook):
     """Text of a model goes through print or a DataFrame, which escape it; these functions put together numbers."""
-    safe = {"explore_pipeline.fate", "explore_pipeline.pit_table", "explore_pipeline.accuracies"}
-    safe.add("results.explore_markdown")
+    safe = {"fate", "pit_table", "accuracies", "results.explore_markdown"}
     active = {"Markdown", "HTML", "Latex", "Math", "Javascript", "SVG", "IFrame", "to_html", "to_markdown", "style"}
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -262,11 +262,12 @@ def test_a_models_dollars_are_no_formula_in_a_figure():
     plt.close(figure)
 
 
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.filterwarnings("ignore:the file is not specified with any extension")
 def test_the_index_escapes_names_and_values(tmp_path):
-    out = tmp_path / "<img src=x onerror=alert(1)>"
-    (out / "notebooks").mkdir(parents=True)
-    (out / "notebooks" / '00_a" onclick="alert(1)#?.html').touch()
-    runner._write_index(out, {"TASK": "</p><script>alert(1)</script>", "MODEL": "javascript:alert(1)"}, {})
+    out, name = tmp_path / "<img src=x onerror=alert(1)>", '00_a" onclick="alert(1)#?'
+    write_notebook(tmp_path / "notebooks", name, parameters='TASK = ""\nMODEL = ""')
+    run(tmp_path / "notebooks", out, {"TASK": "</p><script>alert(1)</script>", "MODEL": "javascript:alert(1)"})
     parsed = assert_harmless((out / "index.html").read_text("utf-8"))
     (link,) = [attrs["href"] for tag, attrs, _ in parsed.elements if tag == "a"]
     assert link == "notebooks/00_a%22%20onclick%3D%22alert%281%29%23%3F.html"

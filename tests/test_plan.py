@@ -4,18 +4,24 @@ import json
 import re
 from dataclasses import astuple, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smlib import encoding, memory, models, pipeline, plan, prompts
-from smlib.__main__ import main
-from smlib.plan import Assumed, Card, Lengths, Speeds, Work
-from smlib.problems import DatasetError, load
-from smlib.settings import preset
+from smlib.cli import main
+from smlib.problems import prompts
+from smlib.problems.datasets import load
+from smlib.problems.downloads import DatasetError
+from smlib.runs import questions, self_motivated
+from smlib.runs.settings import preset
+from smlib.sampling import encoding, models
+from smlib.scale import memory, plan
+from smlib.scale.plan import Assumed, Card, Lengths, Speeds, Work
 
 ROOT = Path(__file__).parents[1]
 LENGTHS = Lengths(question=70, longest=200, shown=700, conditioned=900, solution=100)
@@ -28,6 +34,19 @@ def gsm8k(name: str = "llama2-7b", **overrides):
     except DatasetError as error:
         pytest.skip(f"no published datasets here: {error}")
     return preset(name, "gsm8k", **overrides)
+
+
+def machine_with(free: float, monkeypatch) -> None:
+    """A machine without a GPU, of whose memory so many bytes are free."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+
+
+def card_with(free: float, monkeypatch) -> None:
+    """A GPU with so many bytes for tensors: CUDA itself takes 1 GB."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free + 1e9), int(80e9)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
 
 
 def stage(found: list[Work], name: str) -> Work:
@@ -60,14 +79,14 @@ def test_expected_right_and_wrong_samples_make_all_that_are_distinct(samples, ri
 def test_the_counts_of_a_small_run_by_hand():
     settings = preset("smoke", "coin_flip")
     found = plan.work(settings, ALWAYS)
-    asked = len(plan.pipeline.training_problems(settings))
+    asked = len(self_motivated.training_problems(settings))
     drawn = stage(found, "01_sampling")
     assert asked == 16 and drawn.samples == 16 * 4 + 2 * (8 * 2 * 1)  # open; given right and wrong, and read again
     assert drawn.drawn == (64 + 16) * 50 + 16 * 16
     updates = stage(found, "04_ppo")
     assert updates.samples == 2 * 16 and updates.drawn == 32 * 50
     assert stage(found, "03_second_sampling").samples == 8 * 4
-    published = sum(map(len, pipeline.published_problems(settings)[0].values()))  # 8, or 0 where there are none
+    published = sum(map(len, questions.published_problems(settings)[0].values()))  # 8, or 0 where there are none
     assert stage(found, "05_evaluation").samples == 3 * (8 + published + 8 * 2)
     assert [one.stage for one in found] == sorted((one.stage for one in found), key=lambda name: name[:2])
 
@@ -75,7 +94,7 @@ def test_the_counts_of_a_small_run_by_hand():
 def test_counts_are_those_of_a_run(tmp_path):
     """Completions exactly; tokens of a real stage 01 within a tenth, once its own lengths are given."""
     settings = preset("smoke", "coin_flip")
-    made = pipeline.sample_rationales(tmp_path, settings, progress=False)
+    made = self_motivated.sample_rationales(tmp_path, settings, progress=False)
     rows = [row for row in made.read_rows("rationales") if row["source"] == "open"]
     tokenizer = models.load_tokenizer("tiny")
     drawn = [len(encoding.encode_completion(tokenizer, row["text"])) for row in rows]
@@ -107,9 +126,10 @@ def test_lengths_of_a_base_with_a_tokenizer_are_counted():
     settings = preset("smoke", "coin_flip")
     tokenizer = models.load_tokenizer("tiny")
     ids = [
-        len(encoding.encode_prompt(tokenizer, prompts.open_prompt(one))) for one in pipeline.training_problems(settings)
+        len(encoding.encode_prompt(tokenizer, prompts.open_prompt(one)))
+        for one in questions.training_problems(settings)
     ]
-    found = plan.lengths(settings, 500)
+    found = plan.token_lengths(settings, 500)
     assert (found.question, found.longest, found.shown) == (sum(ids) / len(ids), max(ids), 0)
     assert found.solution == settings.sampling.max_new_tokens
 
@@ -130,7 +150,9 @@ def test_estimated_tokens_of_gsm8k_are_near_those_of_mistral_s_tokenizer():
 
 def test_speeds_of_llama_2_7b_by_hand():
     """A slow card without overhead: a step reads the weights and the rows' keys and values once."""
-    settings = preset("llama2-7b", "coin_flip", hardware={"rollout_rows": 1, "recompute": False, "engine": "native"})
+    settings = preset(
+        "llama2-7b", "coin_flip", hardware={"max_batch": 1, "gradient_checkpointing": False, "engine": "native"}
+    )
     weights = 6_476_005_376 + 32_000 * 4_096
     found = plan.speeds(memory.LLAMA_2_7B, settings, Card(80e9, 1e9, 1e18), LENGTHS)
     moved = 6_738_415_616 * 2 + (70 / 8 + 50) * 2 * 32 * 4_096 * 2
@@ -140,16 +162,20 @@ def test_speeds_of_llama_2_7b_by_hand():
     assert found.trained == pytest.approx(plan.TRAIN_SHARE * 1e12 / (4 * weights))  # frozen weights have no gradient
 
 
-def test_what_makes_training_slower_and_drawing_faster():
+def test_what_makes_training_slower_and_drawing_faster(monkeypatch):
     card, config = plan.CARDS["A100 80 GB"], memory.LLAMA_2_7B
     plain = plan.speeds(config, preset("llama2-7b", "coin_flip"), card, LENGTHS)
-    kept = plan.speeds(config, preset("llama2-7b", "coin_flip", hardware={"recompute": False}), card, LENGTHS)
+    kept = plan.speeds(
+        config, preset("llama2-7b", "coin_flip", hardware={"gradient_checkpointing": False}), card, LENGTHS
+    )
     assert kept.trained == pytest.approx(1.5 * plain.trained)
-    few = plan.speeds(config, preset("llama2-7b", "coin_flip", hardware={"rollout_rows": 8}), card, LENGTHS)
+    few = plan.speeds(config, preset("llama2-7b", "coin_flip", hardware={"max_batch": 8}), card, LENGTHS)
     assert few.drawn < plain.drawn / 8
-    recorded = plan.speeds(config, preset("llama2-7b", "coin_flip", hardware={"cuda_graphs": True}), card, LENGTHS)
-    launching = 32 * plan.LAUNCH * recorded.drawn / (plan.BUSY * 256)  # the share that it takes
-    assert plain.drawn == pytest.approx(recorded.drawn / (1 + launching))
+    step = plan.BUSY * 256 / plain.drawn  # seconds
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "LAUNCH", 0.0)
+        unlaunched = plan.speeds(config, preset("llama2-7b", "coin_flip"), card, LENGTHS)
+    assert step == pytest.approx(plan.BUSY * 256 / unlaunched.drawn + 32 * plan.LAUNCH)
     through = plan.speeds(config, preset("llama2-7b", "coin_flip", hardware={"engine": "vllm"}), card, LENGTHS)
     assert through.drawn > plain.drawn and through.rolled == plain.rolled == plain.drawn
     beside = plan.speeds(config, preset("llama2-7b", "coin_flip", hardware={"rollout_engine": "vllm"}), card, LENGTHS)
@@ -189,15 +215,14 @@ def test_the_recipes_fit_their_cards():
     """24 GB suffice for the 4-bit recipe, 40 for bfloat16, by the computed table."""
     for name, capacity in (("llama2-7b-24gb", 24e9), ("llama2-7b-40gb", 40e9), ("llama2-7b", 80e9)):
         settings = gsm8k(name)
-        needed = plan.peaks(settings, memory.LLAMA_2_7B, plan.lengths(settings))
+        needed = plan.peaks(settings, memory.LLAMA_2_7B, plan.token_lengths(settings))
         assert max(needed.values()) < capacity, (name, needed)
 
 
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
     gsm8k()
-    monkeypatch.setattr(plan, "_free_memory", lambda: (8e9, "this machine"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for command in ("run", "stage", "policy", "explore"):
+    machine_with(8e9, monkeypatch)
+    for command in ("run", "stage", "train-policy", "explore"):
         out = tmp_path / command
         assert main([command, "--preset", "llama2-7b", "--task", "gsm8k", "--out", str(out)]) == 1
         error = capsys.readouterr().err
@@ -205,14 +230,13 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, 
         assert not out.exists()
 
 
-def test_too_small_a_card_is_told_which_knobs_to_turn(monkeypatch):
+def test_too_small_a_card_is_told_which_settings_to_change(monkeypatch):
     settings = gsm8k()
-    monkeypatch.setattr(plan, "_free_memory", lambda: (39e9, "a card"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    message = r"on a card: \d+\.\d GB needed \(in \d\d_\w+\) of 39.0 GB: does not fit\. .*turn hardware\.\w+ = "
+    card_with(39e9, monkeypatch)
+    message = r"on a card: \d+\.\d GB needed \(in \d\d_\w+\) of 39.0 GB: does not fit\. .*set hardware\.\w+ = "
     with pytest.raises(plan.DoesNotFit, match=message):
         plan.check(settings)
-    monkeypatch.setattr(plan, "_free_memory", lambda: (79e9, "a card"))
+    card_with(79e9, monkeypatch)
     plan.check(settings)
 
 
@@ -226,7 +250,7 @@ GPT2 = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1}
 
 
 @pytest.mark.parametrize("config", [GPT2, QWEN3, BIASES], ids=["gpt2", "qwen3", "biases"])
-def test_models_that_are_not_counted_are_planned_without_bytes_and_not_refused(config, tmp_path, capsys):
+def test_models_without_formulas_are_planned_without_bytes_and_not_refused(config, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config))
     plan.check(preset("tiny", base=str(tmp_path)))
     command = ["run", "--preset", "smoke", "--task", "coin_flip", "--model", str(tmp_path), "--dry-run"]
@@ -238,7 +262,7 @@ def test_models_that_are_not_counted_are_planned_without_bytes_and_not_refused(c
 
 
 def test_stages_that_are_not_made_are_not_judged(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(plan, "_free_memory", lambda: (24e9, "a card"))
+    machine_with(24e9, monkeypatch)
     settings = preset("llama2-7b", "coin_flip")
     plan.check(settings, ["02_sft", "02_ranking"])
     with pytest.raises(plan.DoesNotFit, match="01_sampling"):
@@ -248,8 +272,8 @@ def test_stages_that_are_not_made_are_not_judged(monkeypatch, tmp_path, capsys):
 
 
 def test_weights_that_are_sharded_are_not_judged(monkeypatch):
-    whole = preset("llama2-7b", "coin_flip", lora={"rank": 0}, hardware={"weights": "float32"})
-    monkeypatch.setattr(plan, "_free_memory", lambda: (80e9, "a card"))
+    whole = preset("llama2-7b", "coin_flip", lora={"rank": 0}, hardware={"dtype": "float32"})
+    machine_with(80e9, monkeypatch)
     with pytest.raises(plan.DoesNotFit):
         plan.check(whole)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -265,7 +289,7 @@ def test_weights_that_are_sharded_are_not_judged(monkeypatch):
     ],
 )
 def test_settings_that_a_late_stage_would_refuse_are_refused_at_once(changed, message, monkeypatch, tmp_path):
-    monkeypatch.setattr(plan, "_free_memory", lambda: (1e12, "a card"))
+    machine_with(1e12, monkeypatch)
     with pytest.raises(ValueError, match=re.escape(message)):
         plan.check(preset("llama2-7b", "coin_flip", **changed))
 
@@ -274,8 +298,8 @@ def test_a_dry_run_without_the_questions_plans_generated_ones(monkeypatch, capsy
     def unreachable(*args, **kwargs):
         raise DatasetError("gsm8k is not here")
 
-    monkeypatch.setattr(pipeline, "load", unreachable)
-    monkeypatch.setattr(pipeline, "published_problems", lambda settings: ({}, {}))
+    monkeypatch.setattr(questions, "load", unreachable)
+    monkeypatch.setattr(questions, "published_problems", lambda settings: ({}, {}))
     assert main(["run", "--preset", "llama2-7b", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("gsm8k is not here\nPlanned for the generated coin flips instead")
@@ -296,12 +320,12 @@ def test_the_tables_of_readme_and_docs_are_those_of_the_results():
         ("llama2-7b-24gb", "RTX 4090"), ("llama2-7b-40gb", "A100 40 GB"), ("llama2-7b", "A100 80 GB"),
         ("llama2-7b", "H100 80 GB"), ("small", "RTX 4090"),
     ):  # fmt: skip
-        mine = found[(found["preset"] == preset_) & (found["card"] == card)]
-        fullest = mine.loc[mine["GB"].idxmax()]
-        trains = mine["stage"].str.contains("sft|reward|rft|dpo")
-        first = mine["stage"] < "06"
-        sums = [f"{mine['hours'][part].sum():.1f}" for part in (first, ~first)]
-        trained = f"{mine['GB'][trains].max():.1f}"
+        rows = found[(found["preset"] == preset_) & (found["card"] == card)]
+        fullest = rows.loc[rows["GB"].idxmax()]
+        trains = rows["stage"].str.contains("sft|reward|rft|dpo")
+        first = rows["stage"] < "06"
+        sums = [f"{rows['hours'][part].sum():.1f}" for part in (first, ~first)]
+        trained = f"{rows['GB'][trains].max():.1f}"
         row = rf"\| `{preset_}`[^|]* \| {card} \| [^|]* \| {fullest['GB']:.1f} "
         assert re.search(rf"{row}\| {trained} \| {sums[0]} \| {sums[1]} \|", readme), (preset_, card)
         assert re.search(rf"{row}\({fullest['stage']}\) \| {sums[0]} \| {sums[1]} \|", scaling), (preset_, card)

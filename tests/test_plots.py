@@ -1,7 +1,7 @@
-"""What the notebooks print and draw through `smlib.plots`."""
+"""What the notebooks print and draw through `smlib.reports.plots`."""
 
-from smlib import plots
-from smlib.problems import Problem
+from smlib.problems.datasets import Problem
+from smlib.reports import plots
 
 
 def test_steps_are_printed_with_a_finding_where_the_checker_knows_the_dataset(capsys):

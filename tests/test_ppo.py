@@ -11,12 +11,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import (
@@ -25,11 +27,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from smlib import models, ppo
-from smlib.ppo import PPOSettings
-from smlib.problems import Problem
-from smlib.roles import Adapters, SeparateModels
-from smlib.sampling import Sample, sample_ids
+from smlib.files.artifacts import StageMismatch
+from smlib.judging import answers
+from smlib.ppo import arithmetic, batches, checks, loop, rollouts, state, training_log, updates
+from smlib.ppo.roles import Adapters, SeparateModels
+from smlib.ppo.settings import PPOSettings
+from smlib.problems.datasets import Problem
+from smlib.sampling import devices, models, packing
+from smlib.sampling.params import Sample
+from smlib.sampling.sampler import sample_ids
 
 WORDS = [
     "<bos>",
@@ -66,33 +72,33 @@ def mask_of(*rows):
 
 def test_masked_mean_and_whiten_see_real_tokens_only():
     x, mask = tensor([1, 3, 99], [5, 99, 99]), mask_of([1, 1, 0], [1, 0, 0])
-    assert ppo.masked_mean(x, mask) == 3
+    assert arithmetic.masked_mean(x, mask) == 3
     # mean 3, variance (4 + 0 + 4) / 3
     step = 2 / math.sqrt(8 / 3)
-    torch.testing.assert_close(ppo.whiten(x, mask), tensor([-step, 0, 0], [step, 0, 0]))
+    torch.testing.assert_close(arithmetic.whiten(x, mask), tensor([-step, 0, 0], [step, 0, 0]))
 
 
 def test_whitening_equal_numbers_gives_zeros():
-    assert ppo.whiten(tensor([7, 7]), mask_of([1, 1])).tolist() == [[0, 0]]
+    assert arithmetic.whiten(tensor([7, 7]), mask_of([1, 1])).tolist() == [[0, 0]]
 
 
 def test_clip_scores_by_hand():
     scores = torch.tensor([-3.0, -0.5, 0.0, 2.0])
-    assert ppo.clip_scores(scores, 1.0).tolist() == [-1.0, -0.5, 0.0, 1.0]
-    assert ppo.clip_scores(scores, 0.0).tolist() == scores.tolist()
+    assert arithmetic.clip_scores(scores, 1.0).tolist() == [-1.0, -0.5, 0.0, 1.0]
+    assert arithmetic.clip_scores(scores, 0.0).tolist() == scores.tolist()
 
 
 def test_token_logprobs_by_hand():
     logits = torch.tensor([[[0.0, math.log(3)], [2.0, 2.0]]])  # p = 1/4, 3/4; then 1/2, 1/2
-    logp = models.token_logprobs(logits, torch.tensor([[1, 0]]))
+    logp = packing.token_logprobs(logits, torch.tensor([[1, 0]]))
     torch.testing.assert_close(logp, tensor([0.75, 0.5]).log())
 
 
 def test_kl_estimates_by_hand():
     logp, ref = tensor([0.5, 0.25]).log(), tensor([0.25, 0.5]).log()
-    torch.testing.assert_close(ppo.kl_estimate(logp, ref, "k1"), tensor([math.log(2), -math.log(2)]))
+    torch.testing.assert_close(arithmetic.kl_estimate(logp, ref, "k1"), tensor([math.log(2), -math.log(2)]))
     # r = 1/2: 1/2 - 1 + log 2; r = 2: 2 - 1 - log 2
-    torch.testing.assert_close(ppo.kl_estimate(logp, ref, "k3"), tensor([math.log(2) - 0.5, 1 - math.log(2)]))
+    torch.testing.assert_close(arithmetic.kl_estimate(logp, ref, "k3"), tensor([math.log(2) - 0.5, 1 - math.log(2)]))
 
 
 @given(st.lists(st.floats(-3, 3), min_size=4, max_size=4), st.lists(st.floats(-3, 3), min_size=4, max_size=4))
@@ -100,25 +106,25 @@ def test_both_kl_estimates_have_the_kl_as_their_mean(a, b):
     p, q = torch.tensor(a).double().log_softmax(0), torch.tensor(b).double().log_softmax(0)
     exact = (p.exp() * (p - q)).sum()
     for kind in ("k1", "k3"):
-        torch.testing.assert_close((p.exp() * ppo.kl_estimate(p, q, kind)).sum(), exact)
-    assert (ppo.kl_estimate(p, q, "k3") >= -1e-12).all()
+        torch.testing.assert_close((p.exp() * arithmetic.kl_estimate(p, q, kind)).sum(), exact)
+    assert (arithmetic.kl_estimate(p, q, "k3") >= -1e-12).all()
 
 
 def test_score_lands_on_the_last_real_token():
     mask = mask_of([0, 1, 1, 0], [0, 0, 1, 1])  # the second is as long as the batch, as a cut completion is
     kl = tensor([9, 1, 2, 9], [9, 9, 3, 4])
-    rewards = ppo.token_rewards(torch.tensor([10.0, 20.0]), kl, mask, kl_coef=0.5)
+    rewards = arithmetic.token_rewards(torch.tensor([10.0, 20.0]), kl, mask, kl_coef=0.5)
     assert rewards.tolist() == [[0, -0.5, 9, 0], [0, 0, -1.5, 18]]
 
 
 def test_completion_without_tokens_is_refused():
     with pytest.raises(ValueError, match="no place for its score"):
-        ppo.token_rewards(torch.ones(2), torch.zeros(2, 2), mask_of([1, 0], [0, 0]), 0.1)
+        arithmetic.token_rewards(torch.ones(2), torch.zeros(2, 2), mask_of([1, 0], [0, 0]), 0.1)
 
 
 def test_gae_by_hand():
     rewards, values = tensor([0, 0, 1]), tensor([0.5, 0.25, 0.5])
-    advantages, returns = ppo.gae(rewards, values, mask_of([1, 1, 1]), gamma=0.5, lam=0.5)
+    advantages, returns = arithmetic.gae(rewards, values, mask_of([1, 1, 1]), gamma=0.5, lam=0.5)
     # deltas: 0.5 * 0.25 - 0.5 = -0.375; 0.5 * 0.5 - 0.25 = 0; 1 - 0.5 = 0.5
     # A_3 = 0.5; A_2 = 0 + 0.25 * 0.5 = 0.125; A_1 = -0.375 + 0.25 * 0.125 = -0.34375
     assert advantages.tolist() == [[-0.34375, 0.125, 0.5]]
@@ -127,7 +133,7 @@ def test_gae_by_hand():
 
 def test_gae_with_lambda_one_is_reward_to_go_minus_value():
     rewards, values, mask = tensor([9, -1, 2, 4, 9]), tensor([7, 1, 2, 3, 7]), mask_of([0, 1, 1, 1, 0])
-    advantages, returns = ppo.gae(rewards, values, mask, gamma=1.0, lam=1.0)
+    advantages, returns = arithmetic.gae(rewards, values, mask, gamma=1.0, lam=1.0)
     assert returns.tolist() == [[0, 5, 6, 4, 0]]
     assert advantages.tolist() == [[0, 4, 4, 1, 0]]
 
@@ -136,20 +142,20 @@ def test_policy_loss_by_hand():
     # ratios 1.5, 0.5, 1.5 with clip 0.2: good made likelier is clipped, bad made rarer is clipped, bad made
     # likelier is not
     logp, old = tensor([1.5, 0.5, 1.5, 7]).log(), tensor([1, 1, 1, 1]).log()
-    loss, clipped = ppo.policy_loss(logp, old, tensor([1, -1, -1, 5]), mask_of([1, 1, 1, 0]), clip=0.2)
+    loss, clipped = arithmetic.policy_loss(logp, old, tensor([1, -1, -1, 5]), mask_of([1, 1, 1, 0]), clip=0.2)
     assert loss.item() == pytest.approx(-(1.2 - 0.8 - 1.5) / 3)
     assert clipped.item() == pytest.approx(2 / 3)
 
 
 def test_clipped_tokens_have_no_gradient():
     logp = tensor([1.5, 1.1]).log().requires_grad_()
-    ppo.policy_loss(logp, torch.zeros(1, 2), tensor([1, 1]), mask_of([1, 1]), clip=0.2)[0].backward()
+    arithmetic.policy_loss(logp, torch.zeros(1, 2), tensor([1, 1]), mask_of([1, 1]), clip=0.2)[0].backward()
     assert logp.grad.tolist()[0] == pytest.approx([0, -1.1 / 2])
 
 
 def test_value_loss_by_hand():
     # V 1.0 -> 2.0 is kept at 1.2: error 3.8 instead of 3.0 to R = 5, the larger counts; V 1 -> 1.1 is inside
-    loss, clipped = ppo.value_loss(
+    loss, clipped = arithmetic.value_loss(
         tensor([2, 1.1, 50]), tensor([1, 1, 1]), tensor([5, 1, 1]), mask_of([1, 1, 0]), clip=0.2
     )
     assert loss.item() == pytest.approx(0.5 * (3.8**2 + 0.1**2) / 2)
@@ -158,27 +164,27 @@ def test_value_loss_by_hand():
 
 def test_explained_variance():
     returns, mask = tensor([1, 3, 99]), mask_of([1, 1, 0])
-    assert ppo.explained_variance(tensor([1, 3, 0]), returns, mask) == 1
-    assert ppo.explained_variance(tensor([2, 2, 0]), returns, mask) == 0
-    assert ppo.explained_variance(tensor([3, 1, 0]), returns, mask) == -3
-    assert ppo.explained_variance(tensor([3, 1, 0]), tensor([2, 2, 2]), mask) == 0
+    assert arithmetic.explained_variance(tensor([1, 3, 0]), returns, mask) == 1
+    assert arithmetic.explained_variance(tensor([2, 2, 0]), returns, mask) == 0
+    assert arithmetic.explained_variance(tensor([3, 1, 0]), returns, mask) == -3
+    assert arithmetic.explained_variance(tensor([3, 1, 0]), tensor([2, 2, 2]), mask) == 0
 
 
 def test_kl_controller_moves_at_most_two_percent_towards_the_target():
-    assert ppo.adapt_kl_coef(0.1, kl=6.6, target=6.0) == pytest.approx(0.1 * 1.01)
-    assert ppo.adapt_kl_coef(0.1, kl=60.0, target=6.0) == pytest.approx(0.1 * 1.02)
-    assert ppo.adapt_kl_coef(0.1, kl=-1.0, target=6.0) == pytest.approx(0.1 * 0.98)
+    assert arithmetic.adapt_kl_coef(0.1, kl=6.6, target=6.0) == pytest.approx(0.1 * 1.01)
+    assert arithmetic.adapt_kl_coef(0.1, kl=60.0, target=6.0) == pytest.approx(0.1 * 1.02)
+    assert arithmetic.adapt_kl_coef(0.1, kl=-1.0, target=6.0) == pytest.approx(0.1 * 0.98)
 
 
 def test_learning_rate_rises_and_falls_linearly():
     schedule = PPOSettings(updates=6, warmup_updates=2)
-    scales = [ppo.learning_rate_scale(update, schedule) for update in range(6)]
+    scales = [arithmetic.learning_rate_scale(update, schedule) for update in range(6)]
     assert scales == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
 
 
 @given(st.lists(st.lists(st.integers(-50, 50), min_size=1, max_size=5), min_size=1, max_size=5))
 def test_running_moments_equal_those_of_all_scores_at_once(parts):
-    moments = ppo.RunningMoments()
+    moments = arithmetic.RunningMoments()
     for part in parts:
         moments = moments.add(torch.tensor(part, dtype=torch.float32))
     everything = torch.tensor([float(x) for part in parts for x in part], dtype=torch.float64)
@@ -208,11 +214,11 @@ def test_padding_changes_nothing(spans, left, right, seed):
     scores = torch.randn(len(spans), generator=generator)
 
     def everything(mask, logp, old, ref, values, old_values):
-        rewards = ppo.token_rewards(scores, ppo.kl_estimate(old, ref), mask, 0.1)
-        advantages, returns = ppo.gae(rewards, old_values, mask, 0.9, 0.8)
-        losses = ppo.policy_loss(logp, old, ppo.whiten(advantages, mask), mask, 0.2)
-        losses += ppo.value_loss(values, old_values, returns, mask, 0.2)
-        losses += (torch.tensor(ppo.explained_variance(old_values, returns, mask)),)
+        rewards = arithmetic.token_rewards(scores, arithmetic.kl_estimate(old, ref), mask, 0.1)
+        advantages, returns = arithmetic.gae(rewards, old_values, mask, 0.9, 0.8)
+        losses = arithmetic.policy_loss(logp, old, arithmetic.whiten(advantages, mask), mask, 0.2)
+        losses += arithmetic.value_loss(values, old_values, returns, mask, 0.2)
+        losses += (torch.tensor(arithmetic.explained_variance(old_values, returns, mask)),)
         return rewards[mask], advantages[mask], returns[mask], torch.stack(losses)
 
     def widen(x):
@@ -288,7 +294,7 @@ def some_batch(policy):
         Sample("", (8, 9, 1), (-1.0, -2.0, -3.0), "stop"),
         Sample("", (8, 9, 10, 11), (-4.0,) * 4, "length"),
     ]
-    return ppo.collate(prompts, samples, pad_id=2), prompts, samples
+    return batches.collate(prompts, samples, pad_id=2), prompts, samples
 
 
 def test_collate_aligns_completions_with_the_tokens_that_predict_them():
@@ -304,7 +310,7 @@ def test_collate_aligns_completions_with_the_tokens_that_predict_them():
 def test_forward_passes_equal_one_completion_at_a_time(kind):
     roles = shuffled(make_roles(kind))
     batch, prompts, samples = some_batch(make_policy())
-    tables = ppo.tabulate(roles, batch, 2, reference=True) + ppo.tabulate(roles, batch, 2, reference=False)
+    tables = [table for reference in (True, False) for table in updates.logprobs_and_values(roles, batch, 2, reference)]
     if "adapters" in kind:
         peft = roles.model
         value = roles.trained[-1]
@@ -336,7 +342,7 @@ def numbered_batch(sizes, samples):
     """Completions of these sizes, `samples` of one question as neighbours, all prompts of 2 tokens."""
     prompts = [prompt for prompt in [[0, 4] for _ in range(len(sizes) // samples)] for _ in range(samples)]
     drawn = [Sample("", (7,) * size, (-1.0,) * size, "length") for size in sizes]
-    return ppo.collate(prompts, drawn, pad_id=2)
+    return batches.collate(prompts, drawn, pad_id=2)
 
 
 def test_minibatches_hold_every_completion_once_and_are_sorted_by_length():
@@ -374,8 +380,8 @@ def test_processes_divide_every_minibatch_among_them():
 
 def test_rollout_carries_the_log_probabilities_of_a_training_forward():
     roles, plan = make_roles(), PPOSettings(episodes=8, samples_per_question=4, max_new_tokens=6)
-    batch, samples = ppo.rollout(roles.policy, make_tokenizer(), questions(2)(0), plan, seed=0)
-    again, _ = ppo.tabulate(roles, batch, 8, reference=False)
+    batch, samples = rollouts.rollout(roles.policy, make_tokenizer(), questions(2)(0), plan, seed=0)
+    again, _ = updates.logprobs_and_values(roles, batch, 8, reference=False)
     torch.testing.assert_close(batch.logp, again, rtol=1e-5, atol=1e-5)
     assert batch.mask.sum(1).tolist() == [len(drawn.token_ids) for drawn in samples]
 
@@ -383,7 +389,7 @@ def test_rollout_carries_the_log_probabilities_of_a_training_forward():
 def measured_batch(roles):
     """A batch of 3 and 4 real tokens, with random advantages and returns."""
     batch, *_ = some_batch(roles.policy)
-    batch.logp, batch.values = ppo.tabulate(roles, batch, 2, reference=False)
+    batch.logp, batch.values = updates.logprobs_and_values(roles, batch, 2, reference=False)
     batch.advantages, batch.returns = torch.randn(2, *batch.mask.shape, generator=torch.Generator().manual_seed(0))
     return batch
 
@@ -401,7 +407,9 @@ def gradients(roles, plan, batch=None, micro_batch=0):
     groups = [{"params": list(weights.values())} for weights in roles.weights().values()]
     recorder = Recorder(groups, lr=0.1)
     batch = batch or measured_batch(roles)
-    steps = ppo.optimize(models.accelerator(), roles, recorder, batch, plan, torch.Generator(), micro_batch)["steps"]
+    steps = updates.optimize(devices.accelerator(), roles, recorder, batch, plan, torch.Generator(), micro_batch)[
+        "steps"
+    ]
     return [total / steps for total in recorder.totals]
 
 
@@ -417,8 +425,10 @@ def test_gradients_of_micro_batches_add_up_to_those_of_the_minibatch(kind, micro
     """Of two minibatches with 8 completions of 1 to 6 tokens, 4 of one question."""
     roles = shuffled(make_roles(kind))
     batch = numbered_batch([3, 1, 6, 2, 5, 4, 1, 6, 2, 2, 5, 3, 4, 6, 1, 2], samples=4)
-    batch.logp, batch.values = ppo.tabulate(roles, batch, 8, False)
-    for few, whole in zip(ppo.tabulate(roles, batch, 8, False, micro_batch), (batch.logp, batch.values), strict=True):
+    batch.logp, batch.values = updates.logprobs_and_values(roles, batch, 8, False)
+    for few, whole in zip(
+        updates.logprobs_and_values(roles, batch, 8, False, micro_batch), (batch.logp, batch.values), strict=True
+    ):
         torch.testing.assert_close(few, whole)
     batch.advantages, batch.returns = torch.randn(2, *batch.mask.shape, generator=torch.Generator().manual_seed(0))
     plan = PPOSettings(epochs=1, minibatch=8, max_grad_norm=1e9)
@@ -429,7 +439,7 @@ def test_micro_batches_share_prompts():
     batch = numbered_batch([3, 1, 6, 2, 5, 4, 1, 6], samples=4)
     for micro_batch, rows, together in ((0, 2, 4), (4, 1, 4), (2, 1, 2), (1, 1, 1)):
         for minibatch in batch.minibatches(8):
-            for part in ppo._split(minibatch, micro_batch):
+            for part in batches.micro_batches(minibatch, micro_batch):
                 packed = batch.pack(part)
                 assert len(packed["input_ids"]) == rows and packed["rows"][-1] + 1 == rows * together
 
@@ -438,7 +448,7 @@ def test_micro_batches_share_prompts():
 def test_recomputed_activations_give_the_same_gradients(kind):
     plan = PPOSettings(epochs=1, minibatch=2, max_grad_norm=1e9)
     kept, again = shuffled(make_roles(kind)), shuffled(make_roles(kind))
-    again.recompute_activations()
+    again.checkpoint_gradients()
     batch = measured_batch(kept)
     torch.testing.assert_close(gradients(kept, plan, batch), gradients(again, plan, batch))
 
@@ -447,7 +457,7 @@ def test_dropout_is_refused_where_activations_are_recomputed():
     roles = make_roles()
     roles.policy.config.attention_dropout = 0.1
     with pytest.raises(ValueError, match=r"attention_dropout = 0\.1"):
-        roles.recompute_activations()
+        roles.checkpoint_gradients()
 
 
 # ---- training ----------------------------------------------------------------------------------------------
@@ -462,7 +472,7 @@ QUICK = PPOSettings(
 def run(out, plan=QUICK, kind="head", reward=says_yes, problems=None, tokenizer=None, roles=None, **options):
     """Train from the same start -> (rows, roles)."""
     roles, problems = roles or make_roles(kind), problems or questions(plan.questions)
-    return ppo.train(roles, reward, problems, tokenizer or make_tokenizer(), plan, out, **options), roles
+    return loop.train(roles, reward, problems, tokenizer or make_tokenizer(), plan, out, **options), roles
 
 
 def same_weights(one, other):
@@ -471,7 +481,7 @@ def same_weights(one, other):
 
 
 def without_times(rows):
-    return [{name: cell for name, cell in row.items() if name not in ppo.SECONDS} for row in rows]
+    return [{name: cell for name, cell in row.items() if name not in training_log.SECONDS} for row in rows]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -528,7 +538,7 @@ def test_large_kl_coefficient_keeps_the_policy_at_the_reference(tmp_path):
 def test_kl_coefficient_follows_the_kl(tmp_path):
     rows, _ = run(tmp_path)
     for row, after in pairwise(rows):
-        assert after["kl_coef"] == ppo.adapt_kl_coef(row["kl_coef"], row["kl"], QUICK.kl_target)
+        assert after["kl_coef"] == arithmetic.adapt_kl_coef(row["kl_coef"], row["kl"], QUICK.kl_target)
     assert rows[1]["kl_coef"] == pytest.approx(QUICK.kl_coef * 0.98)  # no KL yet, so the penalty falls
 
 
@@ -562,8 +572,8 @@ def close(one, other):
     ("kind", "hardware"),
     [
         ("head", {"micro_batch": 2}),
-        ("model", {"micro_batch": 4, "recompute": True}),
-        ("adapters", {"micro_batch": 2, "recompute": True, "rollout_rows": 3}),
+        ("model", {"micro_batch": 4, "gradient_checkpointing": True}),
+        ("adapters", {"micro_batch": 2, "gradient_checkpointing": True, "max_batch": 3}),
         ("adapters, one trunk", {"micro_batch": 1}),
     ],
 )
@@ -579,21 +589,23 @@ def test_what_the_hardware_needs_changes_nothing_but_rounding(tmp_path, kind, ha
 def test_no_more_rows_are_drawn_at_once_than_allowed(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        ppo, "sample_ids", lambda *given, **options: seen.append(options["max_batch"]) or sample_ids(*given, **options)
+        rollouts,
+        "sample_ids",
+        lambda *given, **options: seen.append(options["max_batch"]) or sample_ids(*given, **options),
     )
-    run(tmp_path, replace(QUICK, updates=2), rollout_rows=5)
+    run(tmp_path, replace(QUICK, updates=2), max_batch=5)
     assert seen == [5, 5]
 
 
 def test_rollout_of_another_policy_is_refused(tmp_path, monkeypatch):
-    honest = ppo.rollout
+    honest = rollouts.rollout
 
     def wrong(*args):
         batch, samples = honest(*args)
         batch.logp -= 2
         return batch, samples
 
-    monkeypatch.setattr(ppo, "rollout", wrong)
+    monkeypatch.setattr(loop, "rollout", wrong)
     with pytest.raises(RuntimeError, match="sample with the weights and the precision that train"):
         run(tmp_path)
 
@@ -611,9 +623,9 @@ def test_log_and_examples_are_on_disk(tmp_path):
 
 def test_accuracy_is_logged_and_never_trained_on(tmp_path, monkeypatch):
     rows, roles = run(tmp_path / "a")
-    verdict = ppo.grade_many(["The answer is yes."], questions(1)(0))[0]
+    verdict = answers.grade_many(questions(1)(0), ["The answer is yes."])[0]
     assert verdict.correct
-    monkeypatch.setattr(ppo, "grade_many", lambda texts, problems: [verdict] * len(texts))
+    monkeypatch.setattr(loop, "grade_many", lambda problems, texts: [verdict] * len(texts))
     fooled, same = run(tmp_path / "b")
     assert [row["accuracy"] for row in fooled] == [1.0] * len(fooled) != [row["accuracy"] for row in rows]
     assert same_weights(roles, same)
@@ -659,14 +671,14 @@ def test_resumed_run_ends_bit_equal(tmp_path, kind, error):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_inside_an_update_waits_for_its_end(tmp_path, monkeypatch, number, interrupts):
     rows, roles = run(tmp_path / "whole")
-    optimize = ppo.optimize
+    optimize = updates.optimize
 
     def interrupted(*args):
         os.kill(os.getpid(), number)
         return optimize(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ppo, "optimize", interrupted)
+        patch.setattr(loop, "optimize", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "stopped")
     assert (tmp_path / "stopped" / "checkpoint-000001").is_dir()
@@ -685,12 +697,12 @@ def test_a_signal_that_was_held_back_means_what_it_meant(number):
     for handled, means in ((handler, [number]), (signal.SIG_IGN, [])):
         signal.signal(number, handled)
         try:
-            with ppo.uninterrupted():
+            with state.uninterrupted():
                 for _ in range(2):
                     os.kill(os.getpid(), number)
                 assert seen == []
             assert seen == means and signal.getsignal(number) is handled
-            with pytest.raises(ZeroDivisionError), ppo.uninterrupted():
+            with pytest.raises(ZeroDivisionError), state.uninterrupted():
                 seen.clear()
                 1 / 0  # noqa: B018
             assert signal.getsignal(number) is handled
@@ -701,8 +713,8 @@ def test_a_signal_that_was_held_back_means_what_it_meant(number):
 def test_a_signal_that_ends_a_process_ends_it_after_the_block():
     lines = [
         "import os, signal",
-        "from smlib import ppo",
-        "with ppo.uninterrupted():",
+        "from smlib.ppo import state",
+        "with state.uninterrupted():",
         "    os.kill(os.getpid(), signal.SIGTERM)",
         "    print('to the end', flush=True)",
         "print('and on')",
@@ -714,7 +726,7 @@ def test_a_signal_that_ends_a_process_ends_it_after_the_block():
 def test_a_killed_run_goes_on_with_other_micro_batches(tmp_path):
     with pytest.raises(Killed):
         run(tmp_path / "killed", reward=dies_at(2, Killed), checkpoint_every=2, micro_batch=4)
-    close(run(tmp_path / "killed", micro_batch=2, recompute=True, rollout_rows=7), run(tmp_path / "whole"))
+    close(run(tmp_path / "killed", micro_batch=2, gradient_checkpointing=True, max_batch=7), run(tmp_path / "whole"))
 
 
 def test_finished_run_is_loaded_and_not_repeated(tmp_path):
@@ -726,7 +738,7 @@ def test_finished_run_is_loaded_and_not_repeated(tmp_path):
 
 def test_checkpoint_of_other_settings_is_refused(tmp_path):
     run(tmp_path)
-    with pytest.raises(ValueError, match=r"kl_coef = 0\.05, not 0\.1"):
+    with pytest.raises(StageMismatch, match=r"kl_coef = 0\.05, and now kl_coef = 0\.1 .*choose another folder"):
         run(tmp_path, replace(QUICK, kl_coef=0.1))
 
 
@@ -746,7 +758,7 @@ def test_frozen_weights_stay_and_are_not_saved(tmp_path):
     before = embedding.weight.clone()
     run(tmp_path, roles=roles)
     assert torch.equal(embedding.weight, before)
-    saved = ppo.load_file(tmp_path / "checkpoint-000004" / "weights.safetensors")
+    saved = load_file(tmp_path / "checkpoint-000004" / "weights.safetensors")
     assert saved and not any("embed_tokens" in name or "reference" in name for name in saved)
 
 
@@ -757,7 +769,7 @@ def test_lora_trains_and_saves_its_adapters_only(tmp_path, dtype):
     run(tmp_path, roles=roles)
     kept = {name.replace("base_layer.", ""): weight for name, weight in roles.policy.named_parameters()}
     assert all(torch.equal(kept[name], weight) for name, weight in base.named_parameters())
-    saved = ppo.load_file(tmp_path / "checkpoint-000004" / "weights.safetensors")
+    saved = load_file(tmp_path / "checkpoint-000004" / "weights.safetensors")
     assert {name.removeprefix("model.").removeprefix("head.") for name in saved} == {
         name.removeprefix("head.") for name in start
     }
@@ -770,11 +782,11 @@ def test_adapters_are_saved_in_the_format_of_peft(tmp_path):
     roles.save_pretrained(tmp_path)
     ids = torch.tensor([[0, 4, 6, 5, 8, 9, 1]])
     with torch.no_grad():
-        logp, values = roles(models.pack([([0, 4, 6, 5], [[8, 9, 1]])], 2))
+        logp, values = roles(packing.pack([([0, 4, 6, 5], [[8, 9, 1]])], 2))
         policy = PeftModel.from_pretrained(make_policy(), tmp_path)
         again = policy(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         value = PeftModel.from_pretrained(make_policy(), tmp_path / "value")
-        head = ppo.load_file(tmp_path / "value" / "head.safetensors")
+        head = load_file(tmp_path / "value" / "head.safetensors")
         states = value(ids, output_hidden_states=True).hidden_states[-1]
         scalars = (states @ head["weight"].T + head["bias"])[0, :-1, 0]
     torch.testing.assert_close(again[3:], logp)
@@ -787,7 +799,7 @@ def test_policy_and_value_are_saved(tmp_path, kind):
     roles.save_pretrained(tmp_path)
     again = LlamaForCausalLM.from_pretrained(tmp_path)
     assert same_weights(again, roles.policy)
-    saved = ppo.load_file(tmp_path / "value" / "value.safetensors")
+    saved = load_file(tmp_path / "value" / "value.safetensors")
     assert saved.keys() == roles.weights()["value"].keys()
     assert all(torch.equal(saved[name], weight) for name, weight in roles.weights()["value"].items())
 
@@ -828,17 +840,17 @@ def log_rows(**columns):
 
 
 def test_collapse_to_no_answers_is_reported():
-    with pytest.raises(ppo.CollapseError, match="has an answer"):
-        ppo.check_collapse(log_rows(invalid=[0.2] * 5 + [1.0] * 5))
-    ppo.check_collapse(log_rows(invalid=[0.2] * 6 + [1.0] * 4))
-    ppo.check_collapse(log_rows(invalid=[0.9] * 5 + [1.0] * 5))  # hardly had answers at any time
+    with pytest.raises(training_log.CollapseError, match="has an answer"):
+        training_log.check_collapse(log_rows(invalid=[0.2] * 5 + [1.0] * 5))
+    training_log.check_collapse(log_rows(invalid=[0.2] * 6 + [1.0] * 4))
+    training_log.check_collapse(log_rows(invalid=[0.9] * 5 + [1.0] * 5))  # hardly had answers at any time
 
 
 def test_collapse_of_exploration_is_reported():
     flat = [1.0] * 5 + [0.001] * 5
-    with pytest.raises(ppo.CollapseError, match="explores no more"):
-        ppo.check_collapse(log_rows(entropy=flat, reward=[0.5] * 5 + [0.4] * 5))
-    ppo.check_collapse(log_rows(entropy=flat, reward=[0.5] * 5 + [0.9] * 5))  # converged, not collapsed
+    with pytest.raises(training_log.CollapseError, match="explores no more"):
+        training_log.check_collapse(log_rows(entropy=flat, reward=[0.5] * 5 + [0.4] * 5))
+    training_log.check_collapse(log_rows(entropy=flat, reward=[0.5] * 5 + [0.9] * 5))  # converged, not collapsed
 
 
 # ---- batches at the edge -----------------------------------------------------------------------------------
@@ -846,13 +858,13 @@ def test_collapse_of_exploration_is_reported():
 
 def test_mask_without_a_real_token_is_refused():
     with pytest.raises(ValueError, match="no real token"):
-        ppo.masked_mean(torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.bool))
+        arithmetic.masked_mean(torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("samples", [[], [Sample("", (), (), "stop")]])
 def test_empty_batch_and_empty_completion_are_refused(samples):
     with pytest.raises(ValueError, match="at least one token in each"):
-        ppo.collate([[0, 4]] * len(samples), samples, pad_id=2)
+        batches.collate([[0, 4]] * len(samples), samples, pad_id=2)
 
 
 def test_equal_rewards_leave_the_policy_where_it_is(tmp_path):
@@ -874,14 +886,14 @@ def test_rationale_of_one_token(tmp_path, kind):
 
 def test_rationale_cut_at_its_limit_has_its_score_on_the_last_token(tmp_path, monkeypatch):
     seen = []
-    honest = ppo.token_rewards
+    honest = arithmetic.token_rewards
 
     def noted(scores, kl, mask, kl_coef):
         rewards = honest(scores, kl, mask, kl_coef)
         seen.append((scores.clone(), mask, rewards + kl_coef * kl * mask))
         return rewards
 
-    monkeypatch.setattr(ppo, "token_rewards", noted)
+    monkeypatch.setattr(loop, "token_rewards", noted)
     plan = replace(QUICK, max_new_tokens=3, updates=1, missing_end_penalty=2.0, normalize_reward=False)
     rows, _ = run(tmp_path, plan, reward=lambda problems, texts: [0.0] * len(texts))
     scores, mask, terminal = seen[0]
@@ -899,7 +911,7 @@ def test_nan_stops_with_the_batch_saved_and_the_weights_whole(tmp_path, monkeypa
     run(tmp_path, replace(QUICK, updates=2), checkpoint_every=1)  # so far so good
     roles = make_roles()
     shutil.rmtree(tmp_path)
-    honest, bad = ppo.policy_loss, 10 if micro_batch else 5  # there it is the first part of the minibatch
+    honest, bad = arithmetic.policy_loss, 10 if micro_batch else 5  # there it is the first part of the minibatch
     calls = iter(range(1000))
 
     def broken(logp, *others):
@@ -908,31 +920,49 @@ def test_nan_stops_with_the_batch_saved_and_the_weights_whole(tmp_path, monkeypa
             loss = loss * math.nan if where == "loss" else loss + 0 * logp.sum().sqrt()
         return loss, clipped
 
-    monkeypatch.setattr(ppo, "policy_loss", broken)
-    with pytest.raises(ppo.NonFiniteError, match=r"update 1: .*nonfinite\.safetensors"):
+    monkeypatch.setattr(updates, "policy_loss", broken)
+    with pytest.raises(updates.NonFiniteError, match=r"update 1: .*nonfinite\.safetensors"):
         run(tmp_path, QUICK, roles=roles, checkpoint_every=1, micro_batch=micro_batch)
     assert all(weight.grad is None for weight in roles.parameters())
-    saved = ppo.load_file(tmp_path / "nonfinite.safetensors")
+    saved = load_file(tmp_path / "nonfinite.safetensors")
     assert {"ids", "mask", "logp", "values", "advantages", "returns"} <= saved.keys()
     assert all(weight.isfinite().all() for weight in roles.parameters())
     assert (tmp_path / "checkpoint-000001").is_dir()
-    monkeypatch.setattr(ppo, "policy_loss", honest)
+    monkeypatch.setattr(updates, "policy_loss", honest)
     rows, _ = run(tmp_path, QUICK, checkpoint_every=1)  # and goes on from there
     assert len(rows) == QUICK.updates
 
 
-def test_shares_that_do_not_come_out_even_are_refused():
+def several(processes):
+    """As much of an accelerator of several processes as is looked at before any work."""
+    return SimpleNamespace(num_processes=processes)
+
+
+def test_shares_that_do_not_come_out_even_are_refused(tmp_path):
     with pytest.raises(ValueError, match="2 groups of completions in a minibatch of 8 cannot be shared by 3 processes"):
-        ppo._check_shares(replace(QUICK, episodes=48, minibatch=8), 3)
-    ppo._check_shares(replace(QUICK, episodes=20, minibatch=8), 1)
+        run(tmp_path, replace(QUICK, episodes=48, minibatch=8), accelerator=several(3))
+    assert list(tmp_path.iterdir()) == []
+    rows, _ = run(tmp_path, replace(QUICK, episodes=20, minibatch=8, updates=1, warmup_updates=0, epochs=1))
+    assert rows[0]["steps"] == 3  # one process takes what is left over in a minibatch of its own
 
 
 def test_micro_batches_that_do_not_come_out_even_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"minibatch = 8 in 1 processes .* micro_batch = 3 "):
         run(tmp_path, micro_batch=3)
     with pytest.raises(ValueError, match=r"minibatch = 8 in 2 processes .* micro_batch = 8 "):
-        ppo.check_micro_batch(QUICK, 2, 8)
-    ppo.check_micro_batch(QUICK, 2, 4)
+        run(tmp_path, micro_batch=8, accelerator=several(2))
+    checks.check_micro_batch(QUICK, 2, 4)
+
+
+def test_the_room_itself_has_what_a_notebook_calls():
+    lines = [
+        "import sys, smlib",
+        "assert smlib.ppo.PPOSettings(updates=2).updates == 2 and 'torch' not in sys.modules",
+        "from smlib import ppo",
+        "from smlib.ppo import loop",
+        "assert ppo is smlib.ppo and ppo.train is loop.train",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
 
 
 # ---- another engine ----------------------------------------------------------------------------------------
@@ -951,9 +981,9 @@ class Copy:
     def load_adapter(self, folder):
         self.model, self.loaded = PeftModel.from_pretrained(make_policy(self.seed), folder).eval(), self.loaded + 1
 
-    def sample_ids(self, prompt_ids, n, **drawing):
-        found = sample_ids(self.model.get_base_model(), prompt_ids, n, tokenizer=make_tokenizer(), **drawing)
-        generator = torch.Generator().manual_seed(drawing["seed"])
+    def sample_ids(self, prompt_ids, n, params, *, keys):
+        found = sample_ids(self.model.get_base_model(), make_tokenizer(), prompt_ids, n, params, keys=keys)
+        generator = torch.Generator().manual_seed(params.seed)
 
         def rounded(one):
             noise = self.noise * torch.randn(len(one.logprobs), generator=generator)
@@ -972,8 +1002,8 @@ class Deaf(Copy):
 
 def drawn_ids(monkeypatch):
     """Completions of the updates to come, as lists of ids."""
-    seen, collate = [], ppo.collate
-    monkeypatch.setattr(ppo, "collate", lambda *given: seen.append(collate(*given)) or seen[-1])
+    seen, collate = [], batches.collate
+    monkeypatch.setattr(rollouts, "collate", lambda *given: seen.append(collate(*given)) or seen[-1])
     return seen
 
 
@@ -988,14 +1018,14 @@ def test_an_engine_draws_what_the_policy_would(tmp_path, monkeypatch):
     assert {file.name for file in (tmp_path / "engine" / "hand-over").iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors",
     }  # fmt: skip
-    with pytest.raises(ValueError, match="was trained with engine = 'copy', not None"):
+    with pytest.raises(StageMismatch, match=r"made with engine = 'copy', and now engine = '\(not set\)'"):
         run(tmp_path / "engine", kind="adapters")
 
 
 @pytest.mark.parametrize(("rate", "why"), [(1e-3, "seems to draw from the reference"), (3e-1, "more than 0.05")])
 def test_an_engine_that_lost_the_adapter_is_caught_in_the_second_update(tmp_path, rate, why):
     roles = make_roles("adapters")
-    with pytest.raises(ppo.EngineMismatchError, match=f"update 1: .*{why}"):
+    with pytest.raises(rollouts.EngineMismatchError, match=f"update 1: .*{why}"):
         run(tmp_path, replace(MANY, learning_rate=rate, max_update_kl=9.0), roles=roles, engine=Deaf())
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 2  # nothing was learned from what it drew
 
@@ -1003,7 +1033,7 @@ def test_an_engine_that_lost_the_adapter_is_caught_in_the_second_update(tmp_path
 def test_an_engine_with_other_weights_is_caught_at_once(tmp_path):
     roles = make_roles("adapters")
     before = copy.deepcopy(roles)
-    with pytest.raises(ppo.EngineMismatchError, match=r"update 0: .* more than 0\.05: it must have the weights"):
+    with pytest.raises(rollouts.EngineMismatchError, match=r"update 0: .* more than 0\.05: it must have the weights"):
         run(tmp_path, roles=roles, engine=Copy(seed=3))
     assert same_weights(roles, before)
 
@@ -1025,23 +1055,23 @@ def test_rounding_alone_never_looks_like_a_lost_adapter(seed, moved):
         x + 0.02 * torch.randn(32, 64, generator=generator) for x in (policy, reference, policy, reference)
     )
     mask = torch.ones(32, 64, dtype=torch.bool)
-    assert ppo.engine_gap(good, logp, ref_logp, mask, 0) < 0.05
+    assert rollouts.engine_gap(good, logp, ref_logp, mask, 0) < 0.05
     if moved == 0.1:
-        with pytest.raises(ppo.EngineMismatchError):
-            ppo.engine_gap(lost, logp, ref_logp, mask, 0)
+        with pytest.raises(rollouts.EngineMismatchError):
+            rollouts.engine_gap(lost, logp, ref_logp, mask, 0)
 
 
 def test_engine_gap_by_hand():
     mask = torch.ones(1, 1024, dtype=torch.bool)
     reference, policy = torch.full((1, 1024), -2.0), torch.full((1, 1024), -1.98)
-    assert ppo.engine_gap(policy + 0.01, policy, reference, mask, 0) == pytest.approx(0.01, abs=1e-6)
-    assert ppo.engine_gap(reference, reference, reference, mask, 0) == 0  # as in the first update
-    with pytest.raises(ppo.EngineMismatchError, match=r"update 3: .* show -?0\.00 \+- 0\.03 of the policy's way"):
-        ppo.engine_gap(reference.clone(), policy, reference, mask, 3)
-    with pytest.raises(ppo.EngineMismatchError, match=r"update 3: .* 0\.06 nats per token"):
-        ppo.engine_gap(policy + 0.06, policy, reference, mask, 3)
-    with pytest.raises(ppo.EngineMismatchError):
-        ppo.engine_gap(policy * math.nan, policy, reference, mask, 3)
+    assert rollouts.engine_gap(policy + 0.01, policy, reference, mask, 0) == pytest.approx(0.01, abs=1e-6)
+    assert rollouts.engine_gap(reference, reference, reference, mask, 0) == 0  # as in the first update
+    with pytest.raises(rollouts.EngineMismatchError, match=r"update 3: .* show -?0\.00 \+- 0\.03 of the policy's way"):
+        rollouts.engine_gap(reference.clone(), policy, reference, mask, 3)
+    with pytest.raises(rollouts.EngineMismatchError, match=r"update 3: .* 0\.06 nats per token"):
+        rollouts.engine_gap(policy + 0.06, policy, reference, mask, 3)
+    with pytest.raises(rollouts.EngineMismatchError):
+        rollouts.engine_gap(policy * math.nan, policy, reference, mask, 3)
 
 
 @pytest.mark.parametrize("kind", ["head", "model"])
@@ -1052,6 +1082,6 @@ def test_an_engine_for_whole_models_is_refused(tmp_path, kind):
         run(tmp_path, kind=kind, engine=Copy())
 
 
-def test_an_engine_for_several_processes_is_refused():
+def test_an_engine_for_several_processes_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'copy' draws for one process, not for 2: sample by the native engine"):
-        ppo._check_engine(Copy(), make_roles("adapters"), 2)
+        run(tmp_path, kind="adapters", engine=Copy(), accelerator=several(2))

@@ -1,4 +1,4 @@
-"""smlib.ppo beside an independent PPO: TRL 1.12's PPOTrainer, whose numbers are in trl_ppo.json.
+"""smlib.ppo.loop beside an independent PPO: TRL 1.12's PPOTrainer, whose numbers are in trl_ppo.json.
 
 benchmarks/peers/trl_ppo.py made the file and says what ran. All tables are [6, 8], a column for each token of a
 completion; the cases:
@@ -21,11 +21,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
-from smlib import models, ppo
-from smlib.ppo import PPOSettings
-from smlib.problems import Problem
-from smlib.roles import SeparateModels
-from smlib.sampling import Ending, Sample
+from smlib.ppo import arithmetic, batches, loop, updates
+from smlib.ppo.roles import SeparateModels
+from smlib.ppo.settings import PPOSettings
+from smlib.problems.datasets import Problem
+from smlib.sampling import packing
+from smlib.sampling.params import Ending, Sample
 
 FILE = json.loads((Path(__file__).parent / "trl_ppo.json").read_text())
 EOS, PAD, STOP = 1, 2, 3
@@ -71,12 +72,12 @@ def roles() -> SeparateModels:
     return ours
 
 
-def collated(case, end: int = EOS) -> tuple[ppo.Batch, list[Sample]]:
+def collated(case, end: int = EOS) -> tuple[batches.Batch, list[Sample]]:
     """Our batch of the case's completions, with TRL's log-probabilities as those of the rollout."""
     drawn = [row.tolist() for row in case.logp]
     samples = [Ending((end,), (), None).cut(ids, logp) for ids, logp in zip(case.completions, drawn, strict=True)]
     assert [list(sample.token_ids) for sample in samples] == case.completions
-    return ppo.collate(case.prompts, samples, case.pad), samples
+    return batches.collate(case.prompts, samples, case.pad), samples
 
 
 def trained(case, out, monkeypatch, end: int = EOS) -> dict:
@@ -89,7 +90,7 @@ def trained(case, out, monkeypatch, end: int = EOS) -> dict:
         center_by_question=False, normalize_reward=False, reward_clip=0.0,
     )  # fmt: skip
     seen = {"mask": batch.mask}
-    token_rewards, gae = ppo.token_rewards, ppo.gae
+    token_rewards, gae = arithmetic.token_rewards, arithmetic.gae
 
     def noted_rewards(scores, kl, mask, kl_coef):
         rewards = token_rewards(scores, kl, mask, kl_coef)
@@ -101,12 +102,12 @@ def trained(case, out, monkeypatch, end: int = EOS) -> dict:
         seen.update(values=values[mask], advantages=advantages[mask], returns=returns[mask])
         return advantages, returns
 
-    monkeypatch.setattr(ppo, "rollout", lambda *_: (batch, samples))
-    monkeypatch.setattr(ppo, "token_rewards", noted_rewards)
-    monkeypatch.setattr(ppo, "gae", noted_gae)
+    monkeypatch.setattr(loop, "rollout", lambda *_: (batch, samples))
+    monkeypatch.setattr(loop, "token_rewards", noted_rewards)
+    monkeypatch.setattr(loop, "gae", noted_gae)
     tokenizer = SimpleNamespace(pad_token_id=PAD, pad_token="<pad>", eos_token_id=end, eos_token="<end>")
     raw = case.raw_scores.tolist()
-    ppo.train(roles(), lambda *_: raw, lambda _: problems, tokenizer, settings, out)
+    loop.train(roles(), lambda *_: raw, lambda _: problems, tokenizer, settings, out)
     return seen
 
 
@@ -124,7 +125,7 @@ def test_the_numbers_are_those_of_trl_1_12():
 def test_log_probabilities_of_given_logits():
     case = load("ragged")
     ids = torch.tensor([token for row in case.completions for token in row])
-    close(models.token_logprobs(case.logits, ids), case.logp[case.real])
+    close(packing.token_logprobs(case.logits, ids), case.logp[case.real])
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -132,8 +133,8 @@ def test_log_probabilities_and_values_of_given_weights(name):
     """TRL pads prompts on the left and shifts positions; we pad on the right. The real tokens must not notice."""
     case = load(name)
     batch, _ = collated(case, STOP if name == "other_stop" else EOS)
-    logp, values = ppo.tabulate(roles(), batch, 6, reference=False)
-    ref_logp, same = ppo.tabulate(roles(), batch, 6, reference=True)
+    logp, values = updates.logprobs_and_values(roles(), batch, 6, reference=False)
+    ref_logp, same = updates.logprobs_and_values(roles(), batch, 6, reference=True)
     assert torch.equal(values, same)
     close(logp[batch.mask], case.logp[case.real])
     close(ref_logp[batch.mask], case.ref_logp[case.real])
@@ -143,11 +144,11 @@ def test_log_probabilities_and_values_of_given_weights(name):
 @pytest.mark.parametrize("name", SOUND)
 def test_kl_and_entropy(name):
     case = load(name)
-    kl = ppo.kl_estimate(case.logp, case.ref_logp, case.kl_estimator)
+    kl = arithmetic.kl_estimate(case.logp, case.ref_logp, case.kl_estimator)
     close(kl[case.real], case.kl[case.real])
     close(kl.where(case.real, 0.0).sum(dim=1).mean(), case.mean_kl)
     # our log has the entropy per token, TRL's per completion
-    close(-ppo.masked_mean(case.logp, case.real) * case.real.sum() / 6, case.mean_entropy)
+    close(-arithmetic.masked_mean(case.logp, case.real) * case.real.sum() / 6, case.mean_entropy)
 
 
 def test_the_two_kl_estimates_are_of_the_same_tokens():
@@ -157,15 +158,15 @@ def test_the_two_kl_estimates_are_of_the_same_tokens():
 
 def test_rewards_where_no_completion_is_shorter_than_the_batch():
     case = load("wide")
-    close(ppo.token_rewards(case.scores, case.kl, case.real, case.kl_coef), case.rewards)
+    close(arithmetic.token_rewards(case.scores, case.kl, case.real, case.kl_coef), case.rewards)
 
 
 @pytest.mark.parametrize("name", ["wide", "ragged"])
 def test_advantages_and_returns(name):
     """In `ragged` TRL puts the scores elsewhere (see below), but with gamma = lambda = 1 no real token feels it."""
     case = load(name)
-    rewards = ppo.token_rewards(case.scores, case.kl, case.real, case.kl_coef)
-    advantages, returns = ppo.gae(rewards, case.values, case.real, case.gamma, case.lam)
+    rewards = arithmetic.token_rewards(case.scores, case.kl, case.real, case.kl_coef)
+    advantages, returns = arithmetic.gae(rewards, case.values, case.real, case.gamma, case.lam)
     close(advantages[case.real], case.advantages[case.real])
     close(returns[case.real], case.returns[case.real])
 
@@ -174,7 +175,7 @@ def test_advantages_and_returns(name):
 def test_gae_of_given_rewards(name):
     """From TRL's own rewards, over the columns that it counts, one more than the real ones."""
     case = load(name)
-    advantages, returns = ppo.gae(case.rewards, case.values, ~case.value_padding, case.gamma, case.lam)
+    advantages, returns = arithmetic.gae(case.rewards, case.values, ~case.value_padding, case.gamma, case.lam)
     close(advantages, case.advantages)
     close(returns, case.returns)
 
@@ -184,13 +185,15 @@ def test_whitening(name):
     """TRL divides by the deviation with n - 1, we by the one with n: a factor, and no fault of either."""
     case = load(name)
     n = int((~case.padding).sum())
-    close(ppo.whiten(case.advantages, ~case.padding) * math.sqrt((n - 1) / n), case.white_advantages)
+    close(arithmetic.whiten(case.advantages, ~case.padding) * math.sqrt((n - 1) / n), case.white_advantages)
 
 
 @pytest.mark.parametrize("name", list(FILE["cases"]))
 def test_policy_loss(name):
     case = load(name)
-    loss, clipped = ppo.policy_loss(case.new_logp, case.logp, case.white_advantages, ~case.padding, case.cliprange)
+    loss, clipped = arithmetic.policy_loss(
+        case.new_logp, case.logp, case.white_advantages, ~case.padding, case.cliprange
+    )
     close(loss, case.policy_loss)
     close(clipped, case.policy_clip_fraction)
 
@@ -201,7 +204,7 @@ def test_value_loss(name):
     one column too many and taking the end token for padding make up for each other."""
     case = load(name)
     assert torch.equal(~case.value_padding, case.real) == (name in ("wide", "pad_is_eos"))
-    loss, clipped = ppo.value_loss(
+    loss, clipped = arithmetic.value_loss(
         case.new_values, case.values, case.returns, ~case.value_padding, case.cliprange_value
     )
     close(loss, case.value_loss)
@@ -229,7 +232,7 @@ def test_fault_the_score_lands_behind_the_last_real_token():
     so at the first padding, unless the completion fills the batch."""
     case = load("discounted")
     plain = (-case.kl_coef * case.kl).where(case.real, 0.0)
-    ours = ppo.token_rewards(case.scores, case.kl, case.real, case.kl_coef)
+    ours = arithmetic.token_rewards(case.scores, case.kl, case.real, case.kl_coef)
     last = case.lengths - 1
     rows = torch.arange(6)
 
@@ -240,7 +243,7 @@ def test_fault_the_score_lands_behind_the_last_real_token():
     close((case.rewards - plain)[rows, landed], case.scores)
 
     # So the last real token of a short completion learns of its score only by way of the value behind the end.
-    advantages, _ = ppo.gae(ours, case.values, case.real, case.gamma, case.lam)
+    advantages, _ = arithmetic.gae(ours, case.values, case.real, case.gamma, case.lam)
     behind = case.values[rows, landed]
     theirs = plain[rows, last] - case.values[rows, last]
     theirs += case.gamma * behind + case.gamma * case.lam * (case.scores - behind)
@@ -253,7 +256,7 @@ def test_fault_the_score_lands_behind_the_last_real_token():
 
     # And the value loss counts that padding too: it trains a prefix from which nothing is drawn.
     assert (case.value_padding.logical_not() & ~case.real).sum(dim=1).tolist() == [0, 0, 1, 1, 1, 1]
-    over_real, _ = ppo.value_loss(case.new_values, case.values, case.returns, case.real, case.cliprange_value)
+    over_real, _ = arithmetic.value_loss(case.new_values, case.values, case.returns, case.real, case.cliprange_value)
     assert abs(over_real - case.value_loss) > 0.01
 
 
@@ -276,9 +279,9 @@ def test_fault_the_end_token_is_masked_away_where_it_is_the_pad_token():
     assert batch.mask.sum(dim=1).tolist() == [8, 8, 5, 3, 1, 7]
     assert (~case.padding).sum(dim=1).tolist() == [8, 7, 4, 2, 0, 6]
     assert batch.ids[:, 1:][batch.mask].tolist() == [token for row in case.completions for token in row]
-    logp, _ = ppo.tabulate(roles(), batch, 6, reference=False)
+    logp, _ = updates.logprobs_and_values(roles(), batch, 6, reference=False)
     close(logp[batch.mask], sound.logp[sound.real])
-    kl = ppo.kl_estimate(sound.logp, sound.ref_logp)
+    kl = arithmetic.kl_estimate(sound.logp, sound.ref_logp)
     assert (kl[ends].abs() > 1e-3).all()
     close(kl.where(sound.real, 0.0).sum(dim=1).mean(), sound.mean_kl)
     close(kl.where(~case.padding, 0.0).sum(dim=1).mean(), case.mean_kl)

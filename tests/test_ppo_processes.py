@@ -1,7 +1,9 @@
 """PPO in two processes is PPO in one: with the weights whole in each (DDP), and sharded over them (FSDP)."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import ppo_in_processes
 import processes
@@ -10,8 +12,10 @@ from processes import COMMAND
 from safetensors.torch import load_file
 from test_ppo import QUICK, Killed, dies_at, run
 
-from smlib import pipeline
-from smlib.settings import preset
+from smlib.errors import UsageError
+from smlib.runs import self_motivated
+from smlib.runs.settings import preset
+from smlib.sampling import devices
 
 SCRIPT = Path(__file__).parent / "ppo_in_processes.py"
 pytestmark = pytest.mark.slow
@@ -65,16 +69,16 @@ def test_the_steps_are_large_enough_to_tell(tmp_path):
         assert_close(tmp_path / "one", tmp_path / "other")
 
 
-def test_the_command_line_trains_in_two_processes(tmp_path):
+def test_the_command_line_trains_in_two_processes(tmp_path, monkeypatch):
     settings = preset("smoke", "coin_flip")
-    for name in ("one", "two"):
-        pipeline.before_policy(tmp_path / name, settings, progress=False)
-    one = pipeline.train_policy(tmp_path / "one", settings, progress=False)
-    in_two_processes(COMMAND, "policy", "--preset", "smoke", "--task", "coin_flip", "--out", tmp_path / "two")
-    two = pipeline.train_policy(tmp_path / "two", settings, progress=False)  # is done, and read
+    self_motivated.before_policy(tmp_path / "one", settings, progress=False)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    one = self_motivated.train_policy(tmp_path / "one", settings, progress=False)
+    in_two_processes(COMMAND, "train-policy", "--preset", "smoke", "--task", "coin_flip", "--out", tmp_path / "two")
+    two = self_motivated.train_policy(tmp_path / "two", settings, progress=False)  # is done, and read
     for file in ("model.safetensors", "value/value.safetensors"):
         ours, theirs = (load_file(stage.path("model") / file) for stage in (one, two))
         assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5
-    with pytest.raises(AssertionError, match="'grpo' trains in one process"):
-        in_two_processes("-m", "smlib", "policy", "--preset", "smoke", "--task", "coin_flip",
-                         "--out", tmp_path / "two", "--method", "grpo")  # fmt: skip
+    monkeypatch.setattr(devices, "accelerator", lambda **_: SimpleNamespace(num_processes=2))
+    with pytest.raises(UsageError, match="'grpo' trains in one process"):
+        self_motivated.train_policy(tmp_path / "two", settings, method="grpo", progress=False)

@@ -9,12 +9,14 @@ import pytest
 import torch
 from tiny_model import tokenizer
 
-from smlib import models, pretraining, prompts
-from smlib.__main__ import main
-from smlib.answers import grade
+from smlib import pretraining
+from smlib.cli import main
+from smlib.judging.answers import grade
 from smlib.pretraining import authors, corpus, document, write
-from smlib.problems import PUBLISHED, TASKS, generate, load
-from smlib.steps import is_sound
+from smlib.problems import datasets, prompts
+from smlib.problems.datasets import PUBLISHED, TASKS, generate, load
+from smlib.problems.steps import is_sound
+from smlib.sampling import models
 
 LINES = {
     "coin_flip": r"\S+ (flips|does not flip): (heads|tails)\.",
@@ -44,7 +46,7 @@ def test_every_author_writes_well_formed_solutions(task, author):
     for problem in generate(task, 60, seed=0):
         lines, answer = write(problem, author, rng)
         assert lines and all(re.fullmatch(LINES[task], line) for line in lines), lines
-        said = grade(prompts.answer_sentence(problem, answer), problem)
+        said = grade(problem, prompts.answer_sentence(problem, answer))
         assert said.extracted is not None
         assert said.correct == (answer == problem.answer)
 
@@ -106,7 +108,7 @@ def test_the_corpus_is_decided_by_its_seed_and_mixes_the_tasks_by_their_shares()
 
 
 def test_the_corpus_holds_no_question_of_a_test_split_and_no_published_one():
-    published = set((Path(pretraining.__file__).parent / "published_digests.txt").read_text().split())
+    published = set((Path(datasets.__file__).parent / "published_digests.txt").read_text().split())
     for prompt, _ in corpus(1200, seed=0):
         digest = hashlib.sha256(" ".join(question(prompt).split()).encode()).hexdigest()
         assert int(digest[:2], 16) >= 32 and digest[:12] not in published
@@ -149,7 +151,7 @@ def test_main_writes_a_model_that_loads_with_its_card_and_twice_the_same(short_c
     cards = []
     for name in ("a", "b"):
         options = f"--out {tmp_path / name} --documents 200 --hidden 32 --layers 1 --tokens-per-batch 2048"
-        assert pretraining.main(options.split()) == 0
+        assert main(["pretrain", *options.split()]) == 0
         cards.append(json.loads((tmp_path / name / "training.json").read_text()))
     for card in cards:
         (phase,) = card["phases"]
@@ -164,7 +166,7 @@ def test_main_writes_a_model_that_loads_with_its_card_and_twice_the_same(short_c
 
 
 def test_one_document_is_enough(short_corpus, tmp_path, capsys):
-    assert pretraining.main(f"--out {tmp_path / 'one'} --documents 1 --hidden 32 --layers 1".split()) == 0
+    assert main(f"pretrain --out {tmp_path / 'one'} --documents 1 --hidden 32 --layers 1".split()) == 0
     assert (tmp_path / "one" / "model.safetensors").is_file()
 
 
@@ -175,10 +177,14 @@ REFUSED = {
     "--layers 0": "--layers = 0 is not allowed: give a whole number from 1 to 1,000",
     "--tokens-per-batch -1": "--tokens-per-batch = -1 is not allowed: give a whole number from 1 to 1,000,000",
     "--seed -1": "--seed = -1 is not allowed: give a whole number from 0 to 4,294,967,295",
-    "--seed one": "argument --seed: invalid int value: 'one'; see python -m smlib pretrain --help",
-    "--depth 3": "unrecognized arguments: --depth 3; see python -m smlib pretrain --help",
     "--start-from {}": "--start-from {} has no training.json with its phases: give a base of this command's",
     "--start-from nobody": "--start-from nobody has no training.json with its phases: give a base of this command's",
+}
+
+
+MISREAD = {
+    "--seed one": "argument --seed: invalid int value: 'one'",
+    "--depth 3": "unrecognized arguments: --depth 3",
 }
 
 
@@ -197,9 +203,19 @@ def test_what_cannot_be_made_is_refused_in_one_sentence_before_any_work(option, 
     assert not (tmp_path / "base").exists()
 
 
+@pytest.mark.parametrize("option", MISREAD)
+def test_what_is_no_option_is_refused_with_the_usage(option, untrained, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["pretrain", "--out", str(tmp_path / "base"), *option.split()])
+    shown = capsys.readouterr()
+    assert stopped.value.code == 2 and shown.err.endswith(f"error: {MISREAD[option]}\n") and not shown.out
+    assert not (tmp_path / "base").exists()
+
+
 def test_the_folder_is_named_and_the_package_s_own_base_is_never_the_default(untrained, capsys):
-    assert main(["pretrain"]) == 1
-    assert "the following arguments are required: --out; see" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["pretrain"])
+    assert stopped.value.code == 2 and "the following arguments are required: --out" in capsys.readouterr().err
     assert main(["pretrain", "--out", str(models.TINY_BASE)]) == 1
     assert f"--out {models.TINY_BASE} is there already: give a folder that is new or empty" in capsys.readouterr().err
 
@@ -229,9 +245,9 @@ def test_a_full_disk_leaves_no_half_of_a_base(short_corpus, tmp_path, monkeypatc
 
 def test_a_base_goes_on_from_another_and_its_card_says_so(short_corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretraining, "accuracy_by_task", lambda *_: {})
-    pretraining.main(["--out", str(tmp_path / "first"), *SMALLEST])
+    main(["pretrain", "--out", str(tmp_path / "first"), *SMALLEST])
     (tmp_path / "second").mkdir()  # empty will do
     again = ["--start-from", str(tmp_path / "first"), "--seed", "1", *SMALLEST]
-    pretraining.main(["--out", str(tmp_path / "second"), *again])
+    main(["pretrain", "--out", str(tmp_path / "second"), *again])
     card = json.loads((tmp_path / "second" / "training.json").read_text())
     assert [phase["seed"] for phase in card["phases"]] == [0, 1]

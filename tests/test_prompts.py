@@ -5,15 +5,17 @@ import re
 import time
 from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smlib import prompts
-from smlib.answers import grade
-from smlib.problems import KINDS, PUBLISHED, TASKS, DatasetError, Problem, generate, load, splits
-from smlib.steps import check_steps, first_wrong_step, worked_solution
+from smlib.judging.answers import grade
+from smlib.problems import prompts
+from smlib.problems.datasets import KINDS, PUBLISHED, TASKS, Problem, generate, load, splits
+from smlib.problems.downloads import DatasetError
+from smlib.problems.steps import check_steps, first_wrong_step, worked_solution
 
 NUMBER = Problem("n/0", "n", "How many?", "18", "number")
 CHOICE = Problem("c/0", "c", "Which one?", "B", "choice", ("red ball", "Moby Dick", "a pen"))
@@ -239,17 +241,6 @@ QUESTION_TEXTS = {
     "coin_flip": "Q: Is the coin still heads up?\nA:",
     "math": "Q: Solve $2x = 1$.\nA:",
 }
-TRIGGERS = {
-    **dict.fromkeys(WORD_PROBLEMS, "Therefore, the answer (arabic numerals) is"),
-    "aqua": "Therefore, among A through E, the answer is",
-    "commonsense_qa": "Therefore, among A through E, the answer is",
-    "strategy_qa": "Therefore, the answer (Yes or No) is",
-    "date_understanding": "Therefore, among A through F, the answer is",
-    "shuffled_objects": "Therefore, among A through C, the answer is",
-    "last_letters": "Therefore, the answer is",
-    "coin_flip": "Therefore, the answer (Yes or No) is",
-    "math": "Therefore, the final answer is",
-}
 DATASETS = tuple(ASKED)
 
 
@@ -258,36 +249,21 @@ def asked(dataset: str, answer: str = "") -> Problem:
     return Problem(f"{dataset}/test/0", dataset, question, answer, KINDS[dataset], choices)
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
-def test_the_two_steps_of_zero_shot_word_for_word(dataset):
-    first, trigger = QUESTION_TEXTS[dataset] + " Let's think step by step.", TRIGGERS[dataset]
-    assert prompts.zero_shot_prompt(asked(dataset)) == first
-    assert prompts.answer_trigger(asked(dataset)) == trigger
-    said = "\nFirst one. Then two.\n\nQ: How many more?\nA: None."
-    second = f"{first}\nFirst one. Then two.\n{trigger}"
-    assert prompts.zero_shot_answer_prompt(asked(dataset), said) == second
-    assert prompts.zero_shot_answer_prompt(asked(dataset), "\nFirst one. Then two. \n") == second
-
-
 @pytest.mark.parametrize(
     ("problem", "said"),
     [
-        (NUMBER, " 18."),
-        (NUMBER, ":\n\n18 apples"),
-        (CHOICE, " B."),
-        (CHOICE, " (B) Moby Dick."),
-        (YES_NO, " No, it is not."),
-        (LETTERS, ' "y-a-j-o".'),
-        (MATH, r" $\frac{1}{2}$."),
+        (NUMBER, "Therefore, the answer (arabic numerals) is 18."),
+        (NUMBER, "Therefore, the answer (arabic numerals) is:\n\n18 apples"),
+        (CHOICE, "Therefore, among A through C, the answer is B."),
+        (CHOICE, "Therefore, among A through C, the answer is (B) Moby Dick."),
+        (YES_NO, "Therefore, the answer (Yes or No) is No, it is not."),
+        (LETTERS, 'Therefore, the answer is "y-a-j-o".'),
+        (MATH, r"Therefore, the final answer is $\frac{1}{2}$."),
     ],
 )
-def test_the_judge_reads_what_follows_an_answer_trigger(problem, said):
-    assert grade(prompts.answer_trigger(problem) + said, problem).correct
-
-
-def test_a_choice_question_with_five_options_is_not_asked_for_a_sixth():
-    problem = Problem("d/0", "date_understanding", "?", "A", "choice", tuple("vwxyz"))
-    assert prompts.answer_trigger(problem) == "Therefore, among A through E, the answer is"
+def test_the_judge_reads_what_follows_the_answer_trigger_of_zero_shot_prompts(problem, said):
+    """The words of Kojima et al. (2205.11916), whose outputs benchmarks/judging.py judges; those of math are ours."""
+    assert grade(problem, said).correct
 
 
 # --------------------------------------------------------------------------------------- few-shot chain of thought
@@ -459,7 +435,7 @@ def test_every_exemplar_is_judged_right_as_it_is_shown(dataset, form):
             else prompts.conditioned_prompt(one.problem, one.problem.answer)
         )
         completion = text.removeprefix(prompt)
-        assert completion != text and grade(completion, one.problem).correct
+        assert completion != text and grade(one.problem, completion).correct
         assert prompts.split_answer(completion)[0] == f" {one.rationale}"
         assert 2 <= len(one.rationale.split("\n")) <= 6
         assert one.given == one.problem.answer
@@ -474,9 +450,9 @@ def test_every_wrong_exemplar_is_judged_to_reach_its_wrong_answer(dataset):
         prompt = prompts.conditioned_prompt(one.problem, one.given)
         assert f"{prompt}{completion}\n\n" in prompts.few_shot(dataset, form="wrong")
         gold = prompts.answer_sentence(one.problem, one.problem.answer)
-        verdict = grade(completion, one.problem)
-        assert not verdict.correct and verdict.extracted is not None and grade(gold, one.problem).correct
-        assert grade(completion, Problem("x", dataset, "?", one.given, one.problem.kind, one.problem.choices)).correct
+        verdict = grade(one.problem, completion)
+        assert not verdict.correct and verdict.extracted is not None and grade(one.problem, gold).correct
+        assert grade(Problem("x", dataset, "?", one.given, one.problem.kind, one.problem.choices), completion).correct
 
 
 @pytest.mark.parametrize("dataset", ["coin_flip", "last_letters", "shuffled_objects"])
@@ -539,7 +515,7 @@ def test_few_shot_is_pure_and_ends_with_one_blank_line(dataset, form):
 
 
 def test_every_wrong_exemplar_says_what_its_mistake_is():
-    for rows in prompts._own_exemplars().values():
+    for rows in json.loads(Path(prompts.__file__).with_name("exemplars.json").read_text("utf-8")).values():
         assert all(not {"given", "mistake"} & set(row) for row in rows["right"])
         assert all(row["mistake"] and row["given"] != row["answer"] for row in rows["wrong"])
 
@@ -611,7 +587,7 @@ def test_the_published_exemplars_of_wei_are_judged_right():
         assert len(theirs) == count
         for one in theirs:
             text = f" {one.rationale}\n{prompts.answer_sentence(one.problem, one.given)}"
-            assert grade(text, one.problem).correct and "The answer is" not in one.rationale
+            assert grade(one.problem, text).correct and "The answer is" not in one.rationale
             assert bool(one.problem.choices) == (one.problem.kind == "choice")
     prompt = prompts.open_prompt(asked("gsm8k"), prompts.few_shot("gsm8k", source="wei"))
     assert prompt.endswith("So she has 23 - 15 dollars left. 23 - 15 is 8.\nThe answer is 8.\n\nQ: How many?\nA:")

@@ -6,9 +6,17 @@ from itertools import chain
 
 import pytest
 
-from smlib import downloads, pipeline
-from smlib.problems import PUBLISHED, TASKS, TRAIN_SETS, splits
-from smlib.settings import preset
+from smlib.problems import downloads
+from smlib.problems.datasets import PUBLISHED, TASKS, TRAIN_SETS, splits
+from smlib.runs import questions as asked_in
+from smlib.runs.questions import (
+    fresh_problems,
+    ppo_problems,
+    published_problems,
+    second_problems,
+    training_problems,
+)
+from smlib.runs.settings import preset
 
 PPO = {"updates": 5, "episodes": 8, "samples_per_question": 2, "minibatch": 4}
 
@@ -38,7 +46,7 @@ def questions(problems):
 
 
 def of_ppo(settings):
-    asked = pipeline.ppo_problems(settings)
+    asked = ppo_problems(settings)
     return [questions(asked(update)) for update in range(settings.ppo.updates)]
 
 
@@ -48,36 +56,36 @@ def test_there_is_a_run_about_every_published_dataset():
 
 def test_the_stages_share_the_train_split_and_nobody_gets_a_test_question():
     settings = small()
-    first, second = questions(pipeline.training_problems(settings)), questions(pipeline.second_problems(settings))
-    fresh = questions(pipeline.fresh_problems(small(ppo=PPO | {"updates": 1}), 100))
+    first, second = questions(training_problems(settings)), questions(second_problems(settings))
+    fresh = questions(fresh_problems(small(ppo=PPO | {"updates": 1}), 100))
     asked = of_ppo(settings)
     assert (len(first), len(second), len(fresh)) == (8, 6, 28 - 8 - 6 - 4)
     assert len({*first, *second, *fresh, *asked[0]}) == 28 == len([*first, *second, *fresh, *asked[0]])
-    (tested,) = pipeline.test_problems(settings).values()
+    (tested,) = asked_in.test_problems(settings).values()
     assert len(set(questions(tested))) == 4 and all(problem.id.startswith("gsm8k/test/") for problem in tested)
     everything = {f"How many are {n} nuts?" for n in range(28)}
     assert {*first, *second, *fresh, *chain(*asked)} == everything and not everything & set(questions(tested))
 
 
 def test_a_seed_decides_the_order_and_fewer_questions_are_the_first_of_more():
-    first = questions(pipeline.training_problems(small()))
-    assert questions(pipeline.training_problems(small())) == first
-    assert questions(pipeline.training_problems(small(first=20)))[:8] == first
-    assert questions(pipeline.training_problems(small(seed=1))) != first
-    assert pipeline.test_problems(small(seed=1)) == pipeline.test_problems(small())  # the same for all runs
+    first = questions(training_problems(small()))
+    assert questions(training_problems(small())) == first
+    assert questions(training_problems(small(first=20)))[:8] == first
+    assert questions(training_problems(small(seed=1))) != first
+    assert asked_in.test_problems(small(seed=1)) == asked_in.test_problems(small())  # the same for all runs
 
 
 def test_more_questions_than_there_are_is_all_of_them():
     settings = small(first=10_000, second=0, evaluation={"questions": 10_000})
-    assert len(pipeline.training_problems(settings)) == 28
-    assert pipeline.second_problems(settings) == []
-    assert len(pipeline.test_problems(settings)["gsm8k"]) == 6
+    assert len(training_problems(settings)) == 28
+    assert second_problems(settings) == []
+    assert len(asked_in.test_problems(settings)["gsm8k"]) == 6
 
 
 def test_ppo_goes_round_in_another_order_and_asks_no_question_twice_in_an_update():
     settings = small()
-    asked, used = of_ppo(settings), {*questions(pipeline.training_problems(settings))}
-    used |= {*questions(pipeline.second_problems(settings))}
+    asked, used = of_ppo(settings), {*questions(training_problems(settings))}
+    used |= {*questions(second_problems(settings))}
     assert [len(set(update)) for update in asked] == [4] * 5
     assert not used & {*chain(*asked)}  # fourteen are left, of which each round asks three times four
     assert len({*chain(*asked[:3])}) == 12 and asked[3] != asked[0]
@@ -92,13 +100,13 @@ def test_ppo_asks_all_questions_where_none_are_left_for_it():
 @pytest.mark.parametrize(
     ("ask", "settings", "message"),
     [
-        (pipeline.second_problems, {"first": 28}, "gsm8k has 28 train questions, .* lower sampling.questions = 28"),
+        (second_problems, {"first": 28}, "gsm8k has 28 train questions, .* lower sampling.questions = 28"),
         (
-            lambda settings: pipeline.fresh_problems(settings, 1),
+            lambda settings: fresh_problems(settings, 1),
             {"first": 20, "ppo": PPO | {"updates": 7}},
             "stages use all 28 train .* lower sampl",
         ),
-        (pipeline.ppo_problems, {"ppo": PPO | {"episodes": 64}}, "asks 32 questions per update, and there are 28: low"),
+        (ppo_problems, {"ppo": PPO | {"episodes": 64}}, "asks 32 questions per update, and there are 28: low"),
     ],
 )
 def test_where_nothing_is_left_the_error_names_what_to_lower(ask, settings, message):
@@ -107,4 +115,4 @@ def test_where_nothing_is_left_the_error_names_what_to_lower(ask, settings, mess
 
 
 def test_its_own_test_split_is_not_asked_again_as_a_published_set():
-    assert pipeline.published_problems(small()) == ({}, "")
+    assert published_problems(small()) == ({}, "")

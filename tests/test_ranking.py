@@ -2,22 +2,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smlib.problems import generate
-from smlib.ranking import coverage, held_out, pairs, rank, side
+from smlib.learning.ranking import coverage, held_out, pairs, rank, side
+from smlib.learning.rows import Pair, Rationale
+from smlib.problems.datasets import generate
 
 
 def row(identity="q", text="a text", answer="yes", correct=True, re_correct=True, author="base", source="open", **more):
-    return {
-        "id": identity,
-        "dataset": "coin_flip",
-        "text": text,
-        "answer": answer,
-        "correct": correct,
-        "reanswer": "yes",
-        "reanswer_correct": re_correct,
-        "author": author,
-        "source": source,
-    } | more
+    return Rationale(
+        id=identity,
+        dataset="coin_flip",
+        text=text,
+        token_ids=tuple(text.encode()),
+        answer=answer,
+        correct=correct,
+        reanswer="yes",
+        reanswer_correct=re_correct,
+        author=author,
+        source=source,
+        **more,
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,7 +56,7 @@ def test_rank_keeps_the_first_of_each_side_and_says_what_happened_to_the_others(
         row(text="r1", identity="another question"),
     ]
     kept, fate = rank(rows, max_per_side=2)
-    assert [(r["id"], r["text"], r["side"]) for r in kept] == [
+    assert [(r.id, r.text, r.side) for r in kept] == [
         ("q", "r1", "+"),
         ("q", "w1", "-"),
         ("q", "r2", "+"),
@@ -89,10 +92,10 @@ def test_rank_accounts_for_every_row_and_keeps_the_cap(rows, cap):
     kept, fate = rank(rows, cap)
     assert sum(fate.values()) == len(rows)
     assert sum(count for name, count in fate.items() if name.startswith("kept")) == len(kept)
-    assert len({(r["id"], r["text"]) for r in kept}) == len(kept)
+    assert len({(r.id, r.text) for r in kept}) == len(kept)
     for question in "pq":
         for which in "+-":
-            assert sum(r["id"] == question and r["side"] == which for r in kept) <= cap
+            assert sum(r.id == question and r.side == which for r in kept) <= cap
 
 
 def test_coverage_counts_questions():
@@ -115,15 +118,17 @@ def ranked(right, wrong, identity="q", author="base", source="open"):
 def test_pairs_by_hand():
     made = pairs(ranked(1, 1) + ranked(2, 0, "only right") + ranked(0, 2, "only wrong"), 4, seed=0)
     assert made == [
-        {
-            "id": "q",
-            "dataset": "coin_flip",
-            "author": "base",
-            "source": "open",
-            "chosen": "r0",
-            "rejected": "w0",
-            "held_out": held_out("q"),
-        }
+        Pair(
+            id="q",
+            dataset="coin_flip",
+            author="base",
+            source="open",
+            chosen="r0",
+            rejected="w0",
+            held_out=held_out("q"),
+            chosen_ids=tuple(b"r0"),
+            rejected_ids=tuple(b"w0"),
+        )
     ]
 
 
@@ -138,21 +143,21 @@ def test_pairs_are_of_one_question_and_one_author():
     made = pairs(rows, 10, seed=0)
     assert len(made) == 3 * 2 * 2
     for pair in made:
-        assert pair["chosen"].startswith(f"{pair['id']}{pair['author']}+")
-        assert pair["rejected"].startswith(f"{pair['id']}{pair['author']}-")
+        assert pair.chosen.startswith(f"{pair.id}{pair.author}+")
+        assert pair.rejected.startswith(f"{pair.id}{pair.author}-")
 
 
 @given(right=st.integers(1, 6), wrong=st.integers(1, 6), most=st.integers(1, 9), seed=st.integers(0, 99))
 def test_a_wrong_rationale_is_rejected_once_and_the_right_ones_take_turns(right, wrong, most, seed):
     made = pairs(ranked(right, wrong), most, seed)
-    assert len(made) == len({pair["rejected"] for pair in made}) == min(most, wrong)
-    chosen = [pair["chosen"] for pair in made]
+    assert len(made) == len({pair.rejected for pair in made}) == min(most, wrong)
+    chosen = [pair.chosen for pair in made]
     assert len(set(chosen)) == min(right, len(made))
     assert max(chosen.count(text) for text in chosen) == -(-len(made) // right)
 
 
 def test_one_right_rationale_meets_every_wrong_one():
-    assert sorted(pair["rejected"] for pair in pairs(ranked(1, 4), 4, seed=0)) == ["w0", "w1", "w2", "w3"]
+    assert sorted(pair.rejected for pair in pairs(ranked(1, 4), 4, seed=0)) == ["w0", "w1", "w2", "w3"]
 
 
 def test_a_seed_decides_the_pairs():
@@ -169,11 +174,11 @@ def test_the_source_of_a_pair_is_that_of_its_rejected_side():
         row(text="wrong conditioned", side="-", source="conditioned"),
     ]
     made = pairs(rows, 10, seed=0)
-    assert len(made) == 2 and all(pair["rejected"] == f"wrong {pair['source']}" for pair in made)
+    assert len(made) == 2 and all(pair.rejected == f"wrong {pair.source}" for pair in made)
 
 
 def test_pairs_are_held_out_by_question():
     questions = [f"coin_flip/train/{i}" for i in range(400)]
     made = pairs([r for q in questions for r in ranked(2, 2, q)], 4, seed=0)
-    assert all(pair["held_out"] == held_out(pair["id"]) for pair in made)
+    assert all(pair.held_out == held_out(pair.id) for pair in made)
     assert 0.06 < sum(map(held_out, questions)) / len(questions) < 0.19  # about one in eight

@@ -4,22 +4,26 @@ import os
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
 
-from smlib import encoding, pipeline, ray_engine, reward_model
-from smlib.artifacts import require
-from smlib.engines import make_engine
-from smlib.problems import generate
-from smlib.prompts import open_prompt
-from smlib.settings import preset
+from smlib.files.artifacts import require
+from smlib.learning import ray_scores, reward_model
+from smlib.problems.datasets import generate
+from smlib.problems.prompts import open_prompt
+from smlib.runs import self_motivated
+from smlib.runs.settings import preset
+from smlib.sampling import encoding, ray_engine, ray_workers
+from smlib.sampling.factory import make_engine
+from smlib.sampling.params import SamplingParams
 
 pytest.importorskip("ray", reason="needs Ray, which has an environment of its own: make test-ray")
 
 PROBLEMS = generate("chain_arithmetic", 12, seed=0) + generate("coin_flip", 12, seed=0)
 PROMPTS = [open_prompt(problem) for problem in PROBLEMS]
-DRAWING = {"keys": [problem.id for problem in PROBLEMS], "temperature": 0.8, "max_new_tokens": 96, "seed": 3}
+PARAMS, KEYS = SamplingParams(temperature=0.8, max_new_tokens=96, seed=3), [problem.id for problem in PROBLEMS]
 
 
 @pytest.fixture(scope="module")
@@ -29,21 +33,21 @@ def native():
 
 @pytest.fixture(scope="module")
 def expected(native):
-    return native.sample(PROMPTS, 4, **DRAWING)
+    return native.sample(PROMPTS, 4, PARAMS, keys=KEYS)
 
 
 @pytest.fixture(scope="module")
 def engine():
     """Two workers, and small batches: 12 for four samples of every prompt. All tests share its Ray."""
-    with ray_engine.RayEngine("tiny", workers=2, rows=8) as engine:
+    with ray_engine.RayEngine("tiny", workers=2, max_batch=8) as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
 def lone_engine(engine):
     """One worker, which starts faster, in the Ray of the other engine."""
-    engine._start()
-    return ray_engine.RayEngine("tiny", workers=1, rows=8)
+    engine.start()
+    return ray_engine.RayEngine("tiny", workers=1, max_batch=8)
 
 
 class Bar:
@@ -107,52 +111,52 @@ def test_two_workers_draw_what_one_process_draws(engine, expected, monkeypatch):
         seen.append(done)
         at_work.update(workers())
 
-    monkeypatch.setattr(ray_engine, "progress_bar", lambda label, total, unit: Bar(watch))
-    assert_same(engine.sample(PROMPTS, 4, **DRAWING), expected)
+    monkeypatch.setattr(ray_workers, "progress_bar", lambda label, total, unit: Bar(watch))
+    assert_same(engine.sample(PROMPTS, 4, PARAMS, keys=KEYS), expected)
     assert len(at_work) == 2
     assert seen == [2 * batches for batches in range(1, 13)]  # as the batches finish
 
 
 def test_beginnings_go_to_the_workers_as_tokens(lone_engine, native):
-    start = native.sample(PROMPTS[:3], 1, **DRAWING | {"keys": DRAWING["keys"][:3], "max_new_tokens": 7})
+    start = native.sample(PROMPTS[:3], 1, replace(PARAMS, max_new_tokens=7), keys=KEYS[:3])
     asked = [encoding.encode_prompt(native.tokenizer, text) for text in PROMPTS[:3]]
     asked = [[*ids, *one.token_ids] for ids, [one] in zip(asked, start, strict=True)]
-    drawing = {"keys": DRAWING["keys"][:3], "temperature": 0.8, "max_new_tokens": 40, "seed": 3, "first": 2}
-    assert_same(lone_engine.sample_ids(asked, 3, **drawing), native.sample_ids(asked, 3, **drawing))
+    params, given = replace(PARAMS, max_new_tokens=40), {"keys": KEYS[:3], "first": 2}
+    assert_same(lone_engine.sample_ids(asked, 3, params, **given), native.sample_ids(asked, 3, params, **given))
 
 
 def test_two_workers_make_the_stage_that_one_process_makes(engine, tmp_path):
     """A stage begun with other workers is the same stage."""
-    engine._start()
+    engine.start()
     rows = {}
     for workers in (1, 2):
         settings = preset("smoke", "coin_flip", hardware={"workers": workers})
-        stage = pipeline.sample_rationales(tmp_path / str(workers), settings, progress=False)
+        stage = self_motivated.sample_rationales(tmp_path / str(workers), settings, progress=False)
         rows[workers] = stage.read_rows("rationales")
     assert rows[1] == rows[2] and len(rows[1]) == 16 * 4 + 8 * 2
-    assert pipeline.sample_rationales(tmp_path / "1", settings, progress=False).read_rows("rationales") == rows[1]
+    assert self_motivated.sample_rationales(tmp_path / "1", settings, progress=False).read_rows("rationales") == rows[1]
 
 
 def test_two_workers_score_what_one_process_scores(engine, expected, native, tmp_path):
-    engine._start()
+    engine.start()
     native.model.save_pretrained(tmp_path)
     native.tokenizer.save_pretrained(tmp_path)
     texts = [(problem, one.text) for problem, found in zip(PROBLEMS, expected, strict=True) for one in found]
     texts.sort(key=lambda pair: pair[1])  # the questions in any order, some texts twice
-    scores = ray_engine.score(tmp_path, native.tokenizer, *zip(*texts, strict=True), workers=2)
+    scores = ray_scores.score(tmp_path, native.tokenizer, *zip(*texts, strict=True), workers=2)
     assert scores == pytest.approx(
         reward_model.score(native.model, native.tokenizer, *zip(*texts, strict=True)), abs=1e-3
     )
-    assert ray_engine.score(tmp_path, native.tokenizer, [], [], workers=2) == []
+    assert ray_scores.score(tmp_path, native.tokenizer, [], [], workers=2) == []
 
 
 def test_two_workers_make_the_evaluation_that_one_process_makes(engine, tmp_path):
-    engine._start()
+    engine.start()
     small = {"sampling": {"questions": 16}, "ppo": {"updates": 1}, "evaluation": {"questions": 6, "published": 0}}
-    pipeline.run(tmp_path, preset("smoke", "coin_flip", **small), progress=False)
+    self_motivated.run(tmp_path, preset("smoke", "coin_flip", **small), progress=False)
     rows = {1: require(tmp_path, "05_evaluation").read_rows("answers")}
     shutil.rmtree(tmp_path / "05_evaluation")
-    pipeline.evaluate(tmp_path, preset("smoke", "coin_flip", hardware={"workers": 2}, **small), progress=False)
+    self_motivated.evaluate(tmp_path, preset("smoke", "coin_flip", hardware={"workers": 2}, **small), progress=False)
     rows[2] = require(tmp_path, "05_evaluation").read_rows("answers")
     assert any(row["scores"] for row in rows[1])
     for one, two in zip(rows[1], rows[2], strict=True):
@@ -170,8 +174,8 @@ def test_a_killed_worker_costs_no_sample(engine, expected, monkeypatch):
         before.update(workers())
         killed[kill_a_busy_worker()] = done
 
-    monkeypatch.setattr(ray_engine, "progress_bar", lambda label, total, unit: Bar(kill_after_the_first_batch))
-    results = engine.sample(PROMPTS, 4, **DRAWING)
+    monkeypatch.setattr(ray_workers, "progress_bar", lambda label, total, unit: Bar(kill_after_the_first_batch))
+    results = engine.sample(PROMPTS, 4, PARAMS, keys=KEYS)
     [(pid, done)] = killed.items()
     assert done == 2  # of 24 prompts: at least 10 batches were to come, and one of them was being drawn
     assert pid in before
@@ -186,9 +190,9 @@ def test_until_is_asked_about_the_callers_prompts(lone_engine, native):
     def right(i, newest):
         return newest.text.rstrip(" .\n").endswith(answers[i])
 
-    expected = native.sample(PROMPTS, 4, until=right, **DRAWING)
+    expected = native.sample(PROMPTS, 4, PARAMS, keys=KEYS, until=right)
     assert {len(samples) for samples in expected} >= {1, 4}  # some prompts end early, some do not
-    assert_same(lone_engine.sample(PROMPTS, 4, until=right, **DRAWING), expected)
+    assert_same(lone_engine.sample(PROMPTS, 4, PARAMS, keys=KEYS, until=right), expected)
 
 
 def test_an_error_in_a_worker_is_raised(lone_engine):
@@ -196,11 +200,11 @@ def test_an_error_in_a_worker_is_raised(lone_engine):
         raise ValueError(f"cannot judge prompt {i}")
 
     with pytest.raises(RuntimeError, match="a worker failed: ValueError: cannot judge prompt"):
-        lone_engine.sample(PROMPTS[:1], 4, until=fail, **DRAWING | {"keys": ["a"]})
+        lone_engine.sample(PROMPTS[:1], 4, PARAMS, keys=["a"], until=fail)
 
 
 def test_a_batch_that_kills_every_worker_ends_in_an_error(lone_engine, monkeypatch, tmp_path):
-    monkeypatch.setattr(ray_engine, "RETRIES", 1)
+    monkeypatch.setattr(ray_workers, "RETRIES", 1)
     deaths = tmp_path / "deaths"
 
     def die(i, newest):
@@ -209,28 +213,28 @@ def test_a_batch_that_kills_every_worker_ends_in_an_error(lone_engine, monkeypat
         os._exit(1)
 
     with pytest.raises(RuntimeError, match="a worker failed: Actor"):
-        lone_engine.sample(PROMPTS[:1], 4, until=die, **DRAWING | {"keys": ["a"]})
+        lone_engine.sample(PROMPTS[:1], 4, PARAMS, keys=["a"], until=die)
     assert deaths.read_text() == "xx"
 
 
 def test_bad_arguments_are_refused_before_anything_starts(monkeypatch):
-    monkeypatch.setattr(ray_engine.RayEngine, "_start", lambda self: pytest.fail("started"))
+    monkeypatch.setattr(ray_engine.RayEngine, "start", lambda self: pytest.fail("started"))
     engine = ray_engine.RayEngine("tiny")
     for changes, message in (
-        ({"temperature": -1}, "temperature = -1 is not allowed"),
+        ({"n": 0}, "n = 0 is not allowed"),
+        ({"first": -1}, "first = -1 is not allowed"),
         ({"keys": ["a"]}, "1 keys were given for 24 prompts"),
-        ({"max_new_tokens": 5000}, "beyond the model's 512 positions"),
-        ({"stop": "Q:"}, "stop is 'Q:'"),
+        ({"params": replace(PARAMS, max_new_tokens=5000)}, "beyond the model's 512 positions"),
     ):
         with pytest.raises(ValueError, match=message):
-            engine.sample(PROMPTS, 4, **DRAWING | changes)
+            engine.sample(PROMPTS, **{"n": 4, "params": PARAMS, "keys": KEYS} | changes)
     lock = threading.Lock()
     with pytest.raises(TypeError, match="until is sent to the workers, but cannot be pickled"):
-        engine.sample(PROMPTS, 4, until=lambda i, newest: lock.locked(), **DRAWING)
-    assert engine.sample([], 4, **DRAWING | {"keys": []}) == []
+        engine.sample(PROMPTS, 4, PARAMS, keys=KEYS, until=lambda i, newest: lock.locked())
+    assert engine.sample([], 4, PARAMS, keys=[]) == []
     for options, message in (
         ({"workers": 0}, "workers = 0 is not allowed"),
-        ({"rows": 0}, "rows = 0 is not allowed"),
+        ({"max_batch": 0}, "max_batch = 0 is not allowed"),
         ({"inner": "ray"}, "inner is 'ray'"),
     ):
         with pytest.raises(ValueError, match=message):

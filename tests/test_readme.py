@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smlib import results
+from smlib.reports import results
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -6,16 +6,16 @@ import shutil
 
 import pytest
 
-from smlib import plots, results
-from smlib.__main__ import main
-from smlib.artifacts import Stage, StageError, StageMismatch, require
+from smlib.cli import main
 from smlib.errors import UsageError
-from smlib.evaluation import accuracy_interval, mean_interval, paired_test
-from smlib.pipeline import test_problems as questions_of
-from smlib.problems import Problem
-from smlib.prompts import answer_sentence
-from smlib.settings import preset
-from smlib.steps import worked_solution
+from smlib.files.artifacts import Stage, StageError, StageMismatch, require
+from smlib.problems.datasets import Problem
+from smlib.problems.prompts import answer_sentence
+from smlib.problems.steps import worked_solution
+from smlib.reports import plots, results
+from smlib.reports.evaluation import accuracy_interval, mean_interval, paired_test
+from smlib.runs.questions import test_problems as questions_of
+from smlib.runs.settings import preset
 
 # ---------------------------------------------------------------------------------------------- one completion
 
@@ -72,9 +72,14 @@ def row(problem, greedy, right, *, answers=None, scores=None, texts=None, method
         "method": method,
         "test_set": test_set,
         "id": problem.id,
+        "dataset": problem.dataset,
+        "gold": problem.answer,
+        "greedy_text": solution(problem),
+        "greedy_answer": problem.answer,
         "greedy_correct": greedy,
         "greedy_invalid": False,
         "sampled_texts": texts or [solution(problem, answer=answer) for answer in answers],
+        "sampled_ids": [[] for _ in answers],
         "sampled_answers": answers,
         "sampled_correct": right,
         "sampled_invalid": answers.count(None),
@@ -132,13 +137,21 @@ def answers(run, right=RIGHT, published=False):
     return rows
 
 
+def asked(run):
+    return [problem for group in questions_of(run).values() for problem in group]
+
+
+def answered(run, **given):
+    return results.Answered(run.preset, run.seed, asked(run), answers(run, **given))
+
+
 def cell(rows, method, metric, test_set="coin_flip"):
     (found,) = [r for r in rows if (r["method"], r["metric"], r["test_set"]) == (method, metric, test_set)]
     return found
 
 
 def test_rows_from_answers_by_hand():
-    rows = results.rows_from_answers(answers(settings()), settings())
+    rows = results.rows_from_answers(answered(settings()))
     assert {tuple(r) for r in rows} == {results.COLUMNS}
     base = cell(rows, "base", "greedy")
     assert (base["preset"], base["seed"], base["n"], base["value"]) == ("smoke", 0, 2, 0.5)
@@ -154,14 +167,14 @@ def test_rows_from_answers_by_hand():
 
 def test_a_published_set_has_greedy_rows_only_and_stays_out_of_the_mean():
     run = settings(task="all")
-    rows = results.rows_from_answers(answers(run, published=True), run)
+    rows = results.rows_from_answers(answered(run, published=True))
     assert {r["metric"] for r in rows if r["test_set"] == "coin_flip (published)"} == {"greedy", "greedy_invalid"}
     mean = cell(rows, "sml - sft", "avg_at_2", results.MEAN)
     assert (mean["n"], mean["value"]) == (8, 0.25)
 
 
 def test_one_task_has_no_mean_of_tasks():
-    rows = results.rows_from_answers(answers(settings()), settings())
+    rows = results.rows_from_answers(answered(settings()))
     assert {r["test_set"] for r in rows} == {"coin_flip"}
 
 
@@ -174,6 +187,7 @@ def write_run(folder, run, rows):
         {"preset": run.preset, "tasks": run.tasks, "seed": run.seed, "base": run.base, "evaluation": run.evaluation},
     )  # fmt: skip
     with stage.recording():
+        stage.write_rows("problems", asked(run))
         stage.write_rows("answers", rows)
     return folder
 
@@ -224,6 +238,7 @@ def write_upstream(folder, seed, **sft):
     run = settings(seed)
     keys = {"preset": run.preset, "tasks": run.tasks, "seed": seed, "base": run.base, "evaluation": run.evaluation}
     with Stage(folder, "05_evaluation", keys, {judge: ["log.jsonl"]}).recording() as stage:
+        stage.write_rows("problems", asked(run))
         stage.write_rows("answers", answers(run))
     return folder
 
@@ -277,6 +292,13 @@ def test_main_prints_a_table_and_writes_the_csv(two_runs, tmp_path, capsys):
     assert cell(rows, "sml", "greedy")["value"] == "0.7500"
 
 
+def test_outside_a_repository_the_command_writes_into_the_folder_that_one_is_in(two_runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("smlib.files.folders.checkout", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    assert main(["results", *map(str, two_runs)]) == 0
+    assert (tmp_path / "results" / "smoke.csv").is_file()
+
+
 def test_the_reference_line_stands_under_the_published_sets_alone(tmp_path):
     write_run(tmp_path / "a", settings(), answers(settings(), published=True))
     *generated, published = results.markdown(results.combine([tmp_path / "a"])).split("\n\n")
@@ -295,6 +317,7 @@ def test_self_explore_stands_beside_the_others_where_all_runs_have_it(two_runs, 
     assert cell(plain, "sml", "best_of_2")
     stage = Stage(runs[0], "06_evaluation", require(runs[0], "05_evaluation").settings)
     with stage.recording():
+        stage.write_rows("problems", asked(settings()))
         stage.write_rows("answers", rows)
     found = results.combine(runs[:1])
     assert {row["method"] for row in found} - {row["method"] for row in plain} == {

@@ -1,11 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_model import policy as reward
-from tiny_model import tokenizer
+from tiny_model import tokenizer, written_pair
 
-from smlib import prompts, reward_model
-from smlib.problems import generate
-from smlib.steps import worked_solution
+from smlib.learning import reward_model
+from smlib.problems import prompts
+from smlib.problems.datasets import generate
+from smlib.problems.steps import worked_solution
 
 PROBLEMS = generate("coin_flip", 24, seed=0)
 QUICK = {"epochs": 1, "learning_rate": 3e-3, "batch": 8, "beta": 0.5, "nll_coef": 1.0, "seed": 0, "progress": None}
@@ -17,11 +20,8 @@ def told(problem, answer):
 
 
 # "yes" is always chosen, whatever gold is: separable by one token. The first 16 questions train, 8 are held out.
-PAIRS = [
-    {"id": p.id, "chosen": told(p, "yes"), "rejected": told(p, "no"), "held_out": index >= 16}
-    for index, p in enumerate(PROBLEMS)
-]
-TEXTS = [pair["chosen"] for pair in PAIRS]
+PAIRS = [written_pair(p, told(p, "yes"), told(p, "no"), held_out=index >= 16) for index, p in enumerate(PROBLEMS)]
+TEXTS = [pair.chosen for pair in PAIRS]
 
 
 def trained_rows(monkeypatch, pairs, model):
@@ -45,9 +45,9 @@ def sides(batch):
 def test_the_trainer_sees_the_very_tokens_that_are_scored(monkeypatch):
     """The trap: other libraries score without the special tokens that training put around a text."""
     expected = {
-        tuple(reward_model.encode(tokenizer(), problem, pair[side]))
+        tuple(reward_model.encode(tokenizer(), problem, text))
         for problem, pair in zip(PROBLEMS[:16], PAIRS, strict=False)
-        for side in ("chosen", "rejected")
+        for text in (pair.chosen, pair.rejected)
     }
     loader = trained_rows(monkeypatch, PAIRS, reward()).get_train_dataloader()
     assert {tuple(ids) for batch in loader for ids in sides(batch)} == expected  # the held-out 8 pairs never train
@@ -74,7 +74,7 @@ def test_the_loss_is_the_pairwise_logistic_one_of_the_scores(monkeypatch):
     with torch.no_grad():
         loss = trainer.compute_loss(trainer.model.eval(), dict(batch))
     scored = reward_model.pair_accuracy(model, tokenizer(), PROBLEMS, PAIRS[:8])
-    margins = torch.tensor([pair["chosen_score"] - pair["rejected_score"] for pair in scored])
+    margins = torch.tensor([pair.chosen_score - pair.rejected_score for pair in scored])
     torch.testing.assert_close(loss, -torch.nn.functional.logsigmoid(0.5 * margins).mean(), atol=1e-5, rtol=1e-5)
 
 
@@ -131,14 +131,14 @@ def test_it_learns_a_separable_toy_and_ranks_held_out_pairs_right(capsys):
     model = reward()
     log = reward_model.train_reward_model(model, tokenizer(), PROBLEMS, PAIRS, **QUICK | {"epochs": 12})
     scored = reward_model.pair_accuracy(model, tokenizer(), PROBLEMS, PAIRS[16:])
-    assert all(pair["ranked_right"] and pair["chosen_score"] > pair["rejected_score"] + 1 for pair in scored)
+    assert all(pair.ranked_right and pair.chosen_score > pair.rejected_score + 1 for pair in scored)
     assert log[-1]["pair_loss"] < 0.3 and log[-1]["accuracy"] == 1 and not model.training
     assert capsys.readouterr().out == ""  # progress=None is silent
     for row in log:
         assert row["loss"] == pytest.approx(row["pair_loss"] + row["chosen_nll"], abs=1e-2)  # nll_coef is 1; rounded
 
 
-@pytest.mark.parametrize("hardware", [{"micro_batch": 2}, {"micro_batch": 1, "recompute": True}])
+@pytest.mark.parametrize("hardware", [{"micro_batch": 2}, {"micro_batch": 1, "gradient_checkpointing": True}])
 def test_micro_batches_and_recomputing_change_nothing(hardware):
     """Pairs count by their number in the one loss and by their tokens in the other; the last batch is not full."""
     whole, small, pairs = reward(), reward(), PAIRS[1:]
@@ -152,14 +152,15 @@ def test_micro_batches_and_recomputing_change_nothing(hardware):
 
 def test_pair_accuracy_adds_both_scores_and_leaves_the_pairs_alone():
     model = reward()
-    flipped = [pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in PAIRS[:8]]
+    flipped = [replace(pair, chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids) for pair in PAIRS[:8]]
     straight = reward_model.pair_accuracy(model, tokenizer(), PROBLEMS, PAIRS[:8])
     other = reward_model.pair_accuracy(model, tokenizer(), PROBLEMS, flipped)
-    assert [p["ranked_right"] for p in straight] == [not p["ranked_right"] for p in other]
+    assert [p.ranked_right for p in straight] == [not p.ranked_right for p in other]
     for pair, scored in zip(PAIRS, straight, strict=False):
-        assert scored == pair | {key: scored[key] for key in ("chosen_score", "rejected_score", "ranked_right")}
-    tie = reward_model.pair_accuracy(model, tokenizer(), PROBLEMS, [PAIRS[0] | {"rejected": PAIRS[0]["chosen"]}])
-    assert not tie[0]["ranked_right"]
+        added = {name: getattr(scored, name) for name in ("chosen_score", "rejected_score", "ranked_right")}
+        assert None not in added.values() and scored == replace(pair, **added)
+    alike = replace(PAIRS[0], rejected_ids=PAIRS[0].chosen_ids)
+    assert not reward_model.pair_accuracy(model, tokenizer(), PROBLEMS, [alike])[0].ranked_right
 
 
 def test_without_pairs_to_train_on_the_error_says_so():
@@ -196,12 +197,12 @@ def test_a_formula_is_a_weighted_sum_of_rewards(formula, expected):
 
 @pytest.mark.parametrize("formula", ["", "a b", "a ** b", "a + 2", "2a", "a + __import__('os')", "a,b"])
 def test_what_is_no_sum_is_refused(formula):
-    with pytest.raises(ValueError, match="is not a sum such as"):
+    with pytest.raises(ValueError, match="is not allowed: give a sum of"):
         reward_model.weighted_sum(formula, {"a": fixed(1), "b": fixed(2)})
 
 
 def test_an_unknown_name_in_a_formula_is_refused():
-    with pytest.raises(ValueError, match="reward 'c' in 'a \\+ c' is unknown; choose from: a, b"):
+    with pytest.raises(ValueError, match=r"ppo\.reward = 'a \+ c' is not allowed: give a sum of a, b, each"):
         reward_model.weighted_sum("a + c", {"a": fixed(1), "b": fixed(2)})
 
 

@@ -10,46 +10,50 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import tokenizer, written_sample
 
-from smlib import dpo, encoding, explore, explore_pipeline, prompts, selection
-from smlib.problems import Problem, generate
+from smlib.learning import dpo, exploration, selection
+from smlib.learning.rows import Rationale
+from smlib.problems import prompts
+from smlib.problems.datasets import Problem, generate
+from smlib.runs import self_explore
+from smlib.sampling import encoding
+from smlib.sampling.params import SamplingParams
 
 SHOP = Problem("shop/0", "gsm8k", "How much?", "1000", "number")
 
 
 def row(text, correct=True, answer="18", identity="q/1"):
-    ids = encoding.encode_completion(tokenizer(), text, eos=False)
-    return {"id": identity, "dataset": "gsm8k", "text": text, "token_ids": ids, "answer": answer, "correct": correct}
+    ids = tuple(encoding.encode_completion(tokenizer(), text, eos=False))
+    return Rationale(id=identity, dataset="gsm8k", text=text, token_ids=ids, answer=answer, correct=correct)
 
 
 class Engine:
     """Writes the same texts to every question."""
 
-    name = "fake"
+    name, tokenizer = "fake", tokenizer()
 
     def __init__(self, *texts):
         self.texts = texts
 
-    def sample_ids(self, prompt_ids, n, **drawing):
+    def sample_ids(self, prompt_ids, n, params, *, keys, progress):
         return [[written_sample(text) for text in self.texts[:n]] for _ in prompt_ids]
 
 
 def drawn(problem, *texts):
-    return selection.draw_solutions(
-        Engine(*texts), tokenizer(), [problem], len(texts), temperature=0.7, max_new_tokens=64, seed=0
-    )
+    params = SamplingParams(temperature=0.7, max_new_tokens=64, seed=0)
+    return selection.draw_solutions(Engine(*texts), [problem], len(texts), params)
 
 
 def test_a_solution_ends_with_its_answer_and_keeps_the_tokens_drawn():
     [found] = drawn(SHOP, " Ann: 990 + 10 = 1000.\nThe answer is 1000.\nQ: And then?\nA: The answer is 3.")
-    assert found["text"] == " Ann: 990 + 10 = 1000.\nThe answer is 1000."
-    assert encoding.decode(tokenizer(), found["token_ids"]) == found["text"]
-    assert tokenizer().eos_token_id not in found["token_ids"]
+    assert found.text == " Ann: 990 + 10 = 1000.\nThe answer is 1000."
+    assert encoding.decode(tokenizer(), found.token_ids) == found.text
+    assert tokenizer().eos_token_id not in found.token_ids
 
 
 def test_one_judge_takes_1000_with_and_without_its_comma():
     """Fault: two correctness checks, of which one did not know "1,000"."""
     found = drawn(SHOP, " So 1,000.\nThe answer is 1,000.", " So 1000.\nThe answer is 1000.", " So.\nThe answer is 1.")
-    assert [one["correct"] for one in found] == [True, True, False]
+    assert [one.correct for one in found] == [True, True, False]
 
 
 def test_equations_are_read_and_never_computed():
@@ -58,7 +62,7 @@ def test_equations_are_read_and_never_computed():
     assert selection.equations("48/2=<<48/2=24>>24") == ("48/2=24",)
     assert selection.equations("9 ** 9 ** 9 ** 9 = 1 and __import__('os').abort() = 3") == ("9**9**9**9=1",)
     assert selection.equations("heads.\nSo x = y.") == ()
-    for module in (selection, explore, dpo, explore_pipeline):
+    for module in (selection, exploration, dpo, self_explore):
         called = [node.func for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call)]
         assert not {"eval", "exec", "compile"} & {func.id for func in called if isinstance(func, ast.Name)}
 
@@ -82,7 +86,7 @@ def test_edit_distances_are_those_of_the_textbook(one, others):
 
 def test_solutions_with_equal_equations_are_one_and_the_shortest_stays():
     rows = [row(" He has 2 + 3 = 5 of them then."), row(" 2+3 = 5."), row(" 3 + 2 = 5.")]
-    assert [one["text"] for one in selection.diverse(rows, 8)] == [" 2+3 = 5.", " 3 + 2 = 5."]
+    assert [one.text for one in selection.diverse(rows, 8)] == [" 2+3 = 5.", " 3 + 2 = 5."]
 
 
 def test_the_farthest_solution_is_kept():
@@ -105,7 +109,7 @@ def test_what_is_kept_does_not_depend_on_the_order_of_the_samples(texts, most, r
     mixed = rng.sample(rows, len(rows))
     kept = selection.rft_set(rows, most)
     assert kept == selection.rft_set(mixed, most)
-    assert len(kept) <= most and all(one["correct"] and one["side"] == "+" for one in kept)
+    assert len(kept) <= most and all(one.correct and one.side == "+" for one in kept)
     assert len({selection._signature(one) for one in kept}) == len(kept)
     problem = Problem("q/1", "gsm8k", "How many?", "18", "number")
     pairs = [selection.outcome_pairs(tokenizer(), [problem], kept, some, most, seed=0) for some in (rows, mixed)]
@@ -118,15 +122,15 @@ def test_every_wrong_solution_is_used_once_and_the_right_ones_in_turn():
     wrong = [row(f" It is {n}.", False, str(n)) for n in (1, 2, 2, 3, 4)]
     invalid = row(" It is not known.", False, None)
     pairs = selection.outcome_pairs(tokenizer(), [problem], right, [*right, *wrong, invalid], 8, seed=0)
-    assert sorted(pair["rejected"] for pair in pairs) == [" It is 1.", " It is 2.", " It is 3.", " It is 4."]
-    assert [pair["chosen"] for pair in pairs] == [" 9 + 9 = 18.", " 20 - 2 = 18."] * 2
+    assert sorted(pair.rejected for pair in pairs) == [" It is 1.", " It is 2.", " It is 3.", " It is 4."]
+    assert [pair.chosen for pair in pairs] == [" 9 + 9 = 18.", " 20 - 2 = 18."] * 2
     assert len(selection.outcome_pairs(tokenizer(), [problem], right, wrong, 3, seed=0)) == 3
     assert selection.outcome_pairs(tokenizer(), [problem], [], wrong, 8, seed=0) == []
     for pair in pairs:
-        assert pair["prompt_ids"] == encoding.encode_prompt(tokenizer(), prompts.open_prompt(problem))
-        for side in ("chosen", "rejected"):
-            assert pair[f"{side}_ids"][-1] == tokenizer().eos_token_id
-            assert encoding.decode(tokenizer(), pair[f"{side}_ids"]) == pair[side]
+        assert list(pair.prompt_ids) == encoding.encode_prompt(tokenizer(), prompts.open_prompt(problem))
+        for text, ids in ((pair.chosen, pair.chosen_ids), (pair.rejected, pair.rejected_ids)):
+            assert ids[-1] == tokenizer().eos_token_id
+            assert encoding.decode(tokenizer(), ids) == text
 
 
 def test_more_than_a_thousand_questions_are_all_read():

@@ -4,12 +4,12 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from smlib import pipeline
-from smlib.artifacts import Stage
 from smlib.errors import UsageError
-from smlib.ppo import PPOSettings
-from smlib.problems import TASKS
-from smlib.settings import LARGE, PRESETS, preset
+from smlib.files.artifacts import Stage
+from smlib.ppo.settings import PPOSettings
+from smlib.problems.datasets import TASKS
+from smlib.runs import shared
+from smlib.runs.settings import LARGE, PRESETS, preset
 
 SELF_EXPLORE = ("mistral-7b", "llemma-7b", "deepseek-math-7b")
 
@@ -32,7 +32,7 @@ def test_presets_of_large_models_are_as_the_paper_has_it_with_rates_for_adapters
     assert (drawn.samples, drawn.temperature, drawn.k, drawn.max_per_question) == (100, 0.7, 4, 8)
     assert (sft.epochs, sft.batch, sft.learning_rate) == (5, 64, 1e-4)
     assert (dpo.epochs, dpo.batch, dpo.beta, dpo.learning_rate) == (3, 32, 0.1, 1e-5)
-    assert settings.lora.rank and settings.hardware.weights == "bfloat16"
+    assert settings.lora.rank and settings.hardware.dtype == "bfloat16"
     assert sft.batch % settings.hardware.micro_batch == dpo.batch % settings.hardware.micro_batch == 0
 
 
@@ -42,12 +42,12 @@ def test_large_presets_name_their_model_by_revision(name):
 
 
 def test_what_the_hardware_needs_is_no_part_of_a_stage_but_for_the_precision():
-    plain = pipeline.stage_keys(preset("tiny-lora"), "sft")
-    assert "weights" not in plain
-    fits = {"micro_batch": 4, "recompute": True, "rollout_rows": 8, "cuda_graphs": True}
-    assert pipeline.stage_keys(preset("tiny-lora", hardware=fits), "sft") == plain
-    rounded = preset("tiny-lora", hardware=fits | {"weights": "bfloat16"})
-    assert pipeline.stage_keys(rounded, "sft") == plain | {"weights": "bfloat16"}
+    plain = shared.stage_keys(preset("tiny-lora"), "sft")
+    assert "dtype" not in plain
+    fits = {"micro_batch": 4, "gradient_checkpointing": True, "max_batch": 8}
+    assert shared.stage_keys(preset("tiny-lora", hardware=fits), "sft") == plain
+    rounded = preset("tiny-lora", hardware=fits | {"dtype": "bfloat16"})
+    assert shared.stage_keys(rounded, "sft") == plain | {"dtype": "bfloat16"}
 
 
 def test_smoke_asks_for_less_than_tiny():
@@ -74,7 +74,7 @@ def test_overrides_reach_the_groups_and_leave_the_rest_alone():
 def test_a_number_has_one_form_however_it_is_written(group, name):
     whole, fraction = (preset("tiny", **{group: {name: value}}) for value in (2, 2.0))
     assert whole == fraction and repr(whole) == repr(fraction)
-    run = [Stage("runs", "a stage", pipeline.stage_keys(settings, group)) for settings in (whole, fraction)]
+    run = [Stage("runs", "a stage", shared.stage_keys(settings, group)) for settings in (whole, fraction)]
     assert run[0].fingerprint == run[1].fingerprint
 
 
@@ -112,7 +112,7 @@ def test_ppo_needs_one_of_each_at_least(name, value):
         (lambda: preset("tiny", "chess"), "task 'chess' is unknown; choose one of: all, coin_flip"),
         (lambda: preset("mistral-7b"), "preset 'mistral-7b' shows exemplars .*choose another task, such as gsm"),
         (lambda: preset("llama2-7b", "chain_arithmetic"), "task 'chain_arithmetic' has none: choose another task"),
-        (lambda: preset("tiny", hardware={"weights": "bfloat16"}), "lora.rank = 0 would train weights of three digits"),
+        (lambda: preset("tiny", hardware={"dtype": "bfloat16"}), "lora.rank = 0 would train weights of three digits"),
         (
             lambda: preset("tiny", hardware={"rollout_engine": "vllm"}),
             "takes over adapters of a base",
@@ -122,7 +122,7 @@ def test_ppo_needs_one_of_each_at_least(name, value):
             "hardware.rollout_engine = 'vllm' takes over adapters",
         ),
         (lambda: preset("tiny", hardware={"cache_tokens": -1}), "hardware.cache_tokens = -1 is not allowed: give a wh"),
-        (lambda: preset("tiny", hardware={"weights": "int8"}), "hardware.weights 'int8' is unknown; choose one of: fl"),
+        (lambda: preset("tiny", hardware={"dtype": "int8"}), "hardware.dtype 'int8' is unknown; choose one of: fl"),
         (lambda: preset("tiny", seed=-1), "seed = -1 is not allowed: give a whole number from 0"),
         (lambda: preset("tiny", seed="1"), "seed = '1' is not allowed"),
         (
@@ -145,8 +145,11 @@ def test_ppo_needs_one_of_each_at_least(name, value):
         (lambda: preset("tiny", ppo={"lam": float("inf")}), "ppo.lam = inf is not allowed: give a number from 0"),
         (lambda: preset("tiny", ppo={"updates": float("inf")}), "ppo.updates = inf is not allowed: give a whole"),
         (lambda: preset("tiny", ppo={"lam": 10**400}), r"ppo.lam = 10+\.\.\. is not allowed: give a number"),
-        (lambda: preset("tiny", hardware={"cuda_graphs": 1}), "cuda_graphs = 1 is not allowed: give True or False"),
-        (lambda: preset("tiny", hardware={"cuda_graphs": "true"}), "= 'true' is not allowed: give True or False"),
+        (
+            lambda: preset("tiny", ppo={"normalize_reward": 1}),
+            "normalize_reward = 1 is not allowed: give True or False",
+        ),
+        (lambda: preset("tiny", ppo={"normalize_reward": "true"}), "= 'true' is not allowed: give True or False"),
         (lambda: preset("tiny", sampling={"shots": None}), "shots None is unknown; choose one of: none, sm"),
         (lambda: preset("tiny", reward={"wrong": "none"}), "'none' is unknown; choose one of: open, cond"),
     ],
@@ -162,7 +165,7 @@ def test_the_rehearsal_takes_every_path_of_code_that_llama2_7b_takes():
     for group in ("ranking", "lora"):
         assert getattr(small, group) == getattr(large, group)
     held, wanted = asdict(small.hardware), asdict(large.hardware)
-    paths = ("weights", "recompute", "workers")
+    paths = ("dtype", "gradient_checkpointing", "workers")
     assert [held[name] for name in paths] == [wanted[name] for name in paths] and held["micro_batch"]
     assert held["micro_batch"] < min(small.sft.batch, small.reward.batch, small.dpo.batch, small.ppo.minibatch)
     numbers = ("updates", "episodes", "minibatch", "warmup_updates", "learning_rate", "value_learning_rate")

@@ -1,12 +1,15 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny_model import policy, tokenizer
+from tiny_model import policy, tokenizer, written
 
-from smlib import encoding, models, prompts, sft
-from smlib.problems import generate
-from smlib.steps import worked_solution
+from smlib.learning import sft
+from smlib.problems import prompts
+from smlib.problems.datasets import generate
+from smlib.problems.steps import worked_solution
+from smlib.sampling import encoding, models
 
 PROBLEMS = generate("coin_flip", 6, seed=0) + generate("chain_arithmetic", 6, seed=0)
 QUICK = {"epochs": 1, "learning_rate": 3e-3, "batch": 4, "seed": 0, "progress": None}
@@ -17,7 +20,7 @@ def right(problem):
     return " " + "\n".join(lines) + "\n" + prompts.answer_sentence(problem, answer)
 
 
-ROWS = [{"id": problem.id, "side": "+", "text": right(problem)} for problem in PROBLEMS]
+ROWS = [written(problem, right(problem)) for problem in PROBLEMS]
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def trainer(monkeypatch):
     """The trainer that `train_sft` makes for ROWS (and a wrong one), in place of its training."""
     made = []
     monkeypatch.setattr(sft, "fit", lambda trainer, label: made.append(trainer) or [])
-    wrong = {"id": PROBLEMS[0].id, "side": "-", "text": " nonsense"}
+    wrong = written(PROBLEMS[0], " nonsense", side="-")
     sft.train_sft(policy(), tokenizer(), PROBLEMS, [wrong, *ROWS], **QUICK)
     return made[0]
 
@@ -33,7 +36,7 @@ def trainer(monkeypatch):
 def test_the_loss_is_on_the_completion_and_its_end_only(trainer):
     expected = {
         tuple(encoding.encode_prompt(tokenizer(), prompts.open_prompt(problem))): (
-            encoding.encode_completion(tokenizer(), row["text"])
+            encoding.encode_completion(tokenizer(), row.text)
         )
         for problem, row in zip(PROBLEMS, ROWS, strict=True)
     }
@@ -64,7 +67,7 @@ def completion_loss(model):
     losses = []
     for problem, row in zip(PROBLEMS, ROWS, strict=True):
         head = encoding.encode_prompt(tokenizer(), prompts.open_prompt(problem))
-        ids = torch.tensor([head + encoding.encode_completion(tokenizer(), row["text"])])
+        ids = torch.tensor([head + encoding.encode_completion(tokenizer(), row.text)])
         with torch.inference_mode():
             logits = model(input_ids=ids).logits[0, len(head) - 1 : -1]
         losses.append(torch.nn.functional.cross_entropy(logits, ids[0, len(head) :]))
@@ -83,7 +86,7 @@ def test_a_few_steps_reduce_the_loss_and_a_seed_decides_them(capsys):
     assert capsys.readouterr().out == ""  # progress=None is silent
 
 
-@pytest.mark.parametrize("hardware", [{"micro_batch": 2}, {"micro_batch": 1, "recompute": True}])
+@pytest.mark.parametrize("hardware", [{"micro_batch": 2}, {"micro_batch": 1, "gradient_checkpointing": True}])
 def test_micro_batches_and_recomputing_change_nothing(hardware):
     """The mean is over the tokens of the whole batch. Eleven rows: the last of three batches is not full."""
     whole, small, quick = policy(), policy(), QUICK | {"epochs": 2}
@@ -98,7 +101,7 @@ def test_recomputing_trains_an_adapter_on_bfloat16_weights():
     base = policy().bfloat16()
     model = models.add_lora(base, rank=2, alpha=4, targets="all-linear", base="")
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    sft.train_sft(model, tokenizer(), PROBLEMS, ROWS, **QUICK, micro_batch=2, recompute=True)
+    sft.train_sft(model, tokenizer(), PROBLEMS, ROWS, **QUICK, micro_batch=2, gradient_checkpointing=True)
     for name, weight in model.named_parameters():
         assert torch.equal(weight, before[name]) == ("lora" not in name)
         assert weight.dtype == (torch.float32 if "lora" in name else torch.bfloat16)
@@ -114,5 +117,5 @@ def test_without_a_right_rationale_there_is_nothing_to_learn():
     model = policy()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"SFT needs at least one r\+ rationale, got none"):
-        sft.train_sft(model, tokenizer(), PROBLEMS, [ROWS[0] | {"side": "-"}], **QUICK)
+        sft.train_sft(model, tokenizer(), PROBLEMS, [replace(ROWS[0], side="-")], **QUICK)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())

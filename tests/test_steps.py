@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smlib.pretraining import write
-from smlib.problems import KINDS, TASKS, Problem, generate
-from smlib.steps import check_steps, first_wrong_step, is_sound, knows, parse, worked_solution
+from smlib.problems.datasets import KINDS, TASKS, Problem, generate
+from smlib.problems.steps import check_steps, first_wrong_step, is_sound, knows, parse, worked_solution
 
 
 def problem(dataset, question, answer, choices=()):

@@ -6,10 +6,14 @@ from spelled import TOKENIZERS
 from sums import TRAIN, learn, publish, steps
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smlib import encoding, explore_pipeline, models, pipeline, ppo, prompts, reward_model, sft
-from smlib.artifacts import require
-from smlib.problems import load
-from smlib.settings import preset
+from smlib.files.artifacts import require
+from smlib.learning import reward_model, sft, trainers
+from smlib.ppo import rollouts
+from smlib.problems import prompts
+from smlib.problems.datasets import load
+from smlib.runs import self_explore, self_motivated, shared
+from smlib.runs.settings import preset
+from smlib.sampling import encoding, models
 
 pytestmark = pytest.mark.slow
 
@@ -49,9 +53,9 @@ def test_every_stage_has_the_tokens_that_were_drawn(kind, tmp_path, monkeypatch)
     base = make_base(kind, tmp_path / "base", style)
     few = FEW | {"sampling": FEW["sampling"] | {"prompt": style}}
     settings, run = preset("smoke", "gsm8k", base=base, **few), tmp_path / "run"
-    tokenizer = pipeline.load_tokenizer(settings)
+    tokenizer = shared.load_tokenizer(settings)
     seen = {"sft": [], "reward": [], "ppo": []}
-    read = sft.dataset
+    read = trainers.dataset
     monkeypatch.setattr(sft, "dataset", lambda rows, idle: (seen["sft"].extend(rows), read(rows, idle))[1])
     monkeypatch.setattr(reward_model, "dataset", lambda rows, idle: (seen["reward"].extend(rows), read(rows, idle))[1])
     score_ids = reward_model.score_ids
@@ -61,12 +65,17 @@ def test_every_stage_has_the_tokens_that_were_drawn(kind, tmp_path, monkeypatch)
         return score_ids(model, questions, *arguments)
 
     monkeypatch.setattr(reward_model, "score_ids", scored)
-    batches, collate = [], ppo.collate
-    monkeypatch.setattr(ppo, "collate", lambda *given: (batches.append(given[1]), collate(*given))[1])
+    batches, collate = [], rollouts.collate
+    monkeypatch.setattr(rollouts, "collate", lambda *given: (batches.append(given[1]), collate(*given))[1])
 
-    for stage in (pipeline.sample_rationales, pipeline.train_sft, pipeline.sample_again, pipeline.train_reward_model):
-        if stage is pipeline.train_sft:
-            pipeline.rank_rationales(run, settings)
+    for stage in (
+        self_motivated.sample_rationales,
+        self_motivated.train_sft,
+        self_motivated.sample_again,
+        self_motivated.train_reward_model,
+    ):
+        if stage is self_motivated.train_sft:
+            self_motivated.rank_rationales(run, settings)
         stage(run, settings, progress=False)
     rows = require(run, "01_sampling").read_rows("rationales")
     blank = "" if style == "chat" else " "
@@ -92,7 +101,7 @@ def test_every_stage_has_the_tokens_that_were_drawn(kind, tmp_path, monkeypatch)
             assert tuple(pair[side][len(head) : -1]) in sides and pair[side][-1] == tokenizer.eos_token_id
 
     seen["ppo"].clear()
-    pipeline.train_policy(run, settings, progress=False)
+    self_motivated.train_policy(run, settings, progress=False)
     drawn = {one.token_ids for samples in batches for one in samples}
     ends = encoding.ends(tokenizer, models.load_generation(base))
     for questions in seen["ppo"]:
@@ -101,7 +110,7 @@ def test_every_stage_has_the_tokens_that_were_drawn(kind, tmp_path, monkeypatch)
             for tail in map(tuple, tails):
                 assert tail in drawn or (tail[:-1] in drawn and tail[-1] in ends)
 
-    for stage in list(explore_pipeline.STAGES.values())[:4]:
+    for stage in list(self_explore.STAGES.values())[:4]:
         stage(run, settings, progress=False)
     for row in require(run, "06_solutions").read_rows("solutions"):
         assert encoding.decode(tokenizer, row["token_ids"]) == row["text"]

@@ -4,6 +4,7 @@ It needs an environment of its own, with vLLM's build for CPUs: `make test-vllm`
 """
 
 import os
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from peft import LoraConfig, get_peft_model
 from processes import children
 from scipy.stats import chisquare
 
-from smlib import encoding, models, sampling
-from smlib.engines import EngineError, NativeEngine, make_engine
-from smlib.vllm_engine import VLLMEngine, _base_seed
+from smlib.sampling import drawing, encoding, models, packing, params
+from smlib.sampling.engines import EngineError, NativeEngine
+from smlib.sampling.factory import make_engine
+from smlib.sampling.vllm_engine import VLLMEngine, base_seed
 
 # Little memory and any processor; set before vLLM is imported.
 for name, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
@@ -41,9 +43,15 @@ def random_adapter(seed):
     return get_peft_model(models.load_policy("tiny"), lora).eval()
 
 
+PARAMS = params.SamplingParams(temperature=1.0, max_new_tokens=32, seed=0)
+NAMES = {field.name for field in fields(params.SamplingParams)}
+
+
 def draw(engine, prompts=PROMPTS, n=6, **changes):
-    settings = {"keys": list(prompts), "temperature": 1.0, "max_new_tokens": 32, "seed": 0} | changes
-    return engine.sample(prompts, n, **settings)
+    """The engine's samples with the changes to PARAMS, and the other arguments."""
+    own = replace(PARAMS, **{name: value for name, value in changes.items() if name in NAMES})
+    others = {"keys": list(prompts)} | {name: value for name, value in changes.items() if name not in NAMES}
+    return engine.sample(prompts, n, own, **others)
 
 
 def without_logprobs(results):
@@ -67,7 +75,7 @@ def largest_difference(model, tokenizer, prompts, results):
     for prompt, samples in zip(prompts, results, strict=True):
         for s in samples:
             logits = next_logits(model, tokenizer, prompt, s.token_ids)[:-1]
-            expected = models.token_logprobs(logits, torch.tensor(s.token_ids))
+            expected = packing.token_logprobs(logits, torch.tensor(s.token_ids))
             worst = max(worst, (torch.tensor(s.logprobs) - expected).abs().max().item())
     return worst
 
@@ -88,7 +96,7 @@ def test_logprobs_equal_a_training_forward(engine, native):
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.5, 12, 0.9)])
 def test_first_token_follows_the_softmax(engine, native, temperature, top_k, top_p):
     logits = next_logits(native.model, native.tokenizer, "the")[-1:]
-    probabilities = sampling._truncate((logits.double() / temperature).softmax(1), top_k, top_p)[0]
+    probabilities = drawing.truncate((logits.double() / temperature).softmax(1), top_k, top_p)[0]
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": 1}
     (samples,) = draw(engine, ["the"], 4000, **settings)
     counts = torch.bincount(torch.tensor([s.token_ids[0] for s in samples]), minlength=len(probabilities))
@@ -126,15 +134,15 @@ def test_seed_and_key_change_the_samples(engine):
 
 def test_seeds_are_the_published_ones():
     """SHA-256 of "0 a", first eight bytes, little end first, 62 bits: the same on every machine."""
-    assert _base_seed(0, "a") == 3653435744101636979
-    assert len({_base_seed(seed, key) for seed in range(3) for key in "abc"}) == 9
+    assert base_seed(0, "a") == 3653435744101636979
+    assert len({base_seed(seed, key) for seed in range(3) for key in "abc"}) == 9
 
 
 def test_a_stop_string_cuts_the_unstopped_sample_as_in_the_native_engine(engine, native):
     free = draw(engine, max_new_tokens=48)
     stop = ("answer", ".\n", free[0][0].text[3:6])
     stopped = draw(engine, max_new_tokens=48, stop=stop)
-    ending = sampling.Ending((native.tokenizer.eos_token_id,), stop, native.tokenizer)
+    ending = params.Ending((native.tokenizer.eos_token_id,), stop, native.tokenizer)
     expected = [[ending.cut(list(s.token_ids), list(s.logprobs)) for s in samples] for samples in free]
     assert without_logprobs(stopped) == without_logprobs(expected)
     assert sum(a != b for a, b in zip(flat(without_logprobs(free)), flat(without_logprobs(stopped)), strict=True)) > 12
@@ -207,7 +215,7 @@ def test_the_folder_of_an_adapter_is_a_model(native, tmp_path):
     policy.peft_config["default"].base_model_name_or_path = models.locate("tiny")[0]
     policy.save_pretrained(tmp_path)
     native.tokenizer.save_pretrained(tmp_path)
-    with make_engine("auto", str(tmp_path), weights="float32") as engine:
+    with make_engine("auto", str(tmp_path), dtype="float32") as engine:
         assert isinstance(engine, VLLMEngine)
         assert largest_difference(policy, native.tokenizer, PROMPTS, draw(engine)) < 1e-4
 
@@ -250,8 +258,8 @@ def test_a_beginning_is_continued_by_its_tokens(engine, native):
     ((whole,),) = draw(native, PROMPTS[:1], 1, temperature=0)
     prompt = encoding.encode_prompt(native.tokenizer, PROMPTS[0])
     for cut in (1, 5, 9):
-        start, asked = whole.token_ids[:cut], {"keys": ["x"], "temperature": 0.0, "max_new_tokens": 32 - cut, "seed": 0}
-        ((rest,),) = engine.sample_ids([[*prompt, *start]], 1, **asked)
+        shorter = replace(PARAMS, temperature=0.0, max_new_tokens=32 - cut)
+        ((rest,),) = engine.sample_ids([[*prompt, *whole.token_ids[:cut]]], 1, shorter, keys=["x"])
         assert rest.token_ids == whole.token_ids[cut:]
         assert rest.logprobs == pytest.approx(whole.logprobs[cut:], abs=1e-4)
 

@@ -7,15 +7,20 @@ import pytest
 import torch
 from processes import children
 
-from smlib import evaluation, explore, explore_pipeline, models, pipeline
-from smlib.artifacts import StageMismatch, require
-from smlib.settings import preset
+from smlib.files.artifacts import StageMismatch, require
+from smlib.learning import exploration
+from smlib.learning.rows import Pair
+from smlib.reports import evaluation
+from smlib.runs import questions, self_explore, self_motivated, shared
+from smlib.runs.settings import preset
+from smlib.sampling import models, packing
+from smlib.sampling.params import SamplingParams
 
 for name, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
     os.environ.setdefault(name, value)
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` runs these tests in its environment")
 
-from smlib import vllm_engine  # noqa: E402
+from smlib.sampling import vllm_engine  # noqa: E402
 
 SMALL = {
     "sampling": {"questions": 12, "samples": 4, "conditioned_questions": 2, "conditioned_samples": 1},
@@ -44,13 +49,13 @@ def eager():
 def finished(tmp_path_factory, eager):
     run, settings = tmp_path_factory.mktemp("runs") / "vllm", small("auto")
     before = children()
-    pipeline.sample_rationales(run, settings, progress=False)
-    pipeline.rank_rationales(run, settings)
-    pipeline.train_sft(run, settings, progress=False)
-    explore_pipeline.draw_solutions(run, settings, progress=False)
-    explore_pipeline.select(run, settings)
-    explore_pipeline.train_rft(run, settings, progress=False)
-    explore_pipeline.find_pits(run, settings, progress=False)
+    self_motivated.sample_rationales(run, settings, progress=False)
+    self_motivated.rank_rationales(run, settings)
+    self_motivated.train_sft(run, settings, progress=False)
+    self_explore.draw_solutions(run, settings, progress=False)
+    self_explore.select(run, settings)
+    self_explore.train_rft(run, settings, progress=False)
+    self_explore.find_pits(run, settings, progress=False)
     assert not children() - before
     return run
 
@@ -60,7 +65,7 @@ def test_stages_record_vllm_and_are_refused_to_another_engine(finished):
         assert require(finished, name).settings["engine"] == "vllm"
     assert "engine" not in require(finished, "02_sft").settings
     with pytest.raises(StageMismatch, match="engine = 'vllm', and now engine"):
-        pipeline.sample_rationales(finished, small("native"), progress=False)
+        self_motivated.sample_rationales(finished, small("native"), progress=False)
 
 
 def test_the_sampling_stage_is_whole(finished):
@@ -73,15 +78,16 @@ def test_exploration_and_evaluation_are_what_the_engine_draws_and_the_model_says
     """Every prefix anew: the same outcomes, and log-probabilities as in a forward pass of the RFT model."""
     settings, path = small("vllm"), require(finished, "06_rft").path("model")
     model, tokenizer = models.load_policy(path), models.load_tokenizer(str(path))
-    problems = pipeline.training_problems(settings)
-    outcome = require(finished, "06_selection").read_rows("pairs")
-    wrong = explore_pipeline.wrong_rationales(tokenizer, {one.id: one for one in problems}, outcome)
-    with pipeline.load_engine(settings, path) as engine:
-        found = explore.explore(tokenizer, wrong, explore_pipeline.drawing(engine, settings), settings.explore.k)
-        answered = evaluation.evaluate(engine, problems, k=2, temperature=1.0, max_new_tokens=96, seed=0)
+    problems = questions.training_problems(settings)
+    outcome = require(finished, "06_selection").read_rows("pairs", Pair)
+    wrong = self_explore.wrong_rationales(tokenizer, {one.id: one for one in problems}, outcome)
+    with shared.load_engine(settings, path) as engine:
+        found = exploration.explore(engine, wrong, settings.explore.k, shared.sampling_params(settings, "explore"))
+        params = SamplingParams(temperature=1.0, max_new_tokens=96, seed=0)
+        answered = evaluation.evaluate(engine, problems, 2, params)
     explored = require(finished, "06_exploration").read_rows("explored")
     assert [row["right"] for row in explored] == [
-        [sum(drawn) for drawn in explore.outcomes(one, found)] for one in wrong
+        [sum(drawn) for drawn in exploration.outcomes(one, found)] for one in wrong
     ]
     assert evaluation.summarise(answered)["avg_at_k"]["value"] > 0.2
     worst = 0.0
@@ -91,7 +97,7 @@ def test_exploration_and_evaluation_are_what_the_engine_draws_and_the_model_says
             count = len(attempt.sample.token_ids)
             with torch.no_grad():
                 logits = model(torch.tensor([ids])).logits[0, -count - 1 : -1]
-            expected = models.token_logprobs(logits, torch.tensor(attempt.sample.token_ids))
+            expected = packing.token_logprobs(logits, torch.tensor(attempt.sample.token_ids))
             worst = max(worst, (torch.tensor(attempt.sample.logprobs) - expected).abs().max().item())
     assert worst < 1e-4
 
@@ -103,8 +109,8 @@ def test_ppo_draws_by_vllm_from_the_adapter_as_it_learns(tmp_path):
         "smoke", "chain_arithmetic", **SMALL, lora={"rank": 4}, ppo=moving, hardware={"rollout_engine": "vllm"}
     )
     before = children()
-    pipeline.before_policy(tmp_path, settings, progress=False)
-    trained = pipeline.train_policy(tmp_path, settings, progress=False)
+    self_motivated.before_policy(tmp_path, settings, progress=False)
+    trained = self_motivated.train_policy(tmp_path, settings, progress=False)
     assert trained.settings["engine"] == "vllm" and not children() - before
     log = pd.read_csv(trained.path("training/log.csv"))
     assert len(log) == 4 and log["engine_gap"].max() < 1e-3

@@ -16,12 +16,14 @@ from test_sft import PROBLEMS, ROWS
 from test_sft import QUICK as SFT_QUICK
 from tiny_model import policy, tokenizer
 
-from smlib import dpo, models, pipeline, reward_model, sft
+from smlib.learning import dpo, reward_model, sft
+from smlib.runs import shared
+from smlib.sampling import models
 
 # Rows: of the last batch of four, three or one are left. So an idle row stands beside others, and alone.
 KINDS = {
     "whole": {"rows": 11, "options": {"epochs": 8}},
-    "adapters": {"rows": 9, "options": {"epochs": 8, "micro_batch": 1, "recompute": True}},
+    "adapters": {"rows": 9, "options": {"epochs": 8, "micro_batch": 1, "gradient_checkpointing": True}},
 }
 TRAININGS = {
     "sft": lambda model, rows, options: sft.train_sft(
@@ -53,4 +55,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for name, kind in product(TRAININGS, KINDS):
         run(name, kind, Path(sys.argv[1]) / name / kind)
-    pipeline.leave()
+    shared.end_process_group()

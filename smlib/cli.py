@@ -1,0 +1,610 @@
+"""The command line, `smlib COMMAND` or `python -m smlib COMMAND`: a function for each command, and its options.
+
+A run is a folder. `run` fills it by executing the notebooks (smlib.notebooks.runner says what is in it); `stage`,
+`train-policy` and `explore` make the same stages without notebooks. A command imports what takes seconds (torch,
+papermill) when it needs it: a wrong option is refused at once.
+"""
+
+import argparse
+import ast
+import json
+import logging
+import signal
+import sys
+import textwrap
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin
+
+import yaml
+from pydantic import Field
+
+from smlib import declared
+from smlib.errors import UsageError, UserError, of_extra
+from smlib.files import folders
+from smlib.files.artifacts import MANIFEST
+from smlib.files.atomic import explain
+from smlib.ppo.settings import POLICY_METHODS
+from smlib.problems.datasets import PUBLISHED, TASKS, TRAIN_SETS, generate, load, splits
+from smlib.problems.downloads import DatasetError
+from smlib.runs.settings import PRESETS, Settings, default_task, preset
+from smlib.signals import handling
+
+EXAMPLES = """examples:
+  smlib run --preset smoke --task coin_flip
+  smlib settings llama2-7b hardware
+  smlib sample gsm8k --model smollm2 --samples 4 --out samples"""
+ASKED = ("PRESET", "TASK", "SEED", "OVERRIDES")  # what a run is asked to be, in run.json and in --config
+GROUPS = {field.name: field.type for field in fields(Settings) if is_dataclass(field.type)}
+DRAWING = {  # options of `sample` that are settings, by the same names
+    name: declared.described(GROUPS[group])[name]
+    for group, names in {
+        "sampling": ("shots", "prompt", "temperature", "top_p", "max_new_tokens"),
+        "hardware": ("engine", "dtype", "max_batch", "cache_tokens", "workers"),
+    }.items()
+    for name in names
+}
+OPTIONS = {name: one.kind for name, one in DRAWING.items()} | {  # what an option may be, whatever the command
+    "model": declared.Text,
+    "config": declared.Text,
+    "seed": declared.Seed,
+    "questions": declared.Questions,
+    "samples": declared.Samples,
+    "shard": declared.Rows,
+    "documents": Annotated[int, Field(ge=1, le=10_000_000)],
+    "hidden": Annotated[int, Field(ge=32, le=65_536)],
+    "layers": Annotated[int, Field(ge=1, le=1_000)],
+    "tokens_per_batch": declared.Tokens,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Exit code 0, or 1 after an error that its user can put right, or 130 after Ctrl-C (SIGINT) and
+    143 after SIGTERM, which a batch system sends: both save what can be gone on from.
+
+    Such an error is one message, with --debug after its traceback. Any other exception is a bug and goes on.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    for stream, instead in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows another, and the run goes on
+            stream.reconfigure(errors=instead)
+    try:
+        with handling(signal.SIGTERM, _terminate):
+            args = _parser().parse_args([argument for argument in argv if argument != "--debug"])
+            _check_options(args)
+            return args.do(args) or 0
+    except (UserError, OSError) as error:  # OSError: a file that is missing or may not be written, a full disk
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        logging.getLogger("asyncio").disabled = True  # at exit it would print the traceback of the interrupted cell
+        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which does what Ctrl-C does."""
+
+
+def _terminate(*_) -> None:
+    raise _Terminated
+
+
+# ---- options -------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    wide = partial(argparse.RawTextHelpFormatter, max_help_position=24)
+    what = "A language model learns to reason from its own rationales."
+    parser = argparse.ArgumentParser(
+        prog="smlib",
+        allow_abbrev=False,
+        usage="%(prog)s COMMAND [OPTIONS]",
+        description=what,
+        epilog=EXAMPLES,
+        formatter_class=wide,
+    )
+    title = "commands, each with a --help of its own"
+    commands = parser.add_subparsers(prog="smlib", title=title, metavar="COMMAND [OPTIONS]", required=True)
+
+    def command(name: str, do, what: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, allow_abbrev=False, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        one.set_defaults(do=do)
+        return one
+
+    _run_options(command("run", run_notebooks, "execute the notebooks, or go on where a run stopped"))
+    stage = command("stage", make_stages, "make stages of a run, without notebooks")
+    stages = "a stage's folder, such as 02_sft or 06_rft (default: 01_sampling to 05_evaluation, in order)"
+    stage.add_argument("names", nargs="*", metavar="NAME", help=stages)
+    _add_run(stage, "run folder with the stages that come before")
+    policy = command("train-policy", train_policy, "make stage 04 by PPO, RLOO or GRPO")
+    _add_run(policy, "run folder with stages 01 to 03")
+    policy.add_argument("--method", default="ppo", choices=POLICY_METHODS, help="RLOO and GRPO by TRL (default: ppo)")
+    tracker = "of PPO: log to one of accelerate's trackers too, such as tensorboard"
+    policy.add_argument("--tracker", default="", help=tracker)
+    explore = command("explore", make_self_explore, "make stages 06, Self-Explore: first wrong steps, and DPO")
+    _add_run(explore, "run folder; stages 01 and 02 are made where missing")
+    _sample_options(command("sample", draw_samples, "draw samples of a dataset's questions, to disk"))
+    results = command("results", pool_results, "pool finished runs of several seeds: results/PRESET.csv")
+    results.add_argument("runs", nargs="+", metavar="RUN", help="run folder; the runs differ in their seed alone")
+    settings = command("settings", show_settings, "print a preset's settings, and what they mean")
+    settings.add_argument(
+        "preset", nargs="?", choices=PRESETS, metavar="PRESET", help=f"tiny (default), {_rest('tiny')}"
+    )
+    settings.add_argument("group", nargs="?", choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS))
+    _add_changes(settings)
+    data = command("data", show_data, "fetch and check the published datasets")
+    data.add_argument("datasets", nargs="*", metavar="DATASET", help="such as gsm8k (default: all thirteen)")
+    _pretrain_options(command("pretrain", make_base, "make the tiny base model again"))
+    for one in (parser, *commands.choices.values()):  # `main` takes it out, so that its place does not matter
+        one.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
+    return parser
+
+
+def _rest(but: str) -> str:
+    return ", ".join(name for name in PRESETS if name != but)
+
+
+def _run_options(run: argparse.ArgumentParser) -> None:
+    _add_run(run, "run folder")
+    again = "execute again from notebook N on (a finished stage is read; delete its folder to redo it)"
+    run.add_argument("--from", dest="first", type=int, metavar="N", help=again)
+    run.add_argument("--to", dest="last", type=int, metavar="N", help="stop after notebook N")
+    run.add_argument("--dry-run", action="store_true", help="print what it takes: samples, memory, hours, disk")
+    run.add_argument("--verify", action="store_true", help="read every file of the run and say what is damaged")
+    run.add_argument("--publish", action="store_true", help="copy figures and results to the repository's")
+    run.add_argument("--refresh", action="store_true", help="put the executed notebooks into notebooks/")
+
+
+def _add_run(parser: argparse.ArgumentParser, out: str) -> None:
+    """The options that say what a run is, and where."""
+    parser.add_argument("--preset", choices=PRESETS, metavar="PRESET", help=f"tiny (default), {_rest('tiny')}")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="random seed of questions, samples and training (default 0)"
+    )
+    _add_changes(parser)
+    parser.add_argument("--out", metavar="RUN", help=f"{out} (default: runs/PRESET-TASK-seedSEED)")
+
+
+def _add_changes(parser: argparse.ArgumentParser) -> None:
+    """The options that change a preset."""
+    tasks = (
+        f"all (the generated ones: {', '.join(TASKS)}), one of these, or a published dataset: {', '.join(TRAIN_SETS)}"
+    )
+    parser.add_argument(
+        "--task", choices=("all", *TASKS, *TRAIN_SETS), metavar="TASK",
+        help=f"{tasks} (default: gsm8k of the large presets, else all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", help="in place of the preset's: smollm2, a folder, a GGUF file, or a hub id, best with @REVISION"
+    )
+    change = "change a setting, such as ppo.updates=10 or ppo.reward=checker (`smlib settings` prints all), or with "
+    change += "run a notebook's parameter, such as HELD_OUT=10; repeatable"
+    parser.add_argument("--set", action="append", default=[], type=_assignment, metavar="NAME=VALUE", help=change)
+    file = f"a YAML file, or the run.json of another run, with {', '.join(ASKED)}; command-line options override it"
+    parser.add_argument("--config", metavar="FILE", help=file)
+
+
+def _sample_options(sample: argparse.ArgumentParser) -> None:
+    sample.description += (
+        " The same command goes on where it was stopped, and a larger --samples draws the new ones alone. The options "
+        f"{', '.join('--' + name.replace('_', '-') for name in DRAWING)} are the settings of the same names of the "
+        "other commands (`smlib settings tiny sampling`, `smlib settings tiny hardware`), but vLLM takes the dtype of "
+        "the model's files where none is given."
+    )
+    names = (*TASKS, *(name for name in PUBLISHED if name not in TASKS))
+    sample.add_argument("dataset", choices=names, metavar="DATASET", help=f"one of: {', '.join(names)}")
+    sample.add_argument("--out", required=True, metavar="FOLDER", help="folder of the shards")
+    sample.add_argument("--split", default="train", help="train (default) or test; of a published dataset also all")
+    sample.add_argument("--questions", type=int, metavar="N", help="the first N (default: all; generated: 1,000)")
+    sample.add_argument("--samples", type=int, default=8, metavar="K", help="per question (default 8)")
+    sample.add_argument(
+        "--model", default="tiny", help="tiny (default), smollm2, a folder, a GGUF file or a hub id, with @REVISION"
+    )
+    for name, one in DRAWING.items():
+        _add_setting(sample, name, one)
+    sample.set_defaults(dtype=None)
+    sample.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed of questions and samples (default 0)"
+    )
+    shard = "questions per file; a killed command draws one file again (default 64; with --workers give more)"
+    sample.add_argument("--shard", type=int, default=64, metavar="N", help=shard)
+
+
+def _add_setting(parser: argparse.ArgumentParser, name: str, one: declared.Described) -> None:
+    """A setting as an option: of the same name, with the same values, meaning and default."""
+    if get_origin(one.kind) is Literal:
+        values = {"choices": get_args(one.kind)}
+    else:
+        values = {"type": type(one.default), "metavar": "N"}
+    meaning = f"{one.meaning} (default {one.default})".replace("%", "%%")
+    parser.add_argument("--" + name.replace("_", "-"), default=one.default, help=meaning, **values)
+
+
+def _pretrain_options(pretrain: argparse.ArgumentParser) -> None:
+    there = "folder to write, new or empty; `--model FOLDER` then takes it (the package's own base stays as it is)"
+    pretrain.add_argument("--out", required=True, metavar="FOLDER", help=there)
+    documents = "documents to read, each once (default 150,000)"
+    pretrain.add_argument("--documents", type=int, default=150_000, metavar="N", help=documents)
+    pretrain.add_argument("--hidden", type=int, default=128, metavar="N", help="width, a multiple of 32 (default 128)")
+    pretrain.add_argument("--layers", type=int, default=3, metavar="N", help="(default 3)")
+    pretrain.add_argument(
+        "--start-from", type=Path, metavar="FOLDER", help="base to go on from (default: random weights)"
+    )
+    tokens = "tokens per batch; a longer document has a batch to itself (default 4,096)"
+    pretrain.add_argument("--tokens-per-batch", type=int, default=4096, metavar="N", help=tokens)
+    pretrain.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and documents (default 0)")
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raise UsageError for an option's value that is not allowed, before anything is loaded or written."""
+    for name, value in vars(args).items():
+        if name in OPTIONS and value is not None:
+            setattr(args, name, declared.checked("--" + name.replace("_", "-"), value, OPTIONS[name]))
+    if getattr(args, "out", None) is not None:
+        declared.named_folder("--out", args.out)
+
+
+def _assignment(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not equals or not all(part.isidentifier() for part in name.split(".")) or name.count(".") > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, such as ppo.updates=10")
+    if name in ("PRESET", "TASK", "SEED", "RUN_DIR"):
+        raise argparse.ArgumentTypeError(f"{name} has an option of its own, see --help")
+    if name == "base":
+        raise argparse.ArgumentTypeError("base has an option of its own, --model")
+    if name == "OVERRIDES":
+        raise argparse.ArgumentTypeError("OVERRIDES is what --set makes of settings: name each, as in ppo.updates=10")
+    return name, _value(value)
+
+
+def _value(text: str):
+    """What a text stands for: true or false, a literal of Python's such as 1e-5, else the text itself."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that literal_eval raises
+        return text
+
+
+# ---- what a run is asked to be -------------------------------------------------------------------------------
+
+
+def _asked(args: argparse.Namespace) -> dict:
+    """What a run is asked to be, by the names of run.json: the command line before --config before the defaults.
+
+    PRESET, TASK, SEED, what OVERRIDES the preset, and for the command `run` notebooks' parameters.
+    """
+    parameters = args.do is run_notebooks
+    found = _config(args.config, parameters) if args.config else {}
+    overrides = found.pop("OVERRIDES", {})
+    given = {"PRESET": args.preset, "TASK": args.task, "SEED": getattr(args, "seed", None)}
+    found |= {name: value for name, value in given.items() if value is not None}
+    if args.model:
+        overrides["base"] = args.model
+    for name, value in args.set:
+        group, dot, setting = name.partition(".")
+        if name in GROUPS:
+            raise UsageError(
+                f"{name} = {declared.shown(value)} is not allowed: {name} is a group of settings, so name one of them, "
+                "as in ppo.updates=10"
+            )
+        if dot:
+            if not isinstance(values := overrides.setdefault(group, {}), dict):
+                raise UsageError(f"{name} cannot be set, since {group} is {declared.shown(values)}: leave one out")
+            values[setting] = value
+        elif parameters:
+            found[name] = value
+        else:
+            raise UsageError(
+                f"{name} is no setting, such as ppo.updates; notebooks' parameters are for the command run"
+            )
+    if isinstance(base := overrides.get("base"), str) and base and Path(base).exists():
+        overrides["base"] = str(Path(base).resolve())  # notebooks run in another folder
+    for name in overrides:
+        declared.checked("setting", name, Literal["base", *GROUPS])
+    chosen = declared.checked("preset", found.get("PRESET", "tiny"), Literal[*PRESETS])
+    defaults = {"PRESET": chosen, "TASK": default_task(chosen), "SEED": 0}
+    return defaults | found | ({"OVERRIDES": overrides} if overrides else {})
+
+
+def _config(file: str, parameters: bool) -> dict:
+    """What a YAML file, or the run.json of a run, asks for. parameters: whether it may name notebooks' parameters; a
+    run.json may, and commands that execute no notebooks leave them aside."""
+    path = Path(file)
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else yaml.load(text, _Yaml)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        said = textwrap.shorten(getattr(error, "strerror", None) or str(error), 200)
+        raise UsageError(f"--config {file} cannot be read ({said}): give a YAML file, or a run's run.json") from None
+    overrides = found.get("OVERRIDES") or {} if isinstance(found, dict) else None
+    if not isinstance(overrides, dict):
+        raise UsageError(
+            f"--config {file} is not allowed: give lines such as PRESET: tiny, or OVERRIDES: {{ppo: {{updates: 10}}}}"
+        )
+    named = [name for name in found if name.isupper() and name not in (*ASKED, "RUN_DIR")]
+    for name in found:
+        if name not in ASKED and not (name in named and (parameters or path.suffix == ".json")):
+            more = ", or for the command run a notebook's parameter" * parameters
+            raise UsageError(
+                f"--config {file} has {declared.shown(name)}, which is unknown; choose one of: {', '.join(ASKED)}{more}"
+            )
+    kept = {name: value for name, value in found.items() if parameters or name not in named}
+    return kept | ({"OVERRIDES": overrides} if overrides else {})
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """The pairs of a mapping as a dict; ValueError where a name comes twice."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]!r} is there twice")
+    return dict(pairs)
+
+
+class _Yaml(yaml.BaseLoader):
+    """Reads values as --set does (to YAML itself 010 is 8 and 1e-5 a text), each name once, and no aliases."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("an alias, *name, is not allowed: write the value itself")
+        return super().compose_node(parent, index)
+
+    def construct_object(self, node, deep=False):
+        if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
+            raise ValueError(f"a tag, {node.tag}, is not allowed: write the value itself")
+        if isinstance(node, yaml.MappingNode):
+            if not all(isinstance(name, yaml.ScalarNode) for name, _ in node.value):
+                raise ValueError("a name must be a word, such as PRESET")
+            return _once([(str(name.value), self.construct_object(value, deep=True)) for name, value in node.value])
+        found = super().construct_object(node, deep=True)
+        return _value(found) if isinstance(found, str) else found
+
+
+def _settings(asked: dict) -> Settings:
+    return preset(asked["PRESET"], asked["TASK"], asked["SEED"], **asked.get("OVERRIDES", {}))
+
+
+def _run_folder(args: argparse.Namespace, asked: dict) -> Path:
+    from smlib.runs.shared import run_folder
+
+    return run_folder(args.out or "", asked["PRESET"], asked["TASK"], asked["SEED"])
+
+
+# ---- commands ------------------------------------------------------------------------------------------------
+
+
+def run_notebooks(args: argparse.Namespace) -> int | None:
+    """Execute the notebooks, plan it, or verify what is there."""
+    asked = _asked(args)
+    settings = _settings(asked)  # refuses what is not allowed before anything is written
+    with of_extra("notebooks"):
+        from smlib.notebooks import runner
+    from smlib.runs import self_motivated, shared
+    from smlib.scale import plan
+
+    out, repository = _run_folder(args, asked).resolve(), folders.checkout()
+    if args.verify:
+        return runner.verify(out)
+    if (args.publish or args.refresh) and not repository:
+        raise UsageError("--publish and --refresh write into the repository: run them in a clone of it")
+    request = runner.request(folders.notebooks_folder(), asked, first=args.first, last=args.last)
+    self_motivated.check_policy(settings, "ppo", request.values.get("TRACKER", ""))
+    preset(request.values.get("LARGE", "llama2-7b"), request.values.get("LARGE_TASK", "gsm8k"), asked["SEED"])
+    if args.dry_run:
+        print(dry_run(settings))
+        return None
+    shared.refuse_processes(["a run of the notebooks"])
+    plan.check(settings)
+    runner.run(request, out)
+    if args.publish:
+        runner.publish(out, repository)
+    if args.refresh:
+        runner.refresh(out, repository / "notebooks")
+    print(f"Open {out / 'index.html'}")
+
+
+def dry_run(settings: Settings) -> str:
+    """The plan; where the dataset's questions are not to be had, of the generated coin flips in their place."""
+    from smlib.scale import plan
+
+    try:
+        plan.check_settings(settings, plan.config_of(settings.base))
+        return plan.describe(settings)
+    except DatasetError as error:
+        found = plan.describe(replace(settings, tasks=("coin_flip",)))
+        return f"{error}\nPlanned for the generated coin flips instead, whose questions are short:\n\n{found}"
+
+
+def make_stages(args: argparse.Namespace) -> None:
+    """Make the stages named, in their order, under `accelerate launch` too, and print where each is and its headline.
+
+    Raises UsageError for an unknown name, and in several processes for a stage that they do not share, before any work.
+    """
+    asked = _asked(args)
+    settings = _settings(asked)
+    from smlib.runs import self_explore, self_motivated, shared
+    from smlib.sampling import devices
+    from smlib.scale import plan
+
+    stages = self_motivated.STAGES | self_explore.STAGES
+    if unknown := [name for name in args.names if name not in stages]:
+        raise UsageError(f"stage {unknown[0]!r} is unknown; choose from: {', '.join(stages)}")
+    names = [name for name in stages if name in (args.names or self_motivated.STAGES)]
+    shared.refuse_processes(names)
+    run = _run_folder(args, asked)
+    if missing := [name for name in names if not (run / name / MANIFEST).exists()]:
+        plan.check(settings, missing)
+    main = devices.process_state().is_main_process
+    with _luck_warned_of_once():
+        for name in names:
+            state = " (done before)" if (run / name / MANIFEST).exists() else ""
+            manifest = stages[name](run, settings, progress=main).manifest
+            if main:
+                rows = ", ".join(f"{count:,} {file}" for file, count in manifest["counts"].items())
+                print(f"{run / name}: {rows}, {manifest['wall_seconds']:.1f} s{state}", flush=True)
+    shared.end_process_group()
+
+
+@contextmanager
+def _luck_warned_of_once() -> Iterator[None]:
+    """The warning that completions were right by luck: once a dataset, without a line of code."""
+    from smlib.learning.exploration import LuckWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("once", LuckWarning)
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        yield
+
+
+def train_policy(args: argparse.Namespace) -> None:
+    """Train the policy of a run whose stages 01 to 03 are done, under `accelerate launch` too."""
+    asked = _asked(args)
+    settings = _settings(asked)
+    from smlib.runs import self_motivated, shared
+    from smlib.sampling import devices
+    from smlib.scale import plan
+
+    self_motivated.check_policy(settings, args.method, args.tracker)
+    plan.check(settings, ["04_ppo"])
+    stage = self_motivated.train_policy(_run_folder(args, asked), settings, args.method, tracker=args.tracker)
+    if devices.process_state().is_main_process:
+        print(f"{stage.folder}: model/ is the policy, training/log.csv its way there")
+    shared.end_process_group()
+
+
+def make_self_explore(args: argparse.Namespace) -> None:
+    """Run the stages of Self-Explore on a run folder, and print what they found."""
+    asked = _asked(args)
+    settings = _settings(asked)
+    from smlib.reports import pits
+    from smlib.runs import self_explore, shared
+    from smlib.scale import plan
+
+    shared.refuse_processes(self_explore.BEFORE | self_explore.STAGES)
+    plan.check(settings, self_explore.BEFORE | self_explore.STAGES)
+    run = _run_folder(args, asked)
+    with _luck_warned_of_once():
+        self_explore.run(run, settings)
+    print(f"\n{pits.summary(run)}\n\n[ ]: 95 % intervals over questions. Stages: {run}/06_*")
+
+
+def draw_samples(args: argparse.Namespace) -> None:
+    """Draw samples of a dataset's questions into a folder of shards (smlib.sampling.shards)."""
+    from smlib.problems import prompts
+    from smlib.runs import shared
+    from smlib.sampling import models
+    from smlib.sampling.factory import make_engine
+    from smlib.sampling.params import SamplingParams, check_room
+    from smlib.sampling.shards import Bulk
+
+    shared.refuse_processes(["a folder of samples"])
+    prompts.shots(args.dataset, args.shots)  # refuses a dataset without them before the model is loaded
+    if args.dataset in TASKS:
+        problems = generate(args.dataset, args.questions or 1000, args.seed, split=args.split)
+    else:
+        problems = load(args.dataset, args.split, limit=args.questions)
+    # "asked" tells folders of prompts that are token ids from older ones
+    source = {"asked": "token ids", "dataset": args.dataset}
+    source |= {"base": args.model, "base_sha256": models.weights_sha256(args.model)}
+    if args.dtype not in (None, "float32"):
+        source["dtype"] = args.dtype
+    if args.prompt != "plain":
+        source["prompt"] = args.prompt
+    adapter = models.adapter_config(args.model)
+    config = models.load_config(adapter.base_model_name_or_path if adapter else args.model)
+    check_room("--max-new-tokens", args.max_new_tokens, config)
+    params = SamplingParams(
+        args.temperature, args.max_new_tokens, args.seed, top_p=args.top_p, stop=prompts.stop(args.shots)
+    )
+    engine = make_engine(
+        args.engine, args.model, dtype=args.dtype, max_batch=args.max_batch,
+        cache_tokens=args.cache_tokens, workers=args.workers, prompt=args.prompt,
+    )  # fmt: skip
+    bulk = Bulk(Path(args.out), engine, source, args.shard)
+    questions = _Questions(engine.tokenizer, problems, args.shots)
+    counts = bulk.draw(questions, args.samples, params, progress=args.dataset)
+    print(
+        f"{args.out}: {len(problems):,} questions, {counts['drawn']:,} samples drawn, {counts['found']:,} were there"
+        + f", {counts['dropped']} damaged files drawn again" * bool(counts["dropped"])
+    )
+
+
+class _Questions:
+    """(key, prompt) of every question; its tokens are made when it is its turn, so that they are not all in memory."""
+
+    def __init__(self, tokenizer, problems: list, shots: str):
+        self.tokenizer, self.problems, self.shots = tokenizer, problems, shots
+
+    def __len__(self):
+        return len(self.problems)
+
+    def __iter__(self):
+        from smlib.sampling.encoding import encode_question
+
+        return ((one.id, encode_question(self.tokenizer, one, shots=self.shots)) for one in self.problems)
+
+
+def pool_results(args: argparse.Namespace) -> None:
+    """Print the tables of several runs, and write them to results/PRESET.csv."""
+    from smlib.reports import results
+
+    results.main(args.runs, folders.home() / "results")
+
+
+def show_settings(args: argparse.Namespace) -> None:
+    """Print every setting: its value, what it means, what it may be, and the default where it has another value."""
+    settings = _settings(_asked(args))
+    print(f"Settings of {settings.preset}; * marks what differs from tiny, whose value is the default.")
+    print("Change one by --set, as in --set ppo.updates=10.")
+    if not args.group:
+        base = declared.described(Settings)["base"]
+        _show("base, by --model", settings.base, replace(base, default="tiny"))
+    for group in [args.group] if args.group else GROUPS:
+        what = " ".join(GROUPS[group].__doc__.split())
+        print("\n" + textwrap.fill(f"{group}: {what}", 100, subsequent_indent="  "))
+        for name, one in declared.described(GROUPS[group]).items():
+            _show(f"{group}.{name}", getattr(getattr(settings, group), name), one)
+
+
+def _show(name: str, value, one: declared.Described) -> None:
+    mark, default = (" ", "") if value == one.default else ("*", f"  (default {one.default})")
+    print(f"{mark} {name} = {value}{default}")
+    text = f"{one.meaning} [{declared.allowed(one.kind)}]"
+    print(textwrap.fill(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+
+
+def show_data(args: argparse.Namespace) -> int:
+    """Load every split of the datasets, fetching what is not there; 1 if one cannot be used."""
+    failed, named = 0, {dataset: splits(dataset) for dataset in args.datasets or PUBLISHED}  # refuses an unknown one
+    for dataset, parts in named.items():
+        counts, problems = [], []
+        for split in parts:
+            try:
+                counts.append(f"{split} {len(load(dataset, split)):,}")
+            except DatasetError as error:
+                problems.append(str(error))
+        failed += len(problems)
+        reasons = [f"cannot be used: {reason}" for reason in dict.fromkeys(problems)]
+        print(f"{dataset:19}" + "   ".join(counts + reasons))
+    return min(failed, 1)
+
+
+def make_base(args: argparse.Namespace) -> None:
+    """Make a tiny base as the package's was made, and write it with its card."""
+    if args.hidden % 32:
+        raise UsageError(f"--hidden = {args.hidden} is not allowed: give a multiple of 32, the size of a head")
+    from smlib import pretraining
+
+    pretraining.make_base(
+        Path(args.out), documents=args.documents, hidden=args.hidden, layers=args.layers, start_from=args.start_from,
+        tokens_per_batch=args.tokens_per_batch, seed=args.seed,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""What answer a text gives, and whether it is right."""

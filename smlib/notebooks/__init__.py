@@ -1,0 +1,1 @@
+"""Notebooks executed in order into a run folder, and their pages."""

@@ -1,0 +1,1 @@
+"""Questions: published sets and their downloads, generators, the exact step checker, prompts."""

@@ -1,0 +1,1 @@
+"""What was reached: evaluation with intervals, tables over seeds, plots."""

@@ -1,0 +1,240 @@
+"""Drawing that more than one notebook needs: the pipeline figure, a style that survives print, a library's source."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from smlib.errors import of_extra
+from smlib.files.atomic import replacing
+from smlib.judging.answers import grade
+from smlib.problems.datasets import Problem
+from smlib.problems.prompts import split_answer
+from smlib.problems.steps import check_steps, knows
+
+with of_extra("notebooks"):
+    import matplotlib.pyplot as plt
+    import pandas as pd
+    from IPython.display import Code, display
+    from matplotlib.figure import Figure
+    from matplotlib.patches import FancyBboxPatch
+
+# Okabe and Ito's colours can be told apart by colour-blind readers.
+COLOURS = {
+    "blue": "#0072B2",
+    "orange": "#E69F00",
+    "green": "#009E73",
+    "red": "#D55E00",
+    "purple": "#CC79A7",
+    "sky": "#56B4E9",
+    "grey": "#8A8A8A",
+}
+METHOD_COLOURS = {
+    "base": COLOURS["grey"],
+    "sft": COLOURS["sky"],
+    "rft": COLOURS["blue"],
+    "outcome_dpo": COLOURS["orange"],
+    "self_explore": COLOURS["green"],
+    "sml": COLOURS["red"],
+}
+OUTCOME_COLOURS = {
+    "right, every step": COLOURS["blue"],
+    "right, a step wrong": COLOURS["sky"],
+    "right": COLOURS["blue"],
+    "wrong": COLOURS["red"],
+    "no answer": COLOURS["grey"],
+}  # of `results.outcome`
+STAGES = (
+    ("01", "sample", "the model writes rationales,\ngiven right and wrong answers,\nand given none"),
+    ("02", "rank", "right above wrong;\nSFT on the right ones"),
+    ("03", "reward model", "learns the rank\nfrom pairs"),
+    ("04", "PPO", "the policy follows\nthe learned reward"),
+    ("05", "evaluate", "fresh questions,\npublished test sets"),
+)
+SELF_EXPLORE = (
+    ("sample", "the model solves every\ntraining question\nmany times"),
+    ("select", "different right solutions:\nRFT of the base;\nwrong ones beside them"),
+    ("explore", "the model goes on from\nevery step of a wrong one:\nwhere is the first pit?"),
+    ("step DPO", "the pit step against\na way on from before it\nthat is right"),
+    ("evaluate", "beside SFT, RFT,\noutcome DPO and SML"),
+)
+
+
+def style() -> None:
+    """How figures and tables of all notebooks look.
+
+    A table may hold what a model wrote, so no $...$ in it is a formula: not in JupyterLab, nor in what reads the page.
+    """
+    pd.set_option("display.html.use_mathjax", False)
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "savefig.dpi": 160,
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 11,
+            "axes.titlelocation": "left",
+            "legend.frameon": False,
+            "figure.constrained_layout.use": True,
+            "axes.prop_cycle": plt.cycler(color=list(COLOURS.values())),
+        }
+    )
+
+
+def pipeline(lit: str | None = None) -> Figure:
+    """Self-motivated Learning in one figure; `lit` ("01" ... "05") is the notebook's stage, None lights them all."""
+    if lit is not None and lit not in [number for number, _, _ in STAGES]:
+        raise ValueError(f"no stage {lit!r}; allowed: {', '.join(number for number, _, _ in STAGES)}, or None")
+    return _boxes([(f"{number} {name}", what, lit in (None, number)) for number, name, what in STAGES])
+
+
+def self_explore() -> Figure:
+    """Self-Explore in one figure; all of it is notebook 06."""
+    return _boxes([(name, what, True) for name, what in SELF_EXPLORE])
+
+
+def _boxes(stages: Sequence[tuple[str, str, bool]]) -> Figure:
+    """Boxes with arrows from each to the next: (name, what it does, whether it is lit)."""
+    figure, axes = plt.subplots(figsize=(11, 1.9))
+    axes.set(xlim=(0, 11), ylim=(0, 1.9))
+    axes.axis("off")
+    for index, (name, what, on) in enumerate(stages):
+        left = 0.1 + 2.2 * index
+        box = FancyBboxPatch(
+            (left, 0.25),
+            1.8,
+            1.4,
+            boxstyle="round,pad=0.05",
+            facecolor="#DCEBF5" if on else "#F4F4F4",
+            edgecolor=COLOURS["blue"] if on else "#BBBBBB",
+            linewidth=1.8 if on else 1,
+        )
+        axes.add_patch(box)
+        ink = "black" if on else "#777777"
+        axes.text(left + 0.9, 1.36, name, ha="center", va="center", weight="bold", color=ink)
+        axes.text(left + 0.9, 0.72, what, ha="center", va="center", fontsize=8, color=ink)
+        if index + 1 < len(stages):
+            arrow = {"arrowstyle": "-|>", "color": "#555555", "linewidth": 1.4}
+            axes.annotate("", xy=(left + 2.13, 0.95), xytext=(left + 1.87, 0.95), arrowprops=arrow)
+    return figure
+
+
+def source(*functions: Callable) -> None:
+    """Show the library's own source of functions in a notebook."""
+    for function in functions:
+        display(Code(inspect.getsource(function), language="python"))
+
+
+def print_steps(problem: Problem, text: str) -> None:
+    """Print a completion line by line with the step checker's finding, then its answer with the verdict.
+
+    Lines of a published dataset, which the checker does not know, stand there without one.
+    """
+    rationale, sentence = split_answer(text)
+    if knows(problem.dataset):
+        for check in check_steps(problem, rationale):
+            print(f"  {'right' if check.correct else 'WRONG'}  {check.line}")
+            if not check.correct:
+                print(f"         {check.reason}")
+    else:
+        for line in rationale.strip().split("\n"):
+            print(f"         {line.strip()}")
+    verdict = grade(problem, text)
+    print(f"  {'right' if verdict.correct else 'WRONG'}  {sentence or '(no answer sentence)'} [{verdict.reason}]")
+
+
+def save(figure: Figure, run_dir: str | Path, name: str) -> None:
+    """Write a figure to the run's figures/ as PNG."""
+    with replacing(Path(run_dir) / "figures" / f"{name}.png") as tmp:
+        figure.savefig(tmp, format="png")
+
+
+def grouped_bars(
+    axes,
+    groups: Sequence[str],
+    series: dict[str, Sequence[tuple[float, float, float]]],
+    colours: dict[str, str] | None = None,
+) -> None:
+    """Bars side by side per group with intervals: series name -> (value, low, high) per group, in percent."""
+    width = 0.8 / len(series)
+    places = np.arange(len(groups))
+    for index, (name, triples) in enumerate(series.items()):
+        value, low, high = (np.array(column) for column in zip(*triples, strict=True))
+        axes.bar(
+            places + (index - (len(series) - 1) / 2) * width,
+            value,
+            width * 0.94,
+            yerr=[np.maximum(value - low, 0), np.maximum(high - value, 0)],
+            error_kw={"elinewidth": 1, "capsize": 2},
+            label=name,
+            color=(colours or {}).get(name),
+        )
+    axes.set_xticks(places, groups)
+
+
+def stacked_bars(axes, labels: Sequence[str], parts: dict[str, Sequence[float]], group: int) -> None:
+    """Lying bars that add up to 100 percent: part name (of OUTCOME_COLOURS) -> its percent per label; a gap after
+    every `group` labels."""
+    left = np.zeros(len(labels))
+    places = [index + 0.35 * (index // group) for index in range(len(labels))]
+    for name, widths in parts.items():
+        axes.barh(places, widths, left=left, label=name, color=OUTCOME_COLOURS[name])
+        left += np.asarray(widths)
+    axes.set_yticks(places, labels)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.legend(ncols=len(parts), loc="lower left", bbox_to_anchor=(0, 1), fontsize=8, borderaxespad=0.2)
+
+
+def moving_average(values: Sequence[float], window: int) -> np.ndarray:
+    """Mean of the last `window` values (fewer at the start), as long as the input."""
+    total = np.cumsum(np.insert(np.asarray(values, dtype=float), 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def token_strip(axes, tokens: Sequence[str], values: Sequence[float], limit: float, marked: int | None = None):
+    """A text whose tokens are coloured by a value, purple above zero and orange below; `marked` is a line's index.
+
+    limit: the absolute value at which the colour is strongest. Returns the colour scale, for a colour bar.
+    """
+    shades = plt.cm.ScalarMappable(plt.Normalize(-1.6 * limit, 1.6 * limit), "PuOr")  # ink stays legible on these
+    row = column = widest = 0
+    for token, value in zip(tokens, values, strict=True):
+        for letter in token.replace("\n", "↵"):
+            axes.add_patch(plt.Rectangle((column, row), 1, 1, color=shades.to_rgba(np.clip(value, -limit, limit))))
+            axes.text(column + 0.5, row + 0.52, letter, ha="center", va="center", family="monospace", fontsize=9)
+            column += 1
+            widest = max(widest, column)
+        if "\n" in token:
+            row, column = row + 1, 0
+    if marked is not None:
+        axes.add_patch(plt.Rectangle((-0.4, marked), widest + 0.8, 1, fill=False, color=COLOURS["red"], linewidth=2))
+    axes.set(xlim=(-0.6, max(widest, 40) + 0.6), ylim=(row + 1.15, -0.15), aspect=1.7)
+    axes.axis("off")
+    return shades
+
+
+def ablations(rows) -> Figure:
+    """results/ablations.csv (a DataFrame): one panel per question, one point with its interval per seed."""
+    found = list(dict.fromkeys(rows["metric"]))
+    panels = {
+        "Held-out pairs ranked right (%)": [name for name in found if name.startswith("held-out")],
+        "Right answers (%)": [name for name in found if name.startswith(("best of", "mean of"))],
+    }
+    figure, every = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), squeeze=False)
+    for axes, (title, metrics) in zip(every[0], panels.items(), strict=True):
+        values = list(dict.fromkeys(rows.loc[rows["metric"].isin(metrics), "value"]))
+        for index, metric in enumerate(metrics):
+            one = rows[rows["metric"] == metric]
+            seeds = one.groupby("value", sort=False).cumcount()
+            steps = (index - (len(metrics) - 1) / 2) * 0.36 + (seeds - seeds.max() / 2) * 0.09
+            error = 100 * np.array([one["score"] - one["low"], one["high"] - one["score"]])
+            places = [values.index(value) for value in one["value"]] + steps
+            axes.errorbar(100 * one["score"], places, xerr=error, fmt="o", markersize=4, elinewidth=1, label=metric)
+        axes.set(yticks=range(len(values)), yticklabels=values, xlabel=title, ylim=(len(values) - 0.4, -0.6))
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8)
+    return figure

@@ -1,0 +1,135 @@
+"""Which questions a run asks in which stage: none twice, and none of the test split before the evaluation."""
+
+import random
+
+from smlib.errors import UsageError
+from smlib.problems.datasets import PUBLISHED, TASKS, TRAIN_SETS, Problem, generate, load, question_key
+from smlib.problems.downloads import DatasetError
+from smlib.runs.settings import Settings
+
+# Generated questions of the train split are drawn from these seeds, far apart, plus the run's own seed; the tiny
+# base read seeds from 1,000,003. Test questions are of another split and the same for every run.
+_FIRST, _SECOND, _PPO, _TEST, _FRESH = 10_000, 20_000, 30_000, 60_000, 50_000
+
+
+def training_problems(settings: Settings) -> list[Problem]:
+    """The questions that the base writes rationales for (stage 01), task after task; of a published dataset the first
+    of its train split, in an order that the seed decides, or all where it has fewer."""
+    n, seed = settings.sampling.questions, settings.seed
+    return [
+        problem
+        for task in settings.tasks
+        for problem in (_train_split(task, seed)[:n] if task in TRAIN_SETS else generate(task, n, _FIRST + seed))
+    ]
+
+
+def second_problems(settings: Settings) -> list[Problem]:
+    """Fresh questions that the SFT model writes rationales for (stage 03).
+
+    Raises ValueError where none of a published train split is left for them.
+    """
+    n, used, seed = settings.reward.questions, settings.sampling.questions, settings.seed
+    if settings.tasks[0] in TRAIN_SETS:
+        questions = _train_split(settings.tasks[0], seed)
+        if n and not questions[used:]:
+            raise UsageError(
+                f"{settings.tasks[0]} has {len(questions):,} train questions, and stage 01 takes all of them: lower "
+                f"sampling.questions = {used:,}, so that stage 03 has fresh ones"
+            )
+        return questions[used : used + n]
+    return [problem for task in settings.tasks for problem in generate(task, n, _SECOND + seed)]
+
+
+def ppo_problems(settings: Settings):
+    """Update number -> that update's questions: fresh ones every time, the tasks in equal shares.
+
+    Of a published train split the questions after those of stages 01 and 03, round after round in another order; all
+    of them where less than one update's are left.
+    """
+    each = ppo_questions_per_task(settings)
+    if settings.tasks[0] in TRAIN_SETS:
+        questions = _train_split(settings.tasks[0], settings.seed)
+        left = questions[settings.sampling.questions + settings.reward.questions :]
+        return _in_rounds(left if len(left) >= each else questions, each, f"ppo/{settings.seed}")
+    pools = [generate(task, each * settings.ppo.updates, _PPO + settings.seed) for task in settings.tasks]
+    return lambda update: [problem for pool in pools for problem in pool[update * each : (update + 1) * each]]
+
+
+def ppo_questions_per_task(settings: Settings) -> int:
+    """How many questions of each task an update asks; raises ValueError where they do not come out even."""
+    each, odd = divmod(settings.ppo.questions, len(settings.tasks))
+    if odd:
+        raise UsageError(
+            f"PPO asks {settings.ppo.questions} questions per update, no multiple of the {len(settings.tasks)} tasks; "
+            "change ppo.episodes or ppo.samples_per_question"
+        )
+    return each
+
+
+def _in_rounds(pool: list[Problem], each: int, name: str):
+    """Update number -> `each` different questions: the pool in a random order, then in another one, and so on."""
+    if len(pool) < each:
+        raise UsageError(f"PPO asks {each} questions per update, and there are {len(pool)}: lower ppo.episodes")
+
+    def asked(update: int) -> list[Problem]:
+        number, place = divmod(update, len(pool) // each)
+        order = random.Random(f"{name}/{number}").sample(pool, len(pool))
+        return order[place * each : (place + 1) * each]
+
+    return asked
+
+
+def fresh_problems(settings: Settings, n: int) -> list[Problem]:
+    """n questions per task, of the train split and in none of the run's stages: to look at a model on the way.
+
+    Of a published train split as many of the n as are left; raises ValueError where none is.
+    """
+    asked = ppo_problems(settings)
+    seen = {problem.id for update in range(settings.ppo.updates) for problem in asked(update)}
+    seen |= {problem.id for problem in training_problems(settings) + second_problems(settings)}
+    if settings.tasks[0] in TRAIN_SETS:
+        pools = [_train_split(settings.tasks[0], settings.seed)]
+        if all(problem.id in seen for problem in pools[0]):
+            raise UsageError(
+                f"the run's stages use all {len(pools[0]):,} train questions of {settings.tasks[0]}: lower "
+                "sampling.questions, reward.questions or ppo.updates"
+            )
+    else:
+        pools = [generate(task, 2 * n, _FRESH + settings.seed) for task in settings.tasks]
+    return [problem for pool in pools for problem in [p for p in pool if p.id not in seen][:n]]
+
+
+def test_problems(settings: Settings) -> dict[str, list[Problem]]:
+    """Test set -> its questions, equal for all seeds of training: one set per task, generated or of the test split."""
+    n = settings.evaluation.questions
+    return {
+        task: _shuffled(load(task, "test"), task)[:n] if task in TRAIN_SETS else generate(task, n, _TEST, split="test")
+        for task in settings.tasks
+    }
+
+
+def _train_split(dataset: str, seed: int) -> list[Problem]:
+    """The train split of a published dataset, each question once and none of its test split (multiarith repeats some),
+    in an order that the seed decides. Questions are equal by `datasets.question_key`."""
+    found: dict[str, Problem] = {}
+    for problem in load(dataset, "train"):
+        found.setdefault(question_key(problem.question), problem)
+    for problem in load(dataset, "test"):
+        found.pop(question_key(problem.question), None)
+    return _shuffled(list(found.values()), f"{dataset}/{seed}")
+
+
+def _shuffled(problems: list[Problem], seed: str) -> list[Problem]:
+    return random.Random(seed).sample(problems, len(problems))
+
+
+def published_problems(settings: Settings) -> tuple[dict[str, list[Problem]], str]:
+    """The published sets of the run's generated tasks, and a sentence that says which are missing and why."""
+    found, missing = {}, ""
+    for task in settings.tasks:
+        if task in TASKS and task in PUBLISHED and settings.evaluation.published:
+            try:
+                found[f"{task} (published)"] = load(task, "all", limit=settings.evaluation.published)
+            except DatasetError as error:
+                missing = f"published test sets left out: {error}"
+    return found, missing

@@ -1,0 +1,389 @@
+"""Every number a run depends on, and the named sets of them:
+
+- `tiny` (the tutorial), `smoke` (for tests), `tiny-lora` (LoRA adapters over one base, as a large model is trained);
+- for one GPU `llama2-7b` (80 GB), `llama2-7b-40gb`, `llama2-7b-24gb` (a 4-bit base), and `small` (half a billion
+  weights); `rehearsal` is `llama2-7b` in miniature, to be run on a laptop before a GPU is rented;
+- for Self-Explore as its paper has it `mistral-7b`, `llemma-7b` and `deepseek-math-7b`.
+
+settings = preset("tiny", task="coin_flip", seed=1)
+settings = preset("tiny", sampling={"temperature": 0.7}, reward={"pairs": "base"})
+settings = preset("llama2-7b", task="gsm8k", base="some/model@revision")
+"""
+
+import re
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Literal
+
+from smlib.declared import (
+    CacheTokens,
+    Completion,
+    Declared,
+    Dtype,
+    EngineName,
+    Epochs,
+    Processes,
+    Prompt,
+    Questions,
+    QuestionsOrZero,
+    Rate,
+    Rows,
+    RowsOrZero,
+    Samples,
+    SamplesOrZero,
+    Seed,
+    Share,
+    Size,
+    SizeOrZero,
+    Temperature,
+    Text,
+    Tokens,
+    checked,
+    setting,
+    shown,
+)
+from smlib.errors import UsageError
+from smlib.ppo.settings import PPOSettings
+from smlib.problems.datasets import TASKS, TRAIN_SETS
+from smlib.problems.prompts import SOURCES
+from smlib.sampling.limits import MAX_BATCH
+
+Tasks = Literal["all", *TASKS, *TRAIN_SETS]
+
+
+@dataclass(frozen=True)
+class SamplingSettings(Declared):
+    """Stage 01. The temperature, cut-off and length hold for every sampling of training rationales."""
+
+    questions: Questions = setting(300, "questions per task; of a published dataset at most its train split")
+    samples: Samples = setting(8, "open rationales per question")
+    conditioned_questions: QuestionsOrZero = setting(
+        100, "the first questions of each task that are asked with a given answer too"
+    )
+    conditioned_samples: Samples = setting(2, "rationales for the gold answer, and as many for wrong ones")
+    temperature: Temperature = setting(1.0, "divides the logits before sampling; 0 is greedy")
+    top_p: Share = setting(1.0, "share of the probability that is sampled from, the likeliest tokens first; 1 = all")
+    max_new_tokens: Tokens = setting(128, "length of a completion at most")
+    shots: Literal["none", *SOURCES] = setting(
+        "none", "exemplars before the base's questions: 'smlib' are ours, 'wei' those of Wei et al."
+    )
+    prompt: Prompt = setting(
+        "plain", "how every stage asks: 'plain' is \"Q: ... A:\", 'chat' an instruct model's own template"
+    )
+
+
+@dataclass(frozen=True)
+class RankingSettings(Declared):
+    """Stages 02 and 03. How much of one question is kept."""
+
+    max_per_side: Samples = setting(8, "distinct rationales of a question, right and wrong each")
+    max_pairs_per_question: Samples = setting(6, "pairs of a right and a wrong rationale")
+
+
+@dataclass(frozen=True)
+class SFTSettings(Declared):
+    """Stage 02. Supervised fine-tuning on r+, the rationales that reach the gold answer."""
+
+    source: Literal["open", "conditioned", "both"] = setting("both", "which rationales are learned from")
+    epochs: Epochs = setting(1.0, "passes over the rationales")
+    learning_rate: Rate = setting(6e-4, "at its highest")
+    batch: Rows = setting(16, "rationales per optimizer step")
+
+
+@dataclass(frozen=True)
+class RewardSettings(Declared):
+    """Stage 03. Which rationales make the pairs, and how the reward model learns from them."""
+
+    pairs: Literal["base", "both"] = setting(
+        "both", "'base': of the base's rationales alone; 'both': of the SFT model's too"
+    )
+    wrong: Literal["open", "conditioned", "both"] = setting("both", "source of the wrong rationales")
+    questions: QuestionsOrZero = setting(350, "fresh questions per task that the SFT model answers; for pairs = 'both'")
+    epochs: Epochs = setting(1.5, "passes over the pairs")
+    learning_rate: Rate = setting(2e-4, "at its highest")
+    batch: Rows = setting(16, "pairs per optimizer step")
+    beta: Size = setting(0.5, "the reward is beta times the log-likelihood (smlib/learning/reward_model.py)")
+    nll_coef: SizeOrZero = setting(
+        3.0, "factor of -log p per token of the chosen side, which is added to the pairwise loss"
+    )
+
+
+@dataclass(frozen=True)
+class ExploreSettings(Declared):
+    """Stages 06, Self-Explore, up to its pairs. The length of a sample is sampling.max_new_tokens."""
+
+    samples: Samples = setting(12, "solutions per training question (the paper: 100)")
+    temperature: Temperature = setting(0.7, "of the solutions and of the completions")
+    max_per_question: Samples = setting(8, "RFT solutions, and outcome pairs")
+    k: Samples = setting(4, "completions of a prefix; it is a pit if none of them is right")
+    choice: Completion = setting("shortest", "which of the right completions before the pit is the chosen side")
+
+
+@dataclass(frozen=True)
+class DPOSettings(Declared):
+    """Stages 06, Self-Explore: DPO on outcome pairs and on step-level pairs.
+
+    The paper trains both at one rate. A step-level pair tells its sides apart by few tokens, and bears larger steps.
+    """
+
+    epochs: Epochs = setting(2.0, "passes over the pairs")
+    learning_rate: Rate = setting(3e-4, "at its highest, on outcome pairs")
+    step_learning_rate: Rate = setting(6e-4, "at its highest, on step-level pairs")
+    batch: Rows = setting(32, "pairs per optimizer step")
+    beta: Size = setting(1.0, "DPO's beta: the larger, the closer the policy stays to its reference")
+
+
+@dataclass(frozen=True)
+class LoraSettings(Declared):
+    """Low-rank adapters in place of full fine-tuning, in all stages that train: SFT, RFT and DPO (merged at their end),
+    the reward model and PPO (adapters of the SFT model, which stays as it is)."""
+
+    rank: RowsOrZero = setting(0, "rank of the adapters; 0 = full fine-tuning")
+    alpha: Rows = setting(32, "an adapter counts alpha / rank times")
+    targets: Text = setting("all-linear", "layers that get one: 'all-linear', or a regular expression of whole names")
+
+    def __post_init__(self):
+        super().__post_init__()
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise UsageError(f"lora.targets = {self.targets!r} is no regular expression ({error}): write one") from None
+
+
+@dataclass(frozen=True)
+class EvaluationSettings(Declared):
+    """Stage 05. Fresh questions, one greedy answer and `samples` drawn ones to each."""
+
+    questions: Questions = setting(200, "questions per task; of a published dataset at most its test split")
+    published: QuestionsOrZero = setting(750, "questions of each published test set at most; 0 leaves them out")
+    samples: SamplesOrZero = setting(8, "drawn answers per question")
+    temperature: Temperature = setting(1.0, "of the drawn answers")
+
+
+@dataclass(frozen=True)
+class HardwareSettings(Declared):
+    """What a large model needs to fit a GPU, and who draws; with all but `dtype` and the engines the results are the
+    same up to rounding."""
+
+    dtype: Dtype = setting(
+        "float32",
+        "precision that models are loaded in. Merging an adapter in 'bfloat16' rounds. 'nf4' is 4 bits a weight "
+        "(QLoRA, 2305.14314), by the extra gpu; its stages save bfloat16, and loading rounds to 4 bits again",
+    )
+    micro_batch: RowsOrZero = setting(
+        0, "rows (pairs, completions) per forward and backward pass; 0 = the batch at once"
+    )
+    gradient_checkpointing: bool = setting(
+        False, "activations are computed again in the backward pass: less memory, more time"
+    )
+    max_batch: Rows = setting(MAX_BATCH, "completions that the native engine draws at once")
+    cache_tokens: CacheTokens = setting(
+        0, "tokens whose keys and values the native engine holds outside PPO; 0 = no bound but max_batch"
+    )
+    engine: EngineName = setting("native", "who samples; 'auto' is vllm where it is installed, and native for nf4")
+    rollout_engine: EngineName = setting("native", "engine of PPO's rollouts; vllm needs LoRA and one process")
+    workers: Processes = setting(1, "Ray's processes that sample and score, on one machine or many; 1 = without Ray")
+
+
+@dataclass(frozen=True)
+class Settings(Declared):
+    """One run."""
+
+    preset: str
+    tasks: tuple[str, ...]
+    seed: Seed
+    base: Text = setting(
+        meaning="the model that learns: tiny (in this package), smollm2, a folder, a GGUF file or a hub id, best with "
+        "@REVISION"
+    )
+    sampling: SamplingSettings
+    ranking: RankingSettings
+    sft: SFTSettings
+    reward: RewardSettings
+    ppo: PPOSettings
+    evaluation: EvaluationSettings
+    explore: ExploreSettings
+    dpo: DPOSettings
+    lora: LoraSettings = LoraSettings()
+    hardware: HardwareSettings = HardwareSettings()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.hardware.dtype != "float32" and not self.lora.rank:
+            raise UsageError(
+                f"hardware.dtype = {self.hardware.dtype!r} with lora.rank = 0 would train weights of three digits "
+                "or fewer, in which small updates are lost: give lora.rank from 1, or hardware.dtype = 'float32'"
+            )
+        if self.hardware.rollout_engine == "vllm" and (not self.lora.rank or self.hardware.dtype == "nf4"):
+            raise UsageError(
+                "hardware.rollout_engine = 'vllm' takes over adapters of a base that is not rounded to 4 bits: give "
+                "lora.rank from 1 and other hardware.dtype, or rollout_engine = 'native'"
+            )
+        if self.sampling.shots != "none" and "chain_arithmetic" in self.tasks:
+            raise UsageError(
+                f"preset {self.preset!r} shows exemplars (sampling.shots = {self.sampling.shots!r}), and task "
+                "'chain_arithmetic' has none: choose another task, such as gsm8k, or sampling.shots = 'none'"
+            )
+
+
+PRESETS = {
+    "tiny": {
+        "sampling": SamplingSettings(),
+        "ranking": RankingSettings(),
+        "sft": SFTSettings(),
+        "reward": RewardSettings(),
+        "ppo": PPOSettings(),
+        "evaluation": EvaluationSettings(),
+        "explore": ExploreSettings(),
+        "dpo": DPOSettings(),
+    },
+    "smoke": {
+        "sampling": SamplingSettings(questions=16, samples=4, conditioned_questions=8, conditioned_samples=1),
+        "ranking": RankingSettings(),
+        "sft": SFTSettings(epochs=1.0, batch=8),
+        "reward": RewardSettings(questions=8, epochs=1.0, batch=8),
+        "ppo": PPOSettings(updates=2, episodes=16, samples_per_question=4, minibatch=8, warmup_updates=1),
+        "evaluation": EvaluationSettings(questions=8, published=8, samples=2),
+        "explore": ExploreSettings(samples=4, k=2),
+        "dpo": DPOSettings(epochs=1.0, batch=8),
+    },
+}
+
+_LORA_RATES = {  # adapters start at zero and want larger steps than the weights themselves
+    "sft": replace(PRESETS["tiny"]["sft"], learning_rate=6e-3),
+    "reward": replace(PRESETS["tiny"]["reward"], learning_rate=2e-3),
+    "ppo": replace(PRESETS["tiny"]["ppo"], value="model", learning_rate=2.5e-3, value_learning_rate=2.5e-3),
+    "dpo": replace(PRESETS["tiny"]["dpo"], learning_rate=3e-3, step_learning_rate=6e-3),
+}
+PRESETS["tiny-lora"] = PRESETS["tiny"] | _LORA_RATES | {"lora": LoraSettings(rank=16)}
+
+
+# Self-Explore's paper (2404.10346) trains all weights on four GPUs of 80 GB, at 1e-5 for SFT and 1e-6 for DPO (Mistral
+# at a tenth of that), and lets SFT's rate fall by a line. Here adapters learn, on one GPU, at ten times these rates, in
+# SFT by a cosine; nobody tuned that at this size. Mistral gets no lower ones: merged into bfloat16 weights of 0.02,
+# 29 % is kept of an adapter's changes of 1e-5, and 99 % of those of 1e-4.
+_DPO = DPOSettings(epochs=3.0, learning_rate=1e-5, step_learning_rate=1e-5, batch=32, beta=0.1)
+_CARD = HardwareSettings(dtype="bfloat16", micro_batch=4, gradient_checkpointing=True, max_batch=128, engine="auto")
+_FULL_CARD = replace(
+    _CARD, micro_batch=8, max_batch=256, cache_tokens=90_000, rollout_engine="auto"
+)  # 80 GB hold the base twice
+
+
+def _self_explore(base: str, max_batch: int) -> dict:
+    """Self-Explore as its paper has it, with adapters. Stage 0 learns from the base's own right rationales alone."""
+    return {
+        "base": base,
+        "sampling": SamplingSettings(
+            questions=10_000, samples=4, conditioned_questions=0, temperature=0.7, max_new_tokens=512, shots="smlib"
+        ),
+        "ranking": RankingSettings(),
+        "sft": SFTSettings(source="open", epochs=5.0, learning_rate=1e-4, batch=64),
+        "reward": RewardSettings(learning_rate=1e-4),
+        "ppo": PPOSettings(
+            value="model", minibatch=16, learning_rate=1e-5, value_learning_rate=1e-4, precision="bfloat16",
+            max_new_tokens=512,
+        ),
+        "evaluation": EvaluationSettings(questions=10_000, published=0, samples=0),
+        "explore": ExploreSettings(samples=100, temperature=0.7, max_per_question=8, k=4),
+        "dpo": _DPO,
+        "lora": LoraSettings(rank=16),
+        "hardware": replace(_CARD, max_batch=max_batch),
+    }  # fmt: skip
+
+
+# Self-motivated Learning on one GPU. Of the paper (2404.07017) we have the model alone: the numbers are ours and
+# nobody tuned them. GSM8K's 7,473 train questions go to stage 01 (4,000), stage 03 (2,000) and PPO (the rest, twice).
+_LLAMA = {
+    "base": "meta-llama/Llama-2-7b-hf@01c7f73d771dfac7d292323805ebc428287df4f9",
+    "sampling": SamplingSettings(
+        questions=4_000, samples=8, conditioned_questions=1_000, temperature=0.8, max_new_tokens=256, shots="smlib"
+    ),
+    "ranking": RankingSettings(max_per_side=4),
+    "sft": SFTSettings(epochs=3.0, learning_rate=1e-4, batch=64),
+    "reward": RewardSettings(questions=2_000, epochs=1.0, learning_rate=5e-5, batch=32),
+    "ppo": PPOSettings(
+        value="model", updates=100, episodes=256, minibatch=32, learning_rate=1e-5, value_learning_rate=1e-4,
+        precision="bfloat16", max_new_tokens=256,
+    ),
+    "evaluation": EvaluationSettings(questions=10_000, published=10_000, samples=4),
+    "explore": ExploreSettings(samples=32, temperature=0.7),
+    "dpo": _DPO,
+    "lora": LoraSettings(rank=16),
+    "hardware": _FULL_CARD,
+}  # fmt: skip
+
+# Llama's keys and values take half a MiB a token. All stages fit with a tenth to spare, by smlib.scale.memory
+# (results/memory_stages_7b.csv); nobody measured it.
+# Mistral keeps a quarter of the others' keys and values.
+LARGE = {
+    "llama2-7b": _LLAMA,
+    "llama2-7b-40gb": _LLAMA | {"hardware": replace(_CARD, max_batch=128, cache_tokens=32_000)},
+    "llama2-7b-24gb": _LLAMA | {"hardware": replace(_CARD, dtype="nf4", max_batch=64, cache_tokens=24_000)},
+    "small": _LLAMA | {
+        "base": "Qwen/Qwen2.5-0.5B@060db6499f32faf8b98477b0a26969ef7d8b9987",
+        "hardware": replace(_CARD, micro_batch=2, max_batch=64),
+    },
+    "mistral-7b": _self_explore("mistralai/Mistral-7B-v0.1@27d67f1b5f57dc0953326b2601d68371d40ea8da", 128),
+    "llemma-7b": _self_explore("EleutherAI/llemma_7b@e223eee41c53449e6ea6548c9b71c50865e4a85c", 32),
+    "deepseek-math-7b": _self_explore("deepseek-ai/deepseek-math-7b-base@036a8c6189aac6e2fc4e07b46e1e57c6b647bca5", 32),
+}  # fmt: skip
+PRESETS |= LARGE
+
+# The tiny base in place of a large one, few questions, rates for its size: every path of code that `llama2-7b` takes.
+PRESETS["rehearsal"] = _LLAMA | {
+    "base": "tiny",
+    "sampling": SamplingSettings(questions=24, samples=4, conditioned_questions=8, conditioned_samples=1),
+    "sft": SFTSettings(epochs=3.0, learning_rate=6e-3, batch=16),
+    "reward": RewardSettings(questions=12, epochs=1.0, learning_rate=2e-3, batch=16),
+    "ppo": replace(
+        _LLAMA["ppo"], updates=2, episodes=32, minibatch=16, warmup_updates=1, learning_rate=2.5e-3,
+        value_learning_rate=2.5e-3, max_new_tokens=128,
+    ),
+    "evaluation": EvaluationSettings(questions=12, published=12, samples=2),
+    "explore": ExploreSettings(samples=6, k=2),
+    "dpo": DPOSettings(epochs=1.0, learning_rate=3e-3, step_learning_rate=6e-3, batch=16),
+    "hardware": replace(_CARD, micro_batch=4, max_batch=64, engine="native"),
+}  # fmt: skip
+
+
+def default_task(name: str) -> str:
+    """What a preset is for where nothing is said: GSM8K for large models, else all generated tasks."""
+    return "gsm8k" if name in LARGE else "all"
+
+
+def preset(name: str, task: str = "all", seed: int = 0, **overrides) -> Settings:
+    """Settings of a named preset for one task, or for "all" of the generated ones.
+
+    task: a generated one (TASKS) or a published dataset with a train split (TRAIN_SETS). overrides: a field of
+    Settings, or for a group a dict of its fields: `ppo={"updates": 10}`, `base="..."`.
+    """
+    checked("preset", name, Literal[*PRESETS])
+    checked("task", task, Tasks)
+    tasks = TASKS if task == "all" else (task,)
+    settings = Settings(**{"preset": name, "tasks": tasks, "seed": seed, "base": "tiny"} | PRESETS[name])
+    if name in LARGE and task == "math":
+        longer, hardware = 1_024, settings.hardware  # its solutions are long, and take the room of as many more rows
+        rows = hardware.max_batch * settings.sampling.max_new_tokens // longer
+        fewer = {"max_batch": rows, "micro_batch": hardware.micro_batch // 2}
+        lengths = {group: {"max_new_tokens": longer} for group in ("sampling", "ppo")}
+        settings = _override(settings, lengths | {"hardware": fewer}, "")
+    return _override(settings, overrides, "")
+
+
+def _override(settings, values: dict, prefix: str):
+    arguments = ("preset", "tasks", "seed")  # of preset(), which checks them
+    known = tuple(field.name for field in fields(settings) if field.name not in arguments)
+    changes = {}
+    for name, value in values.items():
+        checked("setting", f"{prefix}{name}", Literal[*(prefix + field for field in known)])
+        old = getattr(settings, name)
+        if is_dataclass(old):
+            given = vars(value) if type(value) is type(old) else value
+            if not isinstance(given, dict):
+                first = fields(old)[0].name
+                raise UsageError(
+                    f"setting {name} = {shown(value)} is not allowed: {name} is a group of settings, so give a dict, "
+                    f"such as {{{first!r}: {getattr(old, first)!r}}}"
+                )
+            value = _override(old, given, f"{name}.")
+        changes[name] = value
+    return replace(settings, **changes)

@@ -1,0 +1,45 @@
+"""Where models are and train: on this process's GPU or the CPU, decided here alone, in one process or in several."""
+
+import gc
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
+
+
+def on_gpu() -> bool:
+    """Whether models are loaded to a GPU and train there, decided here alone: where torch finds one by CUDA or ROCm,
+    but after `accelerate launch --cpu`. Other accelerators, such as Apple's, are left alone: nobody has tried them."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
+
+
+def process_state() -> PartialState:
+    """The processes that accelerate or torchrun started, on `device`.
+
+    Accelerate keeps one such state for the whole process, on the device that the first call names, by itself on any
+    accelerator that it finds. So nothing here makes one by itself.
+    """
+    return PartialState(cpu=not on_gpu())
+
+
+def accelerator(**options) -> Accelerator:
+    """accelerate as it was launched, on `device`."""
+    return Accelerator(cpu=not on_gpu(), **options)
+
+
+def free_memory() -> None:
+    """Give back what nobody uses. A trainer and its model refer to each other, so that the model lives on after a
+    training until Python looks for such circles: on a GPU there may be no room for the next one."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def device_name() -> str:
+    """Where `load_policy` puts a model: the GPU's name, or "CPU"."""
+    return torch.cuda.get_device_name() if on_gpu() else "CPU"

@@ -1,0 +1,42 @@
+"""A sample's random numbers, and the tokens that they pick: pure functions, without a model and without state."""
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def uniforms(seed: int, key: str, number: int, length: int) -> np.ndarray:
+    """The first `length` random numbers in [0, 1), float64 [length], of sample `number` of the prompt called `key`.
+
+    SHAKE-256 turns the name of a stream into as many bytes as one asks for, and a longer stream starts with the
+    shorter one: results do not depend on `max_new_tokens`, on the machine, or on a library's version.
+    """
+    data = hashlib.shake_256(f"{seed} {number} {key}".encode()).digest(8 * length)
+    return (np.frombuffer(data, dtype="<u8") >> 12) / 2.0**52
+
+
+def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Tokens [row] for logits [row, vocabulary] by inverse CDF at uniforms [row]; greedy at temperature 0."""
+    if temperature == 0:
+        return logits.argmax(1)
+    probs = truncate((logits / temperature).softmax(1), top_k, top_p)
+    cdf = probs.cumsum(1, dtype=torch.float64)
+    # u < 1, so the first entry of the CDF above u * total exists, and its token has a probability above zero.
+    return torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
+
+
+def truncate(probs: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Probabilities [row, vocabulary] with 0 for the tokens that top-k and then top-p (on what top-k left) drop.
+
+    They are not renormalised. 0 and 1.0 drop nothing; the most probable token always stays.
+    """
+    if top_k == 0 and top_p == 1:
+        return probs
+    ranked, tokens = probs.sort(dim=1, descending=True, stable=True)
+    if top_k:
+        ranked[:, top_k:] = 0
+    before = ranked.cumsum(1) - ranked  # mass of the tokens that rank higher
+    ranked[before >= top_p * ranked.sum(1, keepdim=True)] = 0
+    return torch.zeros_like(probs).scatter(1, tokens, ranked)

@@ -1,0 +1,131 @@
+"""One way to ask for samples, and who draws them.
+
+    with make_engine("native", "tiny") as engine:
+        engine.sample(prompts, 8, SamplingParams(temperature=0.7, max_new_tokens=128, seed=0), keys=keys)
+
+- `native`: our own sampler (`smlib.sampling.sampler`) on the model in this process;
+- `vllm`: vLLM (`smlib.sampling.vllm_engine`), for GPUs and large models;
+- either of them on several workers, on one machine or many, by Ray (`smlib.sampling.ray_engine`).
+
+vLLM and Ray are extras: without the library the error says how to install it.
+"""
+
+from importlib.util import find_spec
+
+from transformers import PreTrainedTokenizerBase
+
+from smlib.errors import MissingLibrary, UserError
+from smlib.sampling import sampler
+from smlib.sampling.encoding import encode_prompt
+from smlib.sampling.params import Sample, SamplingParams, Until, check_prompts
+from smlib.sampling.sampler import MAX_BATCH
+
+ENGINES = ("native", "vllm")
+INSTALL = {
+    "ray": "pip install 'smlib[ray]'",
+    "vllm": "in an environment of its own, since it wants an older transformers, pip install vllm==0.32.0, and this "
+    "package with --no-deps",
+}
+
+
+class EngineError(UserError, RuntimeError):
+    """An engine that does not start."""
+
+
+class Engine:
+    """Draws n completions for every prompt; arguments as in `sampler.sample`.
+
+    With equal (seed, key, number) an engine draws the same sample, whatever else it draws. Two engines do not draw
+    the same ones: their random numbers differ, and so does the rounding of their logits.
+
+    It holds a model until it is closed, by `close` or at the end of a `with` block; then it draws no more.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    shard = 256  # questions to ask for in one call, where calls are many: what a killed run loses
+
+    def sample(
+        self,
+        prompts: list[str],
+        n: int,
+        params: SamplingParams,
+        *,
+        keys: list[str],
+        first: int = 0,
+        until: Until | None = None,
+        progress: str | None = None,
+    ) -> list[list[Sample]]:
+        """n samples of every text; `result[i][j]` is number first + j of prompt i. Errors as in `sampler.sample`."""
+        check_prompts(prompts)
+        prompt_ids = [encode_prompt(self.tokenizer, one) for one in prompts]
+        return self.sample_ids(prompt_ids, n, params, keys=keys, first=first, until=until, progress=progress)
+
+    def sample_ids(
+        self,
+        prompt_ids: list[list[int]],
+        n: int,
+        params: SamplingParams,
+        *,
+        keys: list[str],
+        first: int = 0,
+        until: Until | None = None,
+        progress: str | None = None,
+    ) -> list[list[Sample]]:
+        """`sample` for prompts that are token ids already, such as a question and the beginning of a rationale."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Give back the memory, so that the next model has room; a second time does nothing."""
+        raise NotImplementedError
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+
+class NativeEngine(Engine):
+    """`sampler.sample` on one model. Closed, it drops the model, which whoever else holds it keeps alive."""
+
+    name = "native"
+
+    def __init__(self, model, tokenizer, max_batch: int = MAX_BATCH, cache_tokens: int = 0):
+        self.model, self.tokenizer, self.max_batch, self.cache_tokens = model, tokenizer, max_batch, cache_tokens
+
+    def sample_ids(self, prompt_ids, n, params, *, keys, first=0, until=None, progress=None) -> list[list[Sample]]:
+        return sampler.sample_ids(
+            self.model,
+            self.tokenizer,
+            prompt_ids,
+            n,
+            params,
+            keys=keys,
+            first=first,
+            until=until,
+            max_batch=self.max_batch,
+            cache_tokens=self.cache_tokens,
+            progress=progress,
+        )
+
+    def close(self) -> None:
+        self.model = None
+
+
+def chosen(name: str, dtype: str | None = None) -> str:
+    """The engine that a name stands for: "auto" is vLLM where it is installed and holds such weights (nf4 it does not),
+    else the native one."""
+    if name != "auto":
+        return name
+    return "vllm" if find_spec("vllm") and dtype != "nf4" else "native"
+
+
+def check_installed(name: str, workers: int = 1) -> None:
+    """Raise MissingLibrary where that engine, in so many processes, needs what is not installed."""
+    for library in ["vllm"] * (name == "vllm") + ["ray"] * (workers > 1):
+        if find_spec(library) is None:
+            raise MissingLibrary(
+                f"this engine needs {library}, which is not installed: {INSTALL[library]}; or choose the engine "
+                "'native' with one worker."
+            )

@@ -1,0 +1,50 @@
+"""`make_engine`: an engine by its name, in this process or several of them on Ray's workers."""
+
+from smlib.declared import CacheTokens, Processes, Rows, checked
+from smlib.errors import UsageError
+from smlib.sampling.engines import ENGINES, Engine, check_installed, chosen
+from smlib.sampling.local_engines import local_engine
+from smlib.sampling.sampler import MAX_BATCH
+
+
+def make_engine(
+    name: str,
+    base: str,
+    *,
+    dtype: str | None = None,
+    max_batch: int = MAX_BATCH,
+    cache_tokens: int = 0,
+    workers: int = 1,
+    lora_rank: int = 0,
+    share: float = 0.0,
+    prompt: str = "plain",
+) -> Engine:
+    """The engine called `name`, "native", "vllm" or "auto", on a model: "tiny", a folder or a hub id.
+
+    base: may be the folder of a LoRA adapter, which the native engine merges into its base and vLLM applies to it.
+    dtype: as in `settings.HardwareSettings`; by default float32, and for vLLM what the checkpoint has. vLLM 0.32
+        holds no nf4: it samples from the same checkpoint in bfloat16, which is 13 GB for 7 billion weights.
+    max_batch, cache_tokens: of the native engine, completions drawn at once, and tokens whose keys and values it holds
+        (0: no bound but max_batch).
+    workers: more than one are processes of Ray's, each with such an engine.
+    lora_rank: of vLLM, the greatest rank of adapters to come (`VLLMEngine.load_adapter`). share: of a GPU's memory that
+        vLLM takes, 0 for nine tenths of what is free; without a GPU of the machine's, 0 for half of what is free.
+        Both are for one worker.
+    prompt: how its tokenizer asks questions, "plain" or "chat" (`encoding.use_prompt`).
+
+    Raises UsageError for values that are not allowed, MissingLibrary where vLLM or Ray is not installed, EngineError
+    where vLLM does not start, and ModelError for a model that cannot be loaded.
+    """
+    name = chosen(name, dtype)
+    if name not in ENGINES:
+        raise UsageError(f"engine {name!r} is unknown; choose one of: {', '.join(ENGINES)}.")
+    checked("workers", workers, Processes, 1)
+    checked("max_batch", max_batch, Rows, MAX_BATCH)
+    checked("cache_tokens", cache_tokens, CacheTokens, 0)
+    check_installed(name, workers)
+    engine_kwargs = {"dtype": dtype, "max_batch": max_batch, "cache_tokens": cache_tokens, "prompt": prompt}
+    if workers > 1:
+        from smlib.sampling.ray_engine import RayEngine  # Ray is an extra
+
+        return RayEngine(base, workers=workers, inner=name, **engine_kwargs)
+    return local_engine(name, base, lora_rank=lora_rank, share=share, **engine_kwargs)

@@ -1,0 +1,38 @@
+"""`local_engine`: a native or vLLM engine in this process.
+
+`factory.make_engine` gives it for one worker, and each of Ray's workers makes one for itself. So it stands below both.
+"""
+
+from smlib.errors import UsageError
+from smlib.sampling import models
+from smlib.sampling.engines import ENGINES, Engine, NativeEngine, check_installed
+
+
+def local_engine(
+    name: str,
+    base: str,
+    *,
+    dtype: str | None,
+    max_batch: int,
+    cache_tokens: int,
+    prompt: str,
+    lora_rank: int = 0,
+    share: float = 0.0,
+) -> Engine:
+    """The engine called `name`, "native" or "vllm"; other arguments and errors as in `factory.make_engine`."""
+    if name not in ENGINES:
+        raise UsageError(f"engine {name!r} is unknown; choose one of: {', '.join(ENGINES)}.")
+    check_installed(name)
+    if name == "native":
+        tokenizer = models.load_tokenizer(base, prompt)
+        return NativeEngine(models.load_policy(base, dtype or "float32"), tokenizer, max_batch, cache_tokens)
+    from smlib.sampling.vllm_engine import VLLMEngine  # vLLM takes seconds to import
+
+    options = {"dtype": "bfloat16" if dtype == "nf4" else dtype} if dtype else {}
+    options |= {"gpu_memory_utilization": share} if share else {}
+    adapter = models.adapter_config(base)
+    if adapter is None:
+        return VLLMEngine(base, lora_rank, prompt=prompt, **options)
+    engine = VLLMEngine(adapter.base_model_name_or_path, lora_rank=adapter.r, prompt=prompt, **options)
+    engine.load_adapter(base)
+    return engine

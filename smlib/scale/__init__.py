@@ -1,0 +1,1 @@
+"""What a run takes on which machine: memory, samples, tokens, hours, disk."""

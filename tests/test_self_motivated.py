@@ -1,0 +1,299 @@
+"""The whole pipeline on a handful of questions: what each stage leaves, that it repeats, and what it refuses."""
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from peft import PeftModel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from smlib.errors import UsageError
+from smlib.files.artifacts import StageError, StageMismatch, require
+from smlib.ppo import loop
+from smlib.problems.datasets import TASKS
+from smlib.reports import results
+from smlib.runs import questions, self_motivated
+from smlib.runs.questions import ppo_problems, second_problems, training_problems
+from smlib.runs.settings import preset
+from smlib.sampling import engines, models, vllm_engine
+from smlib.sampling.engines import NativeEngine
+
+SMALL = {
+    "sampling": {"questions": 8, "samples": 4, "conditioned_questions": 4, "conditioned_samples": 1},
+    "reward": {"questions": 8, "epochs": 1.0},
+    "ppo": {"updates": 1, "episodes": 16, "minibatch": 8, "warmup_updates": 1, "max_new_tokens": 48},
+    "evaluation": {"questions": 4, "published": 4, "samples": 2},
+}
+
+
+def small(**overrides):
+    return preset("smoke", **(SMALL | overrides))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    self_motivated.run(run, small(), progress=False)
+    return run
+
+
+def test_every_stage_leaves_its_folder_with_a_manifest(finished):
+    names = ["01_sampling", "02_ranking", "02_sft", "03_second_sampling", "03_reward_model", "04_ppo", "05_evaluation"]
+    for name in names:
+        manifest = require(finished, name).manifest
+        assert manifest["settings"]["seed"] == 0
+        assert manifest["wall_seconds"] >= 0 and manifest["peak_mib"] > 100
+    assert sorted(path.name for path in finished.iterdir()) == sorted(names)
+
+
+def test_sampling_asks_each_task_openly_and_with_right_and_wrong_answers(finished):
+    rows = require(finished, "01_sampling").read_rows("rationales")
+    for task in TASKS:
+        mine = [row for row in rows if row["dataset"] == task]
+        assert sum(row["source"] == "open" for row in mine) == 8 * 4
+        given = [row["given"] for row in mine if row["source"] == "conditioned"]
+        assert len(given) == 4 * 1 * 2
+        assert all("reanswer_correct" in row for row in mine)
+
+
+def test_training_second_sampling_ppo_and_test_questions_never_meet():
+    settings = small()
+    asked = ppo_problems(settings)
+    groups = [
+        training_problems(settings),
+        second_problems(settings),
+        [problem for update in range(settings.ppo.updates) for problem in asked(update)],
+    ]
+    tests = {problem.id for problems in questions.test_problems(settings).values() for problem in problems}
+    worded = {problem.question for problems in questions.test_problems(settings).values() for problem in problems}
+    for group in groups:
+        assert not tests & {problem.id for problem in group}
+        assert not worded & {problem.question for problem in group}
+
+
+def test_ppo_draws_fresh_questions_from_every_task_in_every_update():
+    settings = small(ppo={"updates": 5, "episodes": 32, "samples_per_question": 4})
+    asked = questions.ppo_problems(settings)
+    seen = [problem.id for update in range(5) for problem in asked(update)]
+    assert len(seen) == len(set(seen)) == 5 * 8
+    for update in range(5):
+        assert [problem.dataset for problem in asked(update)] == [task for task in TASKS for _ in range(2)]
+
+
+def test_the_same_seed_gives_the_same_policy_and_another_seed_another(finished, tmp_path):
+    for part in (self_motivated.before_policy, self_motivated.train_policy):
+        part(tmp_path / "again", small(), progress=False)
+    other = replace(small(), seed=1)
+    self_motivated.sample_rationales(tmp_path / "other", other, progress=False)
+
+    def weights(run):
+        return models.load_policy(require(run, "04_ppo").path("model")).state_dict()
+
+    ours, theirs = weights(finished), weights(tmp_path / "again")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    first = require(finished, "01_sampling").read_rows("rationales")
+    assert first != require(tmp_path / "other", "01_sampling").read_rows("rationales")
+
+
+def test_ppo_moved_the_policy_away_from_the_sft_model(finished):
+    before = models.load_policy(require(finished, "02_sft").path("model")).state_dict()
+    after = models.load_policy(require(finished, "04_ppo").path("model")).state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_evaluation_holds_every_method_on_every_test_set(finished):
+    stage = require(finished, "05_evaluation")
+    rows = stage.read_rows("answers")
+    sets = {row["test_set"] for row in rows}
+    assert set(TASKS) <= sets
+    for method in results.METHODS:
+        for name in sets:
+            mine = [row for row in rows if (row["method"], row["test_set"]) == (method, name)]
+            assert len(mine) == 4
+            assert all(len(row["scores"]) == len(row["sampled_correct"]) for row in mine)
+
+
+def test_a_finished_stage_is_loaded_and_other_settings_are_refused(finished):
+    before = (finished / "02_sft" / "manifest.json").read_bytes()
+    self_motivated.train_sft(finished, small(), progress=False)
+    assert (finished / "02_sft" / "manifest.json").read_bytes() == before
+    with pytest.raises(StageMismatch, match=r"sft\.learning_rate"):
+        self_motivated.train_sft(finished, small(sft={"learning_rate": 1e-5}), progress=False)
+    with pytest.raises(StageMismatch, match=r"ppo\.reward"):
+        self_motivated.train_policy(finished, small(ppo=SMALL["ppo"] | {"reward": "checker"}), progress=False)
+
+
+def test_a_missing_stage_names_the_notebook_to_run_first(tmp_path):
+    with pytest.raises(StageError, match="first run notebook 01"):
+        self_motivated.rank_rationales(tmp_path / "nothing", small())
+
+
+def test_an_unknown_reward_or_method_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"ppo\.reward = 'human' is not allowed: give a sum of learned, checker"):
+        small(ppo=SMALL["ppo"] | {"reward": "human"})
+    with pytest.raises(ValueError, match="method 'a2c' is unknown; choose one of: ppo, rloo, grpo"):
+        self_motivated.train_policy(tmp_path, small(), method="a2c")
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_the_other_methods_leave_the_same_files(finished, method):
+    settings = small(ppo=SMALL["ppo"] | {"reward": "learned + 2*checker"})
+    stage = self_motivated.train_policy(finished, settings, method=method, progress=False)
+    ppo = require(finished, "04_ppo")
+    for file in ("training/log.csv", "training/examples.jsonl"):
+        assert stage.path(file).read_text()
+    ours, theirs = (pd.read_csv(one.path("training/log.csv")) for one in (stage, ppo))
+    shared = ["update", "accuracy", "kl", "entropy", "length", "tokens", "cut"]  # drawn from the same SFT model
+    pd.testing.assert_frame_equal(ours[shared], theirs[shared], atol=1e-5)  # the KL is zero up to rounding
+    before = models.load_policy(require(finished, "02_sft").path("model")).state_dict()
+    after = models.load_policy(stage.path("model")).state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.fixture(scope="module")
+def with_adapters(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "adapters"
+    settings = small(lora={"rank": 4}, ppo=SMALL["ppo"] | {"value": "model"})
+    self_motivated.run(run, settings, progress=False)
+    return run, settings
+
+
+def test_with_lora_one_base_holds_every_role(with_adapters, tmp_path):
+    """The SFT model is whole; reward model and policy are adapters of it, in peft's format, and move with the run."""
+    run, _ = with_adapters
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    base = models.load_policy(require(moved, "02_sft").path("model"))
+    for name in ("03_reward_model", "04_ppo"):
+        folder = require(moved, name).path("model")
+        assert not (folder / "model.safetensors").exists()
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "../../02_sft/model" and config["r"] == 4
+        adapted = PeftModel.from_pretrained(copy.deepcopy(base), folder)
+        ids = torch.tensor([[1, 5, 9, 20]])
+        with torch.no_grad():
+            logits = adapted(ids).logits
+            torch.testing.assert_close(models.load_policy(folder)(ids).logits, logits, rtol=1e-4, atol=1e-4)
+            assert not torch.equal(base(ids).logits, logits)
+    assert (require(moved, "04_ppo").path("model") / "value" / "adapter_config.json").is_file()
+
+
+def test_the_reward_adapter_scores_as_the_reward_model_did(with_adapters):
+    """Within PPO's roles the reward is an adapter; its scores are those that were recorded when it was trained."""
+    run, settings = with_adapters
+    tuned, rewarder = require(run, "02_sft"), require(run, "03_reward_model")
+    tokenizer, roles = models.load_tokenizer(), self_motivated.make_roles(settings, tuned, rewarder)
+    reward = self_motivated.make_reward("learned", rewarder, tokenizer, roles)
+    problems = {p.id: p for p in questions.training_problems(settings) + questions.second_problems(settings)}
+    pairs = rewarder.read_rows("held_out")
+    assert pairs
+    scores = reward([problems[pair["id"]] for pair in pairs], [pair["chosen"] for pair in pairs])
+    assert scores == pytest.approx([pair["chosen_score"] for pair in pairs], abs=1e-3)
+    assert roles.adapter == "default"
+
+
+def test_with_lora_the_other_methods_train_an_adapter(with_adapters):
+    run, settings = with_adapters
+    folder = self_motivated.train_policy(run, settings, method="grpo", progress=False).path("model")
+    assert (folder / "adapter_config.json").is_file() and not (folder / "model.safetensors").exists()
+
+
+class Recorded:
+    def __init__(self, base, rank, **options):
+        self.base, self.rank, self.options = base, rank, options
+
+
+def test_vllm_draws_ppos_rollouts_where_the_settings_want_it(with_adapters, monkeypatch):
+    run, settings = with_adapters
+    tuned = require(run, "02_sft")
+    monkeypatch.setattr(vllm_engine, "VLLMEngine", Recorded)
+    monkeypatch.setattr(engines, "find_spec", lambda name: True)
+
+    def engine(**hardware):
+        return self_motivated.rollout_engine(replace(settings, hardware=replace(settings.hardware, **hardware)), tuned)
+
+    for name in ("auto", "vllm"):
+        found = engine(rollout_engine=name, dtype="bfloat16")
+        assert (found.base, found.rank) == (str(run / "02_sft" / "model"), settings.lora.rank)
+        assert found.options == {"prompt": "plain", "dtype": "bfloat16", "gpu_memory_utilization": 0.35}
+    assert engine(engine="vllm") is None
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    assert engine(rollout_engine="auto") is None
+
+
+def test_what_ppo_takes_of_the_hardware(with_adapters, monkeypatch, tmp_path):
+    run, settings = with_adapters
+    for name in ("02_sft", "03_reward_model"):
+        shutil.copytree(run / name, tmp_path / name)
+    seen, train = {}, loop.train
+    monkeypatch.setattr(loop, "train", lambda *given, **options: seen.update(options) or train(*given, **options))
+    hardware = replace(settings.hardware, micro_batch=2, gradient_checkpointing=True, max_batch=5)
+    self_motivated.train_policy(tmp_path, replace(settings, hardware=hardware), progress=False)
+    assert (seen["micro_batch"], seen["gradient_checkpointing"], seen["max_batch"], seen["engine"]) == (
+        2,
+        True,
+        5,
+        None,
+    )
+
+
+def test_tensorboard_gets_what_the_log_gets(finished, tmp_path):
+    for name in ("02_sft", "03_reward_model"):
+        shutil.copytree(finished / name, tmp_path / name)
+    stage = self_motivated.train_policy(tmp_path, small(), progress=False, tracker="tensorboard")
+    events = EventAccumulator(str(next((stage.folder / "training").rglob("events.*")).parent))
+    events.Reload()
+    log = pd.read_csv(stage.path("training/log.csv"))
+    for column in log.columns.drop("update"):
+        assert [event.value for event in events.Scalars(column)] == pytest.approx(list(log[column]), rel=1e-5)
+
+
+@pytest.mark.parametrize("tracker", ["abacus", "comet_ml"])
+def test_a_tracker_that_is_not_there_is_refused_before_any_work(tracker, tmp_path):
+    said = f"tracker '{tracker}' is unknown or not installed here; install it, or choose one of: 'tensorboard', 'all'"
+    with pytest.raises(UsageError, match=said):
+        self_motivated.train_policy(tmp_path, small(), tracker=tracker)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_what_a_method_does_not_heed_is_refused_before_any_work(method, tmp_path):
+    with pytest.raises(UsageError, match=f"tracker 'tensorboard' is for method 'ppo': '{method}' only writes"):
+        self_motivated.train_policy(tmp_path, small(), method, tracker="tensorboard")
+    settings = preset("tiny-lora", hardware={"rollout_engine": "vllm"})
+    with pytest.raises(UsageError, match=f"rollout_engine = 'vllm' is for method 'ppo': '{method}' draws by the nat"):
+        self_motivated.train_policy(tmp_path, settings, method)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_published_sets_are_named_and_left_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("SML_DATA_DIR", str(tmp_path))
+    found, missing = questions.published_problems(small())
+    assert found == {}
+    assert "SML_DATA_DIR" in missing and json.dumps(missing)
+
+
+def test_a_stopped_sampling_stage_goes_on_from_its_shards(tmp_path, monkeypatch):
+    """Ctrl-C in the second of three drawings: the first is not drawn again, and the rows are those of a calm run."""
+    small = preset("smoke", "coin_flip")
+    calm = self_motivated.sample_rationales(tmp_path / "calm", small, progress=False).read_rows("rationales")
+    real, asked = NativeEngine.sample_ids, []
+
+    def sample_ids(self, prompts, n, params, **given):
+        asked.append((len(prompts), n))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(self, prompts, n, params, **given)
+
+    monkeypatch.setattr(NativeEngine, "sample_ids", sample_ids)
+    with pytest.raises(KeyboardInterrupt):
+        self_motivated.sample_rationales(tmp_path / "stopped", small, progress=False)
+    assert list((tmp_path / "stopped" / "01_sampling" / "shards" / "open").glob("shard-*"))
+    stage = self_motivated.sample_rationales(tmp_path / "stopped", small, progress=False)
+    assert stage.read_rows("rationales") == calm
+    assert [n for _, n in asked] == [4, 1, 1, 1] and asked[1] == asked[2]  # open; stopped; conditioned; re-answering
+    assert not (stage.folder / "shards").exists()
