@@ -357,17 +357,18 @@ def peak_mib() -> float:
 
 def code_version() -> str:
     """Package version and, in a git checkout, its commit: "0.1.0+1a2b3c4d5e6f-dirty"."""
-    git = ["git", "-C", str(checkout()), "describe", "--always", "--dirty", "--abbrev=12"]
-    known = checkout() and shutil.which("git")
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if known else ""
+    root, commit = checkout(), ""
+    if root and shutil.which("git"):
+        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return version("smlib") + f"+{commit}" * bool(commit)
 
 
-# NaN and infinity are not JSON, and in a result they are a fault that should not travel on
 def _as_dict(value) -> dict:
     return value.as_row() if hasattr(value, "as_row") else dataclasses.asdict(value)
 
 
+# NaN and infinity are not JSON, and in a result they are a fault that should not travel on
 _FORMAT = {"ensure_ascii": False, "allow_nan": False, "default": _as_dict}
 
 

@@ -3,9 +3,8 @@
 `factory.make_engine` gives it for one worker, and each of Ray's workers makes one for itself. So it stands below both.
 """
 
-from smlib.errors import UsageError
 from smlib.sampling import models
-from smlib.sampling.engines import ENGINES, Engine, NativeEngine, check_installed
+from smlib.sampling.engines import Engine, NativeEngine, check_installed
 
 
 def local_engine(
@@ -20,9 +19,7 @@ def local_engine(
     share: float = 0.0,
 ) -> Engine:
     """The engine called `name`, "native" or "vllm"; other arguments and errors as in `factory.make_engine`."""
-    if name not in ENGINES:
-        raise UsageError(f"engine {name!r} is unknown; choose one of: {', '.join(ENGINES)}.")
-    check_installed(name)
+    check_installed(name)  # again in a worker of Ray, which may run on a machine without vLLM
     if name == "native":
         tokenizer = models.load_tokenizer(base, prompt)
         return NativeEngine(models.load_policy(base, dtype or "float32"), tokenizer, max_batch, cache_tokens)
