@@ -325,6 +325,17 @@ def test_targets_that_match_nothing_are_named_beside_what_there_is(targets):
     assert models.add_lora(gpt2(), 2, 4, r".*\.(c_attn|c_fc)", base="").peft_config["default"].r == 2
 
 
+def test_what_is_saved_of_a_model_names_no_folder_and_follows_no_order_of_a_set(tmp_path):
+    """A stage that is made again in another process or folder is to leave the same bytes."""
+    adapted = models.add_lora(policy(), rank=2, alpha=4, targets="all-linear", base="../base")
+    for part in (adapted, models.load_tokenizer("tiny")):
+        part.save_pretrained(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets) and len(targets) > 6
+    assert not {"is_local", "local_files_only"} & json.loads((tmp_path / "tokenizer_config.json").read_text()).keys()
+
+
 def test_gpt2_whose_layers_are_no_linear_ones_trains_an_adapter(recwarn):
     adapted, before = models.add_lora(gpt2(), 2, 4, "all-linear", base=""), gpt2().state_dict()
     problems = generate("coin_flip", 4, seed=0)

@@ -201,6 +201,8 @@ def load_tokenizer(name: str = "tiny", prompt: str = "plain") -> PreTrainedToken
     place, revision = locate(name)
     with _explained(place, revision, *TOKENIZER):
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+    for key in ("is_local", "local_files_only"):  # how it was loaded, which would be saved with it
+        tokenizer.init_kwargs.pop(key, None)
     encoding.use_prompt(tokenizer, prompt)
     encoding.check_tokenizer(tokenizer, str(name))
     special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
@@ -366,6 +368,10 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: 
         if isinstance(layer, BaseTunerLayer):
             raise UsageError(_no_match(model, targets))
     config.base_model_name_or_path = base
+    # What is saved is to be the same in every process and folder: not in a set's order, and without peft's README.md,
+    # which names the folder that the model came from.
+    config.target_modules = targets if isinstance(config.target_modules, str) else sorted(config.target_modules)
+    adapted.create_or_update_model_card = lambda folder: None
     # peft would look into the base, where saving is, for a vocabulary that training does not change
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
     return adapted
