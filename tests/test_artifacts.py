@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smlib.files.artifacts import Stage, StageError, StageMismatch, peak_mib, require
-from smlib.files.atomic import DiskFullError
+from smlib.files.atomic import DiskFullError, is_full
 
 SETTINGS = {"seed": 0, "sampling": {"temperature": 0.8, "samples": 8}}
 JSON = st.recursive(
@@ -360,22 +360,41 @@ def no_space(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+# What safetensors and torch.save say, whose errors are not the system's; torch.save one of two things by what is left.
+FULL = (
+    "Error while serializing: I/O error: No space left on device (os error 28)",
+    "[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0: file write failed",
+    "basic_ios::clear: iostream error",
+)
+
+
 class FullDiskModel(Model):
     def save_pretrained(self, folder):
         super().save_pretrained(folder)
-        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise RuntimeError(self.said)
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(tmp_path, monkeypatch):
     stage = Stage(tmp_path, "01_sampling", {})
     stage.write_rows("samples", [{"n": 1}])
-    with pytest.raises(DiskFullError, match=r"No space left on the disk to write .*model"):
-        stage.write_model("model", FullDiskModel("weights.bin"))
+    for said in FULL:
+        model = FullDiskModel("weights.bin")
+        model.said = said
+        with pytest.raises(DiskFullError, match=r"No space left on the disk to write .*model"):
+            stage.write_model("model", model)
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(DiskFullError, match=r"No space left on the disk to write .*samples\.jsonl"):
         stage.write_rows("samples", [{"n": 2}])
     assert os.listdir(stage.folder) == ["samples.jsonl"]
     assert stage.read_rows("samples") == [{"n": 1}]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full, the disk that is always full")
+@pytest.mark.parametrize("numbers", [1, 100_000])
+def test_a_full_disk_is_known_by_what_torch_says_of_it(numbers):
+    with pytest.raises(RuntimeError) as raised:
+        torch.save(torch.zeros(numbers), "/dev/full")
+    assert is_full(raised.value)
 
 
 def test_a_number_that_is_no_number_does_not_reach_the_disk(tmp_path):

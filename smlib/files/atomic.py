@@ -72,7 +72,7 @@ def remove(path: Path) -> None:
 
 def is_full(error: BaseException) -> bool:
     """Whether that is a full disk's error: libraries that write by themselves have classes of their own for it."""
-    said = ("No space left on device", "inline_container.cc")  # safetensors; torch.save
+    said = ("No space left on device", "inline_container.cc", "iostream error")  # safetensors; torch.save, both
     return getattr(error, "errno", None) in _FULL or any(words in str(error) for words in said)
 
 
