@@ -17,7 +17,7 @@ test: $(READY)  ## style, all tests but the faults, and all notebooks at the sma
 test-notebooks: $(READY)  ## execute the committed notebooks as they are, and compare their outputs (20 minutes)
 	$(BIN)/pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 notebooks
 
-test-faults: $(READY)  ## break every stage at every one of its file operations (an hour)
+test-faults: $(READY)  ## break every stage at every one of its file operations (an hour and a half)
 	$(BIN)/pytest -q -n 2 -m "faults or slow" tests/test_faults.py
 
 test-ray: .venv-ray/.ready  ## the Ray engine's tests, in an environment of their own
