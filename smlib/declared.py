@@ -29,6 +29,7 @@ SamplesOrZero = Annotated[int, Field(ge=0, le=10_000)]
 Tokens = Annotated[int, Field(ge=1, le=1_000_000)]  # of one completion
 TopK = Annotated[int, Field(ge=0, le=10_000_000)]  # tokens kept of the vocabulary, 0 = all
 CacheTokens = Annotated[int, Field(ge=0, le=1_000_000_000)]  # tokens whose keys and values are held, 0 = no bound
+PrefixTokens = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Rows = Annotated[int, Field(ge=1, le=100_000)]  # of a batch
 RowsOrZero = Annotated[int, Field(ge=0, le=100_000)]
 Processes = Annotated[int, Field(ge=1, le=10_000)]
@@ -41,7 +42,7 @@ ShareOrZero = Annotated[float, Field(ge=0, le=1)]
 Size = Annotated[float, Field(gt=0, le=1e9)]
 SizeOrZero = Annotated[float, Field(ge=0, le=1e9)]
 Weight = Annotated[float, Field(ge=-1e9, le=1e9)]
-Dtype = Literal["float32", "bfloat16", "nf4"]
+Dtype = Literal["float32", "bfloat16", "nf4", "auto"]
 EngineName = Literal["native", "vllm", "auto"]
 Prompt = Literal["plain", "chat"]
 Completion = Literal["shortest", "random", "most_likely"]

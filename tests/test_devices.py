@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from smlib.sampling import devices, models
+from smlib.sampling.factory import make_engine
 
 ROOT = Path(__file__).parents[1]
 
@@ -122,3 +124,24 @@ def test_nobody_else_asks_accelerate_or_torch_for_a_device():
         if path.name not in ("devices.py", "gpu_7b.py", "trl_ppo.py")
     }
     assert {name: calls for name, calls in found.items() if calls} == {}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"), [((1.0, 0.5), "bfloat16"), ((1.0, 0.9), "float32"), ((1, 3), "float32")]
+)
+def test_auto_is_bfloat16_where_it_is_clearly_faster(monkeypatch, capsys, seconds, chosen):
+    timed = dict(zip((torch.float32, torch.bfloat16), seconds, strict=True))
+    monkeypatch.setattr(devices, "_product_seconds", timed.__getitem__)
+    devices._faster_dtype.cache_clear()
+    assert [devices.chosen_dtype("auto") for _ in range(2)] == [chosen] * 2
+    said = capsys.readouterr().out
+    assert said.startswith(f"dtype auto: {chosen}, as bfloat16 multiplies") and said.count("\n") == 1
+    assert [devices.chosen_dtype(name) for name in ("float32", "bfloat16", "nf4")] == ["float32", "bfloat16", "nf4"]
+    devices._faster_dtype.cache_clear()
+
+
+def test_auto_is_measured(capsys):
+    devices._faster_dtype.cache_clear()
+    with make_engine("native", "tiny", dtype="auto") as engine:
+        assert str(engine.model.dtype) == f"torch.{devices.chosen_dtype('auto')}"
+    assert capsys.readouterr().out.count("dtype auto") == 1

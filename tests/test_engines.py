@@ -76,8 +76,8 @@ def test_the_engine_is_made_as_the_settings_say(monkeypatch):
         return made
 
     monkeypatch.setattr(shared, "make_engine", make)
-    assert shared.load_engine(small(engine="auto", max_batch=7, workers=2), "some/model") is made
-    options = {"dtype": "float32", "max_batch": 7, "cache_tokens": 0, "workers": 2}
+    assert shared.load_engine(small(engine="auto", max_batch=7, prefix_tokens=5, workers=2), "some/model") is made
+    options = {"dtype": "float32", "max_batch": 7, "cache_tokens": 0, "prefix_tokens": 5, "workers": 2}
     options |= {"prompt": "plain"}
     assert asked == [(("auto", "some/model"), options)]
     with make_engine("native", "tiny", dtype="bfloat16", max_batch=7, cache_tokens=99) as engine:
@@ -91,6 +91,29 @@ def test_texts_and_their_tokens_give_the_same_samples():
     with make_engine("native", "tiny") as engine:
         ids = [encoding.encode_prompt(engine.tokenizer, text) for text in texts]
         assert engine.sample(texts, 2, params, **given) == engine.sample_ids(ids, 2, params, **given)
+
+
+def test_what_one_call_has_read_the_next_one_finds_within_a_block_and_only_there():
+    """A prompt goes on where the one of the call before ended, as in exploration."""
+    params, read = SamplingParams(temperature=1.0, max_new_tokens=4, seed=0), []
+    with make_engine("native", "tiny") as engine:
+        engine.model.get_decoder().register_forward_pre_hook(
+            lambda decoder, arguments, options: read.append(options["input_ids"].shape), with_kwargs=True
+        )
+        ids = encoding.encode_prompt(engine.tokenizer, open_prompt(generate("coin_flip", 1, seed=0)[0]))
+
+        def drawn(prompt):
+            read.clear()
+            [[one]] = engine.sample_ids([prompt], 1, params, keys=["a"])
+            return one.token_ids, sum(shape.numel() for shape in read if shape[1] > 1)
+
+        alone = [drawn(ids), drawn([*ids, *ids[1:]])]
+        with engine.keep_prefixes():
+            together = [drawn(ids), drawn([*ids, *ids[1:]])]
+        assert [tokens for tokens, _ in alone] == [tokens for tokens, _ in together]
+        assert [count for _, count in alone] == [len(ids), 2 * len(ids) - 1]
+        assert [count for _, count in together] == [len(ids), len(ids) - 1]
+        assert drawn(ids)[1] == len(ids)  # outside of the block nothing is held
 
 
 def test_a_closed_engine_holds_no_model():

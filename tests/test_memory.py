@@ -15,7 +15,7 @@ from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from smlib.learning import reward_model
 from smlib.runs.settings import preset
-from smlib.sampling import models, sampler, shared_prompts
+from smlib.sampling import decoders, models, tree_attention
 from smlib.scale import memory
 from smlib.scale.memory import LLAMA_2_7B, PPO, Sampling, Training
 
@@ -122,15 +122,15 @@ def test_what_autograd_keeps_is_what_is_computed(plan):
 def test_the_cache_is_that_of_the_sampler(monkeypatch):
     made = []
 
-    class Watched(shared_prompts.SharedPromptCache):
+    class Watched(tree_attention.Cohort):
         def __init__(self, *parts):
             super().__init__(*parts)
             made.append(self)
 
-    monkeypatch.setattr(sampler, "SharedPromptCache", Watched)
+    monkeypatch.setattr(decoders, "Cohort", Watched)
     roles, _ = bench.build(SMALL, BASE)
     bench.draw(roles, SMALL, BASE)
-    tensors = [x for layer in made[0].layers for x in (layer.prompt_keys, layer.prompt_values, layer.store)]
+    tensors = [*made[0].context.grid.states, *made[0].own]
     assert memory.cache(SMALL, BASE) == sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
@@ -220,7 +220,7 @@ def test_what_a_training_holds(kind):
 
 
 def test_a_sliding_window_has_the_keys_of_the_prompt_for_every_row():
-    plan = Sampling("bfloat16", max_batch=8, samples=8, prompt=100, completion=16)
+    plan = Sampling("bfloat16", max_batch=8, samples=8, prompt=100, completion=16, joins=False)
     plain, sliding = (MistralConfig(sliding_window=window) for window in (None, 4_096))
     token = 2 * 2 * plain.num_hidden_layers * plain.num_key_value_heads * plain.head_dim
     assert memory.cache(plain, plan) == token * (100 + 8 * 16)
@@ -233,9 +233,14 @@ def test_the_stages_of_llama_2_7b_by_hand():
     assert (settings.hardware.max_batch, settings.hardware.cache_tokens) == (128, 32_000)
     assert settings.sampling.max_new_tokens == 256 and settings.sampling.samples == 8
     token = 2 * 32 * 4096 * 2  # half a MiB: keys and values of all layers in bfloat16
-    assert found["01_sampling"]["cache"] == 32_000 // (1400 + 256) * (1400 + 256) * token  # conditioned rationales
-    assert found["03_second_sampling"]["cache"] == (14 * 256 + 111 * 256) * token  # 111 rows of 14 questions
-    assert found["06_exploration"]["cache"] == 32_000 // (3 * 256) * 3 * 256 * token  # prefixes
+    assert found["01_sampling"]["cache"] == 32_000 * token  # all that is allowed
+    assert found["06_exploration"]["cache"] == 32_000 * token
+    free = memory.stages(LLAMA_2_7B, replace_hardware(settings, cache_tokens=0), **LENGTHS)
+    # 128 rows of 16 questions, and of half as many that joined as others left
+    assert free["03_second_sampling"]["cache"] == ((16 + 8) * 256 + 128 * 256) * token
+    # prefixes that may be whole rationales, read and laid out; and those of the step before
+    rows = free["06_exploration"]
+    assert (rows["cache"], rows["scratch"]) == ((4_096 + 128 * 512) * token, 128 * 512 * token)
     assert {parts["weights"] for name, parts in found.items() if "sampling" in name} == {2 * 6_738_415_616}
     adapter = 4 * 39_976_960
     assert found["06_step_dpo"]["weights"] == 2 * 6_738_415_616 + 2 * adapter

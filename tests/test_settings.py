@@ -10,6 +10,7 @@ from smlib.ppo.settings import PPOSettings
 from smlib.problems.datasets import TASKS
 from smlib.runs import shared
 from smlib.runs.settings import LARGE, PRESETS, preset
+from smlib.sampling import devices
 
 SELF_EXPLORE = ("mistral-7b", "llemma-7b", "deepseek-math-7b")
 
@@ -48,6 +49,18 @@ def test_what_the_hardware_needs_is_no_part_of_a_stage_but_for_the_precision():
     assert shared.stage_keys(preset("tiny-lora", hardware=fits), "sft") == plain
     rounded = preset("tiny-lora", hardware=fits | {"dtype": "bfloat16"})
     assert shared.stage_keys(rounded, "sft") == plain | {"dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "auto"])
+def test_a_model_that_trains_whole_is_rounded_for_sampling_alone(monkeypatch, dtype):
+    monkeypatch.setattr(devices, "_faster_dtype", lambda: "bfloat16")
+    plain, rounded = preset("tiny"), preset("tiny", hardware={"dtype": dtype})
+    assert shared.held_dtype(rounded) == "float32" and shared.held_dtype(rounded, samples=True) == "bfloat16"
+    assert shared.stage_keys(rounded, "sft") == shared.stage_keys(plain, "sft")
+    assert shared.engine_key(plain) == {} and shared.engine_key(rounded) == {"sampling_dtype": "bfloat16"}
+    assert shared.engine_key(rounded, "rollout_engine") == {}  # PPO draws from the policy itself
+    adapted = preset("tiny-lora", hardware={"dtype": dtype})
+    assert shared.stage_keys(adapted)["dtype"] == "bfloat16" and shared.engine_key(adapted) == {}
 
 
 def test_smoke_asks_for_less_than_tiny():
@@ -112,7 +125,7 @@ def test_ppo_needs_one_of_each_at_least(name, value):
         (lambda: preset("tiny", "chess"), "task 'chess' is unknown; choose one of: all, coin_flip"),
         (lambda: preset("mistral-7b"), "preset 'mistral-7b' shows exemplars .*choose another task, such as gsm"),
         (lambda: preset("llama2-7b", "chain_arithmetic"), "task 'chain_arithmetic' has none: choose another task"),
-        (lambda: preset("tiny", hardware={"dtype": "bfloat16"}), "lora.rank = 0 would train weights of three digits"),
+        (lambda: preset("tiny", hardware={"dtype": "nf4"}), "lora.rank = 0 would round a model to 4 bits that trains"),
         (
             lambda: preset("tiny", hardware={"rollout_engine": "vllm"}),
             "takes over adapters of a base",

@@ -135,7 +135,8 @@ def _explore_shard(
     """The rows of explored.jsonl, step-level pairs, their fate and what they cost, of some outcome pairs."""
     tokenizer, params = engine.tokenizer, shared.sampling_params(settings, "explore")
     rationales, label = wrong_rationales(tokenizer, problems, outcome), "exploration" if progress else None
-    found = exploration.explore(engine, rationales, settings.explore.k, params, progress=label)
+    with engine.keep_prefixes():  # those of the next step go on from those of this one
+        found = exploration.explore(engine, rationales, settings.explore.k, params, progress=label)
     solutions = [pair.chosen_ids for pair in outcome]
     pairs, fate = exploration.granular_pairs(tokenizer, rationales, found, solutions, settings.explore.choice)
     explored = []

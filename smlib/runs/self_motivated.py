@@ -38,6 +38,7 @@ from smlib.runs.shared import (
     engine_key,
     engine_name,
     gather_weights,
+    held_dtype,
     load_engine,
     load_model,
     load_tokenizer,
@@ -286,7 +287,7 @@ def rollout_engine(settings: Settings, tuned: Stage) -> Engine | None:
     if engine_name(settings, "rollout_engine") == "native":
         return None
     options = {"lora_rank": settings.lora.rank, "share": ROLLOUT_SHARE}
-    return make_engine("vllm", str(tuned.path("model")), dtype=settings.hardware.dtype, **options)
+    return make_engine("vllm", str(tuned.path("model")), dtype=held_dtype(settings), **options)
 
 
 def make_reward(formula: str, rewarder: Stage, tokenizer, roles: Roles | None = None) -> Reward:
@@ -352,7 +353,7 @@ def _add_scores(settings: Settings, judge: Path, answered: list[tuple[Problem, A
         from smlib.learning import ray_scores
 
         scores = ray_scores.score(
-            judge, tokenizer, asked, drawn, workers=hardware.workers, dtype=hardware.dtype, progress=progress
+            judge, tokenizer, asked, drawn, workers=hardware.workers, dtype=held_dtype(settings), progress=progress
         )
     else:
         scores = reward_model.score(load_model(settings, judge), tokenizer, asked, drawn)

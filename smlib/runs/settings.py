@@ -21,6 +21,7 @@ from smlib.declared import (
     Dtype,
     EngineName,
     Epochs,
+    PrefixTokens,
     Processes,
     Prompt,
     Questions,
@@ -45,7 +46,7 @@ from smlib.errors import UsageError
 from smlib.ppo.settings import PPOSettings
 from smlib.problems.datasets import TASKS, TRAIN_SETS
 from smlib.problems.prompts import SOURCES
-from smlib.sampling.limits import MAX_BATCH
+from smlib.sampling.limits import MAX_BATCH, PREFIX_TOKENS
 
 Tasks = Literal["all", *TASKS, *TRAIN_SETS]
 
@@ -166,8 +167,10 @@ class HardwareSettings(Declared):
 
     dtype: Dtype = setting(
         "float32",
-        "precision that models are loaded in. Merging an adapter in 'bfloat16' rounds. 'nf4' is 4 bits a weight "
-        "(QLoRA, 2305.14314), by the extra gpu; its stages save bfloat16, and loading rounds to 4 bits again",
+        "precision that models are loaded in; one that trains whole, without LoRA, stays in 'float32', and only the "
+        "stages that sample take this. 'auto' is 'bfloat16' where the machine is faster with it, else 'float32'. "
+        "Merging an adapter in 'bfloat16' rounds. 'nf4' is 4 bits a weight (QLoRA, 2305.14314), by the extra gpu; its "
+        "stages save bfloat16, and loading rounds to 4 bits again",
     )
     micro_batch: RowsOrZero = setting(
         0, "rows (pairs, completions) per forward and backward pass; 0 = the batch at once"
@@ -178,6 +181,10 @@ class HardwareSettings(Declared):
     max_batch: Rows = setting(MAX_BATCH, "completions that the native engine draws at once")
     cache_tokens: CacheTokens = setting(
         0, "tokens whose keys and values the native engine holds outside PPO; 0 = no bound but max_batch"
+    )
+    prefix_tokens: PrefixTokens = setting(
+        PREFIX_TOKENS,
+        "of them, those that the native engine holds from one step of an exploration to the next, without Ray",
     )
     engine: EngineName = setting("native", "who samples; 'auto' is vllm where it is installed, and native for nf4")
     rollout_engine: EngineName = setting("native", "engine of PPO's rollouts; vllm needs LoRA and one process")
@@ -208,10 +215,10 @@ class Settings(Declared):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.hardware.dtype != "float32" and not self.lora.rank:
+        if self.hardware.dtype == "nf4" and not self.lora.rank:
             raise UsageError(
-                f"hardware.dtype = {self.hardware.dtype!r} with lora.rank = 0 would train weights of three digits "
-                "or fewer, in which small updates are lost: give lora.rank from 1, or hardware.dtype = 'float32'"
+                "hardware.dtype = 'nf4' with lora.rank = 0 would round a model to 4 bits that trains in 32: give "
+                "lora.rank from 1, or another hardware.dtype"
             )
         if self.hardware.rollout_engine == "vllm" and (not self.lora.rank or self.hardware.dtype == "nf4"):
             raise UsageError(
@@ -262,7 +269,9 @@ PRESETS["tiny-lora"] = PRESETS["tiny"] | _LORA_RATES | {"lora": LoraSettings(ran
 # SFT by a cosine; nobody tuned that at this size. Mistral gets no lower ones: merged into bfloat16 weights of 0.02,
 # 29 % is kept of an adapter's changes of 1e-5, and 99 % of those of 1e-4.
 _DPO = DPOSettings(epochs=3.0, learning_rate=1e-5, step_learning_rate=1e-5, batch=32, beta=0.1)
-_CARD = HardwareSettings(dtype="bfloat16", micro_batch=4, gradient_checkpointing=True, max_batch=128, engine="auto")
+_CARD = HardwareSettings(
+    dtype="bfloat16", micro_batch=4, gradient_checkpointing=True, max_batch=128, prefix_tokens=4_096, engine="auto"
+)
 _FULL_CARD = replace(
     _CARD, micro_batch=8, max_batch=256, cache_tokens=90_000, rollout_engine="auto"
 )  # 80 GB hold the base twice

@@ -78,10 +78,15 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     return models.load_tokenizer(settings.base, settings.sampling.prompt)
 
 
+def held_dtype(settings: Settings, samples: bool = False) -> str:
+    """The precision of a model that only samples, or of all others: of those that train whole it is float32."""
+    return devices.chosen_dtype(settings.hardware.dtype if samples or settings.lora.rank else "float32")
+
+
 def load_model(settings: Settings, path: str | Path):
-    """The model in a folder, or of the hub, as the settings want it held."""
+    """The model in a folder, or of the hub, as the settings want it held for training."""
     devices.free_memory()
-    return models.load_policy(path, settings.hardware.dtype)
+    return models.load_policy(path, held_dtype(settings))
 
 
 def load_engine(settings: Settings, path: str | Path) -> Engine:
@@ -92,9 +97,10 @@ def load_engine(settings: Settings, path: str | Path) -> Engine:
     return make_engine(
         hardware.engine,
         str(path),
-        dtype=hardware.dtype,
+        dtype=held_dtype(settings, samples=True),
         max_batch=hardware.max_batch,
         cache_tokens=hardware.cache_tokens,
+        prefix_tokens=hardware.prefix_tokens,
         workers=hardware.workers,
         prompt=settings.sampling.prompt,
     )
@@ -161,16 +167,19 @@ def stage_keys(settings: Settings, *groups: str) -> dict:
         common["lora"] = asdict(settings.lora)
     if settings.sampling.prompt != "plain":  # every stage asks so
         common["prompt"] = settings.sampling.prompt
-    if settings.hardware.dtype != "float32":  # the rest of the group changes no result
-        common["dtype"] = settings.hardware.dtype
+    if (dtype := held_dtype(settings)) != "float32":  # the rest of the group changes no result
+        common["dtype"] = dtype
     return common | {group: asdict(getattr(settings, group)) for group in groups}
 
 
 def engine_key(settings: Settings, who: str = "engine") -> dict:
-    """What a stage that samples depends on too: who draws, unless it is the native engine. The number of workers
-    is no key: the samples are the same."""
+    """What a stage that samples depends on too: who draws, unless it is the native engine, and in which precision,
+    where that of training is another. The number of workers is no key: the samples are the same."""
     name = engine_name(settings, who)
-    return {} if name == "native" else {"engine": name}
+    keys = {} if name == "native" else {"engine": name}
+    if who == "engine" and (dtype := held_dtype(settings, samples=True)) != held_dtype(settings):
+        keys["sampling_dtype"] = dtype
+    return keys
 
 
 def engine_name(settings: Settings, who: str = "engine") -> str:

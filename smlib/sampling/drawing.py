@@ -4,7 +4,10 @@ import hashlib
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+BLOCK = 256  # tokens whose probability is summed first, so that a cumulative sum is over blocks and then over one
 
 
 def uniforms(seed: int, key: str, number: int, length: int) -> np.ndarray:
@@ -22,9 +25,21 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int
     if temperature == 0:
         return logits.argmax(1)
     probs = truncate((logits / temperature).softmax(1), top_k, top_p)
-    cdf = probs.cumsum(1, dtype=torch.float64)
-    # u < 1, so the first entry of the CDF above u * total exists, and its token has a probability above zero.
-    return torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
+    blocks = F.pad(probs, (0, -probs.shape[1] % BLOCK)).view(len(probs), -1, BLOCK)
+    block, left = _pick(blocks.sum(2, dtype=torch.float64), uniforms)
+    token, _ = _pick(blocks[torch.arange(len(block), device=block.device), block].double(), left)
+    return block * BLOCK + token
+
+
+def _pick(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """The column [row] in whose part of the total [0, total) the share `uniforms` falls, and the share within it."""
+    cdf = masses.cumsum(1)
+    target = uniforms * cdf[:, -1]
+    # A share below 1 falls below the total, so that a column whose mass is above zero has it.
+    column = torch.searchsorted(cdf, target[:, None], right=True)
+    mass = masses.gather(1, column)
+    share = 1 - (cdf.gather(1, column) - target[:, None]) / mass
+    return column[:, 0], share[:, 0].clamp(0, 1 - 2**-53)
 
 
 def truncate(probs: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -10,6 +10,7 @@
 vLLM and Ray are extras: without the library the error says how to install it.
 """
 
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from smlib.errors import MissingLibrary, UserError
 from smlib.sampling import sampler
 from smlib.sampling.encoding import encode_prompt
+from smlib.sampling.limits import PREFIX_TOKENS
 from smlib.sampling.params import Sample, SamplingParams, Until, check_prompts
+from smlib.sampling.prefix_tree import PrefixTree
 from smlib.sampling.sampler import MAX_BATCH
 
 ENGINES = ("native", "vllm")
@@ -75,6 +78,11 @@ class Engine:
         """`sample` for prompts that are token ids already, such as a question and the beginning of a rationale."""
         raise NotImplementedError
 
+    def keep_prefixes(self) -> AbstractContextManager:
+        """What the calls of a `with` block have read is there for the later ones of the block, where the engine doesn't
+        see to it by itself. Nothing outlives the block, so that it gives the same bits whatever came before it."""
+        return nullcontext()
+
     def close(self) -> None:
         """Give back the memory, so that the next model has room; a second time does nothing."""
         raise NotImplementedError
@@ -87,12 +95,27 @@ class Engine:
 
 
 class NativeEngine(Engine):
-    """`sampler.sample` on one model. Closed, it drops the model, which whoever else holds it keeps alive."""
+    """`sampler.sample` on one model. Closed, it drops the model, which whoever else holds it keeps alive.
+
+    prefix_tokens: tokens that one call has read and whose keys and values are held for the next ones, within
+        `keep_prefixes`.
+    """
 
     name = "native"
 
-    def __init__(self, model, tokenizer, max_batch: int = MAX_BATCH, cache_tokens: int = 0):
+    def __init__(
+        self, model, tokenizer, max_batch: int = MAX_BATCH, cache_tokens: int = 0, prefix_tokens: int = PREFIX_TOKENS
+    ):
         self.model, self.tokenizer, self.max_batch, self.cache_tokens = model, tokenizer, max_batch, cache_tokens
+        self.prefix_tokens, self._tree = prefix_tokens, None
+
+    @contextmanager
+    def keep_prefixes(self):
+        self._tree = PrefixTree(self.prefix_tokens)
+        try:
+            yield
+        finally:
+            self._tree = None
 
     def sample_ids(self, prompt_ids, n, params, *, keys, first=0, until=None, progress=None) -> list[list[Sample]]:
         return sampler.sample_ids(
@@ -106,11 +129,12 @@ class NativeEngine(Engine):
             until=until,
             max_batch=self.max_batch,
             cache_tokens=self.cache_tokens,
+            tree=self._tree,
             progress=progress,
         )
 
     def close(self) -> None:
-        self.model = None
+        self.model = self._tree = None
 
 
 def chosen(name: str, dtype: str | None = None) -> str:

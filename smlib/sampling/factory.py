@@ -1,10 +1,11 @@
 """`make_engine`: an engine by its name, in this process or several of them on Ray's workers."""
 
-from smlib.declared import CacheTokens, Processes, Rows, checked
+from smlib.declared import CacheTokens, PrefixTokens, Processes, Rows, checked
 from smlib.errors import UsageError
+from smlib.sampling.devices import chosen_dtype
 from smlib.sampling.engines import ENGINES, Engine, check_installed, chosen
+from smlib.sampling.limits import MAX_BATCH, PREFIX_TOKENS
 from smlib.sampling.local_engines import local_engine
-from smlib.sampling.sampler import MAX_BATCH
 
 
 def make_engine(
@@ -14,6 +15,7 @@ def make_engine(
     dtype: str | None = None,
     max_batch: int = MAX_BATCH,
     cache_tokens: int = 0,
+    prefix_tokens: int = PREFIX_TOKENS,
     workers: int = 1,
     lora_rank: int = 0,
     share: float = 0.0,
@@ -26,6 +28,8 @@ def make_engine(
         holds no nf4: it samples from the same checkpoint in bfloat16, which is 13 GB for 7 billion weights.
     max_batch, cache_tokens: of the native engine, completions drawn at once, and tokens whose keys and values it holds
         (0: no bound but max_batch).
+    prefix_tokens: of the native engine in this process, tokens that one call has read and that it holds for the next
+        ones, within `Engine.keep_prefixes`.
     workers: more than one are processes of Ray's, each with such an engine.
     lora_rank: of vLLM, the greatest rank of adapters to come (`VLLMEngine.load_adapter`). share: of a GPU's memory that
         vLLM takes, 0 for nine tenths of what is free; without a GPU of the machine's, 0 for half of what is free.
@@ -41,10 +45,12 @@ def make_engine(
     checked("workers", workers, Processes, 1)
     checked("max_batch", max_batch, Rows, MAX_BATCH)
     checked("cache_tokens", cache_tokens, CacheTokens, 0)
+    checked("prefix_tokens", prefix_tokens, PrefixTokens, PREFIX_TOKENS)
     check_installed(name, workers)
+    dtype = dtype and chosen_dtype(dtype)
     engine_kwargs = {"dtype": dtype, "max_batch": max_batch, "cache_tokens": cache_tokens, "prompt": prompt}
     if workers > 1:
         from smlib.sampling.ray_engine import RayEngine  # Ray is an extra
 
         return RayEngine(base, workers=workers, inner=name, **engine_kwargs)
-    return local_engine(name, base, lora_rank=lora_rank, share=share, **engine_kwargs)
+    return local_engine(name, base, lora_rank=lora_rank, share=share, prefix_tokens=prefix_tokens, **engine_kwargs)

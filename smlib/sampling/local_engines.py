@@ -5,6 +5,7 @@
 
 from smlib.sampling import models
 from smlib.sampling.engines import Engine, NativeEngine, check_installed
+from smlib.sampling.limits import PREFIX_TOKENS
 
 
 def local_engine(
@@ -15,14 +16,15 @@ def local_engine(
     max_batch: int,
     cache_tokens: int,
     prompt: str,
+    prefix_tokens: int = PREFIX_TOKENS,
     lora_rank: int = 0,
     share: float = 0.0,
 ) -> Engine:
     """The engine called `name`, "native" or "vllm"; other arguments and errors as in `factory.make_engine`."""
     check_installed(name)  # again in a worker of Ray, which may run on a machine without vLLM
     if name == "native":
-        tokenizer = models.load_tokenizer(base, prompt)
-        return NativeEngine(models.load_policy(base, dtype or "float32"), tokenizer, max_batch, cache_tokens)
+        model, tokenizer = models.load_policy(base, dtype or "float32"), models.load_tokenizer(base, prompt)
+        return NativeEngine(model, tokenizer, max_batch, cache_tokens, prefix_tokens)
     from smlib.sampling.vllm_engine import VLLMEngine  # vLLM takes seconds to import
 
     options = {"dtype": "bfloat16" if dtype == "nf4" else dtype} if dtype else {}

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import get_type_hints
 
-import torch
-
 from smlib.declared import Drawn, Natural, Share, Temperature, Tokens, TopK, checked
 from smlib.errors import UsageError
 from smlib.progress import progress_bar
@@ -119,13 +117,9 @@ class Ending:
     stop: tuple[str, ...]
     tokenizer: object
 
-    def reached(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Whether the tokens [row, step] drawn so far hold an ending; [row]."""
-        ended = torch.isin(tokens, torch.tensor(self.eos, dtype=torch.long, device=tokens.device)).any(1)
-        if self.stop:
-            stopped = [self._stopped(self._text(ids)) for ids in tokens.tolist()]
-            ended |= torch.tensor(stopped, device=tokens.device)
-        return ended
+    def stopped(self, ids: list[int]) -> bool:
+        """Whether the text of these tokens holds a stop string."""
+        return self._stopped(self._text(ids))
 
     def cut(self, ids: list[int], logprobs: list[float]) -> Sample:
         """The sample up to its first ending; tokens behind it are dropped."""

@@ -17,10 +17,10 @@ from smlib.declared import Processes, Rows, checked
 from smlib.errors import UsageError
 from smlib.sampling import models
 from smlib.sampling.engines import ENGINES, Engine
+from smlib.sampling.limits import MAX_BATCH
 from smlib.sampling.local_engines import local_engine
 from smlib.sampling.params import Sample, SamplingParams, Until, check_request
 from smlib.sampling.ray_workers import spread, start, stop
-from smlib.sampling.sampler import MAX_BATCH
 
 
 class RayEngine(Engine):

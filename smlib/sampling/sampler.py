@@ -4,32 +4,40 @@
     samples = sample(model, tokenizer, ["Q: 2 + 2?\\nA:"], 8, params)
     samples[0][3].text         # fourth completion of the first prompt
 
-Three ideas make it several times faster than `model.generate` on a small model:
+Four ideas make it several times faster than `model.generate` on a small model:
 
-1. The n samples of a prompt share its keys and values: they are computed, stored and read once per step
-   (`smlib.sampling.shared_prompts`); models without plain attention run through the same code on a `DynamicCache`.
-2. Rows that finished leave the batch.
-3. A step does nothing but the forward pass and one vectorised draw (`smlib.sampling.drawing`).
+1. What prompts begin with, exemplars, a question, a rationale so far, is read once, stored once, and met by all samples
+   below it in one product at every step (`prefix_tree`, `tree_attention`).
+2. Samples that finished leave, and samples of other prompts join in their place (`decoders`).
+3. A step does nothing but the forward pass and one vectorised draw (`drawing`).
+4. Logits exist for the tokens that are drawn next, and for as many rows at once as fit a processor's cache.
+
+Models without plain attention take part in 2 and 3: their rows leave, and none join before the last one has left.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
 from smlib.declared import CacheTokens, Rows, checked
 from smlib.errors import ModelError, UsageError
 from smlib.progress import progress_bar
+from smlib.sampling.decoders import PaddedDecoder, TreeDecoder
 from smlib.sampling.drawing import draw_tokens, uniforms
 from smlib.sampling.encoding import encode_prompt, ends
-from smlib.sampling.limits import MAX_BATCH, MAX_PROMPTS
+from smlib.sampling.limits import MAX_BATCH, MAX_PROMPTS, most_prompts
 from smlib.sampling.params import Ending, Sample, SamplingParams, Until, check_prompts, check_request, draw_until
-from smlib.sampling.shared_prompts import SharedPromptCache, shares_prompts
+from smlib.sampling.prefix_tree import PrefixTree
+from smlib.sampling.tree_attention import reads_trees
 
 CHECK_EVERY = 4  # steps between two looks for finished rows
+REFILL = 0.75  # share of the rows below which others join them
+# Logits that are held at once. On a CPU more are slower, as every tensor of theirs is new memory.
+LOGITS = {"cpu": 2**22, "cuda": 2**25}
 
 
 def sample(
@@ -56,8 +64,9 @@ def sample(
     first: number of the first sample. n = 8 and later first = 8, n = 8 give what n = 16 gives at once.
     until: stop drawing for a prompt once it holds, as in `draw_until`; by default all n are drawn.
     max_batch: rows in flight; lower it if the keys and values of a large model do not fit in memory.
-    cache_tokens: tokens whose keys and values are held at once, every prompt's once and `max_new_tokens` of every row;
-        so short prompts are drawn with more rows than long ones. 0: no bound but max_batch.
+    cache_tokens: tokens whose keys and values are held at once, besides those just being read: what prompts share once,
+        the rest of each twice as it begins, and `max_new_tokens` of every row. So short prompts are drawn with more
+        rows than long ones. 0: no bound but max_batch.
     progress: label of a progress bar on standard output; None prints nothing.
 
     Raises ValueError for arguments out of range, equal keys, empty prompts, and prompts that with `max_new_tokens`
@@ -91,13 +100,15 @@ def sample_ids(
     until: Until | None = None,
     max_batch: int = MAX_BATCH,
     cache_tokens: int = 0,
+    tree: PrefixTree | None = None,
     progress: str | None = None,
 ) -> list[list[Sample]]:
     """`sample` for prompts that are token ids already (with <bos>, if the model wants one).
 
     So a partial rationale is continued: its ids are those of the prompt plus those of the part. A sample ends with any
     end token of `model.generation_config` and of the tokenizer (`encoding.ends`). Without a tokenizer (None) `text` is
-    "". Default keys are the token ids, joined by blanks.
+    "". Default keys are the token ids, joined by blanks. tree: what earlier calls with this very model have read, and
+    later ones will find; by default nothing is held.
     """
     if keys is None:
         keys = [" ".join(map(str, ids)) for ids in prompt_ids]
@@ -107,13 +118,14 @@ def sample_ids(
         raise UsageError(f"stop is {params.stop!r}, but stop strings need a tokenizer: pass the model's.")
     check_request(prompt_ids, n, params, keys, first, getattr(model.config, "max_position_embeddings", None))
     _check_vocabulary(model, prompt_ids)
+    tree = PrefixTree(0) if tree is None else tree
     if until is not None:
 
         def draw(numbers, number):
             ids, names = [prompt_ids[i] for i in numbers], [keys[i] for i in numbers]
             found = sample_ids(
                 model, tokenizer, ids, 1, params, keys=names, first=number, max_batch=max_batch,
-                cache_tokens=cache_tokens,
+                cache_tokens=cache_tokens, tree=tree,
             )  # fmt: skip
             return [one for [one] in found]
 
@@ -124,21 +136,12 @@ def sample_ids(
     # Bars go to standard output, since notebooks here keep standard error empty.
     bar = progress_bar(progress, n * len(prompt_ids), "sample")
     with bar, _sampling_mode(model), torch.inference_mode():
-        for i, j, one in _samples(model, tokenizer, prompt_ids, n, params, keys, first, max_batch, cache_tokens):
+        for i, j, one in _samples(model, tokenizer, prompt_ids, n, params, keys, first, max_batch, cache_tokens, tree):
             results[i][j] = one
             tokens += len(one.token_ids)
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
             bar.update()
     return results
-
-
-def rows_at_once(rows: int, samples: int, prompt: int, completion: int, cache_tokens: int) -> int:
-    """The most of `rows` rows, `samples` of each prompt, that hold keys and values of at most so many tokens (0: any
-    number): `prompt` of every prompt and `completion` of every row. At least one, whatever it holds."""
-    if not cache_tokens:
-        return rows
-    whole, left = divmod(cache_tokens, prompt + samples * completion)
-    return max(min(rows, whole * samples + max((left - prompt) // completion, 0)), 1)
 
 
 def _check_vocabulary(model, prompt_ids: list[list[int]]) -> None:
@@ -149,114 +152,155 @@ def _check_vocabulary(model, prompt_ids: list[list[int]]) -> None:
         )
 
 
-def _samples(
-    model, tokenizer, prompt_ids, n, params, keys, first, max_batch, cache_tokens
-) -> Iterator[tuple[int, int, Sample]]:
-    """(i, j, sample number first + j of prompt i) of all, as they finish, block by block."""
-    ending = Ending(ends(tokenizer, model.generation_config), params.stop, tokenizer)
-    # Prompts of similar length share a block, so that little is padded; the longest come first, so that a lack of
-    # memory shows at once.
-    order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
-    rows, lengths = [(i, j) for i in order for j in range(n)], [len(prompt_ids[i]) for i in order]
-    at_once = min(max_batch, MAX_PROMPTS * n)
-    for first_row, last_row in _blocks(lengths, n, at_once, params.max_new_tokens, cache_tokens):
-        block = rows[first_row:last_row]
-        numbers = list(dict.fromkeys(i for i, _ in block))
-        prompts = [prompt_ids[i] for i in numbers]
-        owners = [numbers.index(i) for i, _ in block]
-        streams = np.stack([uniforms(params.seed, keys[i], first + j, params.max_new_tokens) for i, j in block])
-        for row, one in _complete_block(model, prompts, owners, streams, params, ending):
-            yield *block[row], one
+class _Rows:
+    """The samples at work, in the order of the decoder's rows.
 
-
-def _blocks(lengths: list[int], n: int, rows: int, completion: int, cache_tokens: int) -> Iterator[tuple[int, int]]:
-    """Spans of rows, n for each prompt of these lengths (the longest first), that are drawn together."""
-    start, total = 0, n * len(lengths)
-    while start < total:
-        size = rows_at_once(rows, n, lengths[start // n], completion, cache_tokens)
-        if cache_tokens:  # a prompt in two blocks would be held twice
-            size = size - size % n if size >= n and start % n == 0 else min(size, n - start % n)
-        yield start, start + size
-        start += size
-
-
-def _complete_block(model, prompts, owners, uniforms, params, ending) -> Iterator[tuple[int, Sample]]:
-    """Complete rows in step, with the random numbers `uniforms` [row, step]; yield (row, Sample) as rows finish.
-
-    Row r continues prompts[owners[r]]; owners ascend, so the rows of one prompt are neighbours.
+    names: (i, j), the prompt and the sample's place. tokens, logprobs, uniforms [row, step]: of the whole sample, as
+    far as it is drawn. step [row]: tokens drawn. ended [row]. states [row, ...]: the decoder's, at the last token.
     """
-    device, steps = model.device, uniforms.shape[1]
-    uniforms = torch.from_numpy(uniforms).to(device)
-    logits, cache, padding = _prefill(model, prompts, torch.tensor(owners, device=device))
-    if logits.isnan().any():
+
+    def __init__(self, steps: int, device: torch.device):
+        self.names: list[tuple[int, int]] = []
+        self.tokens = torch.zeros(0, steps, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(0, steps, device=device)
+        self.uniforms = torch.zeros(0, steps, dtype=torch.float64, device=device)
+        self.step = torch.zeros(0, dtype=torch.long, device=device)
+        self.ended = torch.zeros(0, dtype=torch.bool, device=device)
+        self.states: torch.Tensor | None = None
+        self._most = 0  # the greatest of `step`
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def join(self, names: list[tuple[int, int]], uniforms: np.ndarray, states: torch.Tensor) -> None:
+        self.uniforms = torch.cat((self.uniforms, torch.from_numpy(uniforms).to(self.uniforms.device)))
+        self.states = torch.cat((self.states, states)) if self.names else states
+        for name in ("tokens", "logprobs", "step", "ended"):
+            old = getattr(self, name)
+            setattr(self, name, torch.cat((old, old.new_zeros(len(names), *old.shape[1:]))))
+        self.names += names
+
+    def draw(self, decoder, params: SamplingParams, eos: torch.Tensor) -> None:
+        """Draw the next token of every row, for so many rows at once that no more than LOGITS are held."""
+        rows, drawn = torch.arange(len(self), device=self.step.device), []
+        uniforms, at_once = self.uniforms[rows, self.step], LOGITS[self.step.device.type]
+        for part in rows.split(max(at_once // decoder.model.config.vocab_size, 1)):
+            logits = decoder.logits(self.states[part]).float()
+            token = draw_tokens(logits, uniforms[part], params.temperature, params.top_k, params.top_p)
+            drawn.append((token, logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(1)))
+        token, logprob = map(torch.cat, zip(*drawn, strict=True))
+        self.tokens[rows, self.step], self.logprobs[rows, self.step] = token, logprob
+        self.ended |= torch.isin(token, eos)
+        self.step += 1
+        self._most += 1
+
+    @property
+    def full(self) -> bool:
+        """Whether one of them has no room for another token."""
+        return self._most == self.tokens.shape[1]
+
+    @property
+    def last(self) -> torch.Tensor:
+        return self.tokens.gather(1, self.step[:, None] - 1)[:, 0]
+
+    def finished(self, ending: Ending) -> list[bool]:
+        """Which rows are samples as they are."""
+        steps, ended = self.step.tolist(), self.ended.tolist()
+        finished = [step == self.tokens.shape[1] or end for step, end in zip(steps, ended, strict=True)]
+        if ending.stop:
+            drawn = zip(finished, self.tokens.tolist(), steps, strict=True)
+            finished = [end or ending.stopped(ids[:step]) for end, ids, step in drawn]
+        return finished
+
+    def leave(self, finished: list[bool], ending: Ending) -> Iterator[tuple[int, int, Sample]]:
+        """(i, j, sample) of the finished rows; they are gone."""
+        index = torch.tensor(finished, device=self.step.device)
+        drawn = (tensor[index].tolist() for tensor in (self.step, self.tokens, self.logprobs))
+        names = [name for name, end in zip(self.names, finished, strict=True) if end]
+        for name, step, ids, logprobs in zip(names, *drawn, strict=True):
+            yield *name, ending.cut(ids[:step], logprobs[:step])
+        self.names = [name for name, end in zip(self.names, finished, strict=True) if not end]
+        for name in ("tokens", "logprobs", "uniforms", "step", "ended", "states"):
+            setattr(self, name, getattr(self, name)[~index])
+        self._most = int(self.step.max()) if self.names else 0
+
+
+def _samples(
+    model, tokenizer, prompt_ids, n, params, keys, first, max_batch, cache_tokens, tree
+) -> Iterator[tuple[int, int, Sample]]:
+    """(i, j, sample number first + j of prompt i) of all, as they finish; rows join as others leave.
+
+    The longest prompts come first, so that a lack of memory shows at once.
+    """
+    ending, steps = Ending(ends(tokenizer, model.generation_config), params.stop, tokenizer), params.max_new_tokens
+    eos = torch.tensor(ending.eos, dtype=torch.long, device=model.device)
+    if reads_trees(model):
+        decoder = TreeDecoder(model, tree, prompt_ids, steps)
+    else:
+        decoder = PaddedDecoder(model, prompt_ids, steps)
+    waiting, rows = deque((i, j) for i in decoder.order() for j in range(n)), _Rows(steps, model.device)
+    turn, enough = 0, 0  # rows at work, above which no others join
+    while waiting or rows:
+        if not rows or (decoder.joins and waiting and len(rows) <= enough):
+            names = _next(waiting, n, decoder, rows.names, min(max_batch, MAX_PROMPTS * n), cache_tokens)
+            if names:
+                streams = np.stack([uniforms(params.seed, keys[i], first + j, steps) for i, j in names])
+                states = decoder.begin([i for i, _ in names])
+                _check_numbers(states, decoder.logits(states[:1]))
+                rows.join(names, streams, states)
+            enough = int(REFILL * len(rows))
+        rows.draw(decoder, params, eos)
+        turn += 1
+        if rows.full or turn % CHECK_EVERY == 0:
+            finished = rows.finished(ending)
+            if rows.full or sum(finished) * 8 >= len(rows):  # to leave copies what others hold: a few wait
+                yield from rows.leave(finished, ending)
+                decoder.keep([not end for end in finished])
+        if rows:
+            rows.states = decoder.step(rows.last)
+
+
+def _next(waiting: deque, n: int, decoder, at_work: list, most: int, cache_tokens: int) -> list[tuple[int, int]]:
+    """Take from those that wait the rows that begin now: whole prompts, and of one that is too much by itself what
+    fits, at least one row. No more are at work then than `most` rows, of `most_prompts`, and `cache_tokens` of keys and
+    values."""
+    names: list[tuple[int, int]] = []
+    prompts: list[int] = []
+    prompts_left = most_prompts(most, n) - len({i for i, _ in at_work})
+    while waiting and len(prompts) < prompts_left:
+        i, j = waiting[0]
+        rows = min(n - j, most - len(at_work) - len(names))
+        if cache_tokens:
+            left = cache_tokens - decoder.held([*prompts, i]) - len(names) * decoder.row_tokens
+            rows = max(min(rows, left // decoder.row_tokens), 0)
+        alone = not names and not at_work
+        if rows < n - j and not (alone or n > most):
+            break
+        rows = max(rows, int(alone))
+        if not rows:
+            break
+        names += [waiting.popleft() for _ in range(rows)]
+        prompts.append(i)
+    return names
+
+
+def _check_numbers(states: torch.Tensor, logits: torch.Tensor) -> None:
+    if states.isnan().any() or logits.isnan().any():
         raise ModelError("the model's logits are not numbers: its weights or its config.json are damaged")
-    start = max(map(len, prompts))
-
-    rows = torch.arange(len(owners), device=device)  # rows still in the batch
-    tokens = torch.zeros(len(rows), steps, dtype=torch.long, device=device)
-    logprobs = torch.zeros(len(rows), steps, device=device)
-    for step in range(steps):
-        token = draw_tokens(logits, uniforms[:, step], params.temperature, params.top_k, params.top_p)[:, None]
-        tokens[:, step] = token[:, 0]
-        logprobs[:, step] = (logits.gather(1, token) - logits.logsumexp(1, keepdim=True))[:, 0]
-
-        last = step + 1 == steps
-        if last or step % CHECK_EVERY == CHECK_EVERY - 1:
-            finished = ending.reached(tokens[:, : step + 1]) | last
-            done = int(finished.sum())
-            if done * 8 >= len(rows):  # dropping rows copies the cache, so a few of them wait
-                drawn = (x[finished, : step + 1].tolist() for x in (tokens, logprobs))
-                for row, ids, values in zip(rows[finished].tolist(), *drawn, strict=True):
-                    yield row, ending.cut(ids, values)
-                keep = (~finished).nonzero()[:, 0]
-                if len(keep) == 0:
-                    return
-                rows, tokens, logprobs, uniforms = rows[keep], tokens[keep], logprobs[keep], uniforms[keep]
-                token, padding = token[keep], padding[keep]
-                cache.batch_select_indices(keep)
-        logits = _forward(model, token, cache, padding, start + step)
-
-
-def _prefill(model, prompts, owners):
-    """Read each prompt once; return logits [row, vocabulary], the cache of the rows, and left padding [row]."""
-    length = max(map(len, prompts))
-    ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
-    padding = torch.tensor([length - len(prompt) for prompt in prompts], device=model.device)
-    cache = DynamicCache(config=model.config)
-    logits = _forward(model, ids, cache, padding, 0)
-    if shares_prompts(model):
-        cache = SharedPromptCache(cache, padding, owners)
-    else:
-        cache.batch_select_indices(owners)
-    return logits[owners], cache, padding[owners]
-
-
-def _forward(model, ids, cache, padding, start):
-    """Feed ids [row, token] as columns from `start` on; return the float32 logits [row, vocabulary] at the end."""
-    columns = torch.arange(start + ids.shape[1], device=ids.device)
-    positions = (columns[start:] - padding[:, None]).clamp(min=0)
-    if isinstance(cache, SharedPromptCache):
-        arguments = {"position_ids": positions, "shared": cache}  # transformers hands `shared` to the attention
-    elif padding.any():
-        arguments = {"position_ids": positions, "attention_mask": (columns >= padding[:, None]).long()}
-    else:
-        arguments = {}
-    output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments)
-    return output.logits[:, -1].float()
 
 
 @contextmanager
 def _sampling_mode(model) -> Iterator[None]:
-    """No dropout, and attention with shared prompts if possible; everything as it was again afterwards."""
+    """No dropout, and attention to the prefix tree if possible; everything as it was again afterwards."""
     training = [(module, module.training) for module in model.modules()]
-    attention, shares = model.config._attn_implementation, shares_prompts(model)
+    attention, trees = model.config._attn_implementation, reads_trees(model)
     model.eval()
-    if shares:
-        model.set_attn_implementation("shared_prompt")
+    if trees:
+        model.set_attn_implementation("prefix_tree")
     try:
         yield
     finally:
-        if shares:
+        if trees:
             model.set_attn_implementation(attention)
         for module, flag in training:
             module.training = flag

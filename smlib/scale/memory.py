@@ -28,8 +28,11 @@ from transformers import LlamaConfig
 from smlib.errors import UsageError
 from smlib.learning.rationales import REANSWER_TOKENS
 from smlib.runs.settings import Settings
+from smlib.sampling.decoders import READ
+from smlib.sampling.limits import MAX_BATCH, MAX_PROMPTS, most_prompts
 from smlib.sampling.packing import CONTINUATIONS_PER_ROW, group_size
-from smlib.sampling.sampler import MAX_BATCH, MAX_PROMPTS, rows_at_once
+from smlib.sampling.sampler import LOGITS
+from smlib.sampling.tree_attention import grown
 
 Dtype = Literal["float32", "bfloat16", "nf4"]
 
@@ -64,6 +67,10 @@ class PPO:
     samples: int = 8  # of them, from the same prompt
     prompt: int = 128  # tokens
     completion: int = 128  # tokens
+
+    joins: bool = False  # an update has more completions than that
+
+    shared = prefix_tokens = cache_tokens = 0  # as of Sampling
 
     @property
     def lora(self) -> bool:
@@ -167,8 +174,12 @@ class Sampling:
     dtype: Dtype = "float32"
     max_batch: int = 128
     samples: int = 1
-    prompt: int = 128
+    prompt: int = 128  # tokens after those that all share
     completion: int = 128
+    shared: int = 0  # tokens that all prompts begin with, exemplars
+    prefix_tokens: int = 0  # that the engine holds from one call to the next
+    cache_tokens: int = 0  # whose keys and values are held at most; 0: any number
+    joins: bool = True
 
     lora = False
 
@@ -185,17 +196,24 @@ def ppo_plan(settings: Settings, prompt: int) -> PPO:
     micro_batch = hardware.micro_batch or ppo.minibatch
     return PPO(
         value=ppo.value,
-        dtype=hardware.dtype,
+        dtype=_dtype(settings),
         rank=settings.lora.rank,
         precision=ppo.precision,
         gradient_checkpointing=hardware.gradient_checkpointing,
         micro_batch=micro_batch,
         accumulated=micro_batch < ppo.minibatch,
         max_batch=min(hardware.max_batch, ppo.episodes, MAX_BATCH),
+        joins=ppo.episodes > hardware.max_batch,
         samples=ppo.samples_per_question,
         prompt=prompt,
         completion=ppo.max_new_tokens,
     )
+
+
+def _dtype(settings: Settings, samples: bool = False) -> Dtype:
+    """As `shared.held_dtype`, but "auto" counts as float32, which takes more."""
+    dtype = settings.hardware.dtype if samples or settings.lora.rank else "float32"
+    return "float32" if dtype == "auto" else dtype
 
 
 # ---- weights and what goes with them -------------------------------------------------------------------------
@@ -361,32 +379,51 @@ def _widest(config: LlamaConfig, plan: PPO | Training | Sampling) -> int:
 
 
 def cache(config: LlamaConfig, plan: PPO | Sampling, drawn: bool = True) -> float:
-    """Keys and values, when all rows are at their end: of every prompt once (s + c, as the keys come from the rotary
-    embedding in s), and those of the drawn tokens for every row, stacked (2 s), in steps of 16 tokens. With a sliding
-    window (Mistral 7B v0.1) the sampler has those of the prompt for every row too."""
-    room = plan.max_batch * -(-plan.completion // 16) * 16 if drawn else 0
-    read = _prompts(plan) * plan.prompt
-    if drawn and getattr(config, "sliding_window", None):
-        read = plan.max_batch * plan.prompt
-    each = read * (plan.stream + plan.compute) + room * 2 * plan.stream
-    return config.num_hidden_layers * widths(config)[3] * each
+    """Keys and values [2 s] when all rows are at their end: of what all prompts share or earlier calls have read, of
+    every prompt once, and of the drawn tokens for every row; `cache_tokens` at most. Where prompts join as rows leave,
+    the rows are of `most_prompts`. A model with a sliding window (Mistral 7B v0.1) has those of the prompt
+    for every row (s + c: the rotary embedding gives keys in s)."""
+    rows = plan.max_batch if drawn else _prompts(plan)
+    width = config.num_hidden_layers * widths(config)[3]
+    if getattr(config, "sliding_window", None):
+        read = rows * (plan.shared + plan.prompt) * (plan.stream + plan.compute)
+        return width * (read + (rows * plan.completion * 2 * plan.stream if drawn else 0))
+    prompts = min(most_prompts(rows, plan.samples), rows) if drawn and plan.joins else _prompts(plan)
+    tokens = max(plan.prefix_tokens, plan.shared) + prompts * plan.prompt
+    tokens += rows * grown(plan.completion) if drawn else 0
+    return width * 2 * plan.stream * min(tokens, plan.cache_tokens or math.inf)
 
 
 def _prompts(plan: PPO | Sampling) -> int:
     return min(-(-plan.max_batch // plan.samples), MAX_PROMPTS)
 
 
+def _read(plan: PPO | Sampling) -> int:
+    """Tokens that are read together: what all share, or of whole prompts no more than READ where there are several."""
+    several = plan.prompt * min(_prompts(plan), max(READ // plan.prompt, 1))
+    return max(several, plan.shared)
+
+
 def drawing(config: LlamaConfig, plan: PPO | Sampling) -> dict[str, float]:
-    """The last step: all of the cache, and either one layer's part of it again, as it grows, with attention's weights,
-    or 24 bytes per logit: logits and probabilities (float32), these in float64 and their cumulative sum. Or, before
-    there is a drawn token, the reading of the prompts, with a mask of length x length for each."""
-    rows, logits = plan.max_batch, plan.max_batch * config.vocab_size
+    """The fullest of four moments: prompts are read, with scores of length x length three times; they are laid out for
+    rows to meet them, and so held twice; the last step, with one layer's drawn tokens again, as their memory grows, and
+    the scores four times; the last draw, with 24 bytes for each of the LOGITS that are held at once: they and their
+    probabilities in float32, and what is summed in float64."""
+    rows, tokens, heads = plan.max_batch, _read(plan), config.num_attention_heads
     start, end = cache(config, plan, drawn=False), cache(config, plan)
-    length, tokens = plan.prompt + plan.completion, _prompts(plan) * plan.prompt
-    scores = rows * config.num_attention_heads * length * (3 * plan.compute + 4)
-    step = (end - start) / config.num_hidden_layers + scores + forward_work(config, plan, rows) + 4 * logits
-    masks = tokens * plan.prompt * (2 + plan.stream)
-    moments = [(start, forward_work(config, plan, tokens) + masks), (end, max(step, 24 * logits))]
+    logits = min(rows * config.vocab_size, max(LOGITS["cuda"], config.vocab_size))
+    token = widths(config)[3] * 2 * plan.stream
+    scores = 3 * plan.compute * heads * tokens * max(plan.shared, plan.prompt)
+    met = 4 * plan.compute * heads * rows * (plan.shared + plan.prompt + plan.completion)
+    laid = config.num_hidden_layers * token * _prompts(plan) * plan.prompt
+    if plan.cache_tokens:  # counts both
+        laid = min(laid, max(config.num_hidden_layers * token * plan.cache_tokens - start, 0))
+    moments = [
+        (start, max(forward_work(config, plan, tokens), 4 * plan.stream * config.hidden_size * tokens + scores)),
+        (start, laid),
+        (end, token * rows * grown(plan.completion) + met + forward_work(config, plan, rows)),
+        (end, 24 * logits),
+    ]
     return dict(zip(("cache", "scratch"), max(moments, key=sum), strict=True))
 
 
@@ -544,41 +581,46 @@ def stages(config: LlamaConfig, settings: Settings, *, prompt: int, shown: int) 
     """
     hardware, sizes, limit = settings.hardware, settings.sampling, settings.sampling.max_new_tokens
 
-    def draw(samples: int, tokens: int, drawn: int = limit) -> dict[str, float]:
-        rows = rows_at_once(
-            min(hardware.max_batch, MAX_PROMPTS * samples), samples, tokens, drawn, hardware.cache_tokens
+    def draw(samples: int, tokens: int, drawn: int = limit, shared: int = 0, held: int = 0) -> dict[str, float]:
+        rows = min(hardware.max_batch, MAX_PROMPTS * samples)
+        plan = Sampling(
+            _dtype(settings, samples=True), rows, samples, tokens, drawn, shared, held, hardware.cache_tokens
         )
-        return sampling(config, Sampling(hardware.dtype, rows, samples, tokens, drawn))
+        return sampling(config, plan)
 
     def train(kind: str, batch: int) -> Training:
         rows, rank = hardware.micro_batch or batch, settings.lora.rank
-        return Training(kind, hardware.dtype, rank, hardware.gradient_checkpointing, rows, rows < batch, prompt, limit)
+        return Training(
+            kind, _dtype(settings), rank, hardware.gradient_checkpointing, rows, rows < batch, prompt, limit
+        )
 
-    def answers(tokens: int) -> list[dict]:  # greedy ones, and drawn ones
-        return [draw(samples, tokens) for samples in {1, max(settings.evaluation.samples, 1)}]
+    def answers(**exemplars) -> list[dict]:  # greedy ones, and drawn ones
+        return [draw(samples, prompt, **exemplars) for samples in {1, max(settings.evaluation.samples, 1)}]
 
-    first, reward = [draw(sizes.samples, shown)], train("reward", settings.reward.batch)
+    exemplars = {"shared": shown - prompt}
+    first, reward = [draw(sizes.samples, prompt, **exemplars)], train("reward", settings.reward.batch)
     if sizes.conditioned_questions:  # answers are read off conditioned rationales
-        first += [draw(1, shown), draw(1, shown + limit, REANSWER_TOKENS)]
-    learned, judge = training(config, reward), Sampling(hardware.dtype, prompt=prompt, completion=limit)
+        first += [draw(1, prompt, **exemplars), draw(1, prompt + limit, REANSWER_TOKENS, **exemplars)]
+    learned, judge = training(config, reward), Sampling(_dtype(settings), prompt=prompt, completion=limit)
     tested = {name: learned[name] for name in ("weights", "moments")} | {"scratch": scoring_work(config, reward)}
-    judged = {"weights": model_bytes(config, hardware.dtype), "scratch": scoring_work(config, judge)}
+    judged = {"weights": model_bytes(config, judge.dtype), "scratch": scoring_work(config, judge)}
     tuned, paired = (training(config, train(kind, getattr(settings, kind).batch)) for kind in ("sft", "dpo"))
-    continued = draw(1, prompt + limit)  # a prefix, which may be a complete rationale
+    # a prefix, which may be a complete rationale, and what the calls before have read
+    continued = draw(1, prompt + limit, held=hardware.prefix_tokens)
     return {
         "01_sampling": _fullest(first),
         "02_sft": tuned,
         "03_second_sampling": draw(sizes.samples, prompt),
         "03_reward_model": _fullest([learned, tested]),
         "04_ppo": _fullest(phases(config, ppo_plan(settings, prompt)).values()),
-        "05_evaluation": _fullest([*answers(shown), judged]),
+        "05_evaluation": _fullest([*answers(**exemplars), judged]),
         "06_solutions": draw(settings.explore.samples, prompt),
         "06_rft": tuned,
         "06_exploration": continued,
         "06_pit_report": continued,
         "06_step_dpo": paired,
         "06_outcome_dpo": paired,
-        "06_evaluation": _fullest(answers(prompt)),
+        "06_evaluation": _fullest(answers()),
     }
 
 
@@ -598,7 +640,7 @@ def savings(settings: Settings) -> dict[str, Settings]:
     batch = math.gcd(settings.sft.batch, settings.reward.batch, settings.dpo.batch, ppo.minibatch)
     rows = hardware.micro_batch or 2 * batch
     fewer = max((n for n in range(1, rows // 2 + 1) if batch % n == 0), default=rows)
-    less = "bfloat16" if hardware.dtype == "float32" else "nf4"
+    less = "bfloat16" if hardware.dtype in ("float32", "auto") else "nf4"
     changed = {
         "hardware.gradient_checkpointing": _with(settings, gradient_checkpointing=True),
         "hardware.cache_tokens": _with(settings, cache_tokens=hardware.cache_tokens // 2 or 64_000),

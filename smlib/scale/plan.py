@@ -309,8 +309,9 @@ def speeds(config, settings: Settings, card: Card, lengths: Lengths) -> Speeds:
     weights = counts["linear"] + (counts["head"] or counts["embedding"])
     forward, hardware = 2 * weights, settings.hardware
     backward = forward * (1 if settings.lora.rank else 2) + (forward if hardware.gradient_checkpointing else 0)
-    read_bytes = memory.model_bytes(config, hardware.dtype) + (4 * counts["linear"] if hardware.dtype == "nf4" else 0)
-    cache = 2 * config.num_hidden_layers * memory.widths(config)[3] * (4 if hardware.dtype == "float32" else 2)
+    dtype = "bfloat16" if hardware.dtype == "auto" else hardware.dtype  # what any card is faster with
+    read_bytes = memory.model_bytes(config, dtype) + (4 * counts["linear"] if dtype == "nf4" else 0)
+    cache = 2 * config.num_hidden_layers * memory.widths(config)[3] * (4 if dtype == "float32" else 2)
 
     def drawn(engine: str) -> float:
         rows = VLLM_ROWS if engine == "vllm" else hardware.max_batch
@@ -338,7 +339,10 @@ def measure(settings: Settings, path: str, questions: int = 32) -> Speeds:
     tokenizer, model = shared.load_tokenizer(settings), shared.load_trainable(settings, path, "measure")
     problems = training_problems(settings)[:questions]
     hardware = settings.hardware
-    engine = NativeEngine(model, tokenizer, hardware.max_batch, hardware.cache_tokens)
+    drawing, dtype = model, shared.held_dtype(settings, samples=True)
+    if dtype != shared.held_dtype(settings):
+        drawing = models.load_policy(path, dtype)
+    engine = NativeEngine(drawing, tokenizer, hardware.max_batch, hardware.cache_tokens)
     heads = [encoding.encode_question(tokenizer, problem) for problem in problems]
 
     def draw(samples: int, tokens: int) -> list:
@@ -479,7 +483,7 @@ def _free_memory() -> tuple[float, str]:
 def disk(settings: Settings, config, done: list[Work]) -> dict[str, float]:
     """Bytes on disk at the end of a run, by what they are."""
     weights = sum(memory.parameters(config).values())
-    each = 4 if settings.hardware.dtype == "float32" else 2  # a 4-bit base is merged in bfloat16
+    each = 4 if shared.held_dtype(settings) == "float32" else 2  # a 4-bit base is merged in bfloat16
     trained = memory.lora_parameters(config, settings.lora.rank) * 4 if settings.lora.rank else weights * each
     values = 2 if settings.ppo.value == "model" else 1
     return {
@@ -559,7 +563,7 @@ def _headline(settings: Settings, config) -> str:
     weights = sum(memory.parameters(config).values())
     size = f"{weights / 1e9:.2f} billion" if weights > 1e9 else f"{weights / 1e6:.1f} million"
     lora = f"LoRA of rank {settings.lora.rank}" if settings.lora.rank else "all weights trained"
-    return f"{start}, {size} weights in {settings.hardware.dtype}, {lora}"
+    return f"{start}, {size} weights in {shared.held_dtype(settings, samples=True)}, {lora}"
 
 
 def _header() -> list[str]:
