@@ -104,7 +104,8 @@ def by_generate(model, tokenizer, case: str, problems: list, samples: int, batch
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": NEW_TOKENS}
     if stop := sampling_params(case).stop:
         options |= {"stop_strings": list(stop), "tokenizer": tokenizer}
-    pad, ends, lengths = tokenizer.pad_token_id, torch.tensor(encoding.ends(tokenizer, model.generation_config)), []
+    pad, lengths = tokenizer.pad_token_id, []
+    ends = torch.tensor([pad, *encoding.ends(tokenizer, model.generation_config)])
     for start in range(0, len(rows), batch):
         block = rows[start : start + batch]
         width = max(map(len, block))
@@ -112,7 +113,7 @@ def by_generate(model, tokenizer, case: str, problems: list, samples: int, batch
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in block])
         with torch.inference_mode():
             output = model.generate(ids, attention_mask=mask, pad_token_id=pad, **options)
-        ended = torch.isin(output[:, width:], ends).int()  # what is finished is padded with an end
+        ended = torch.isin(output[:, width:], ends).int()  # padding follows an end or a stop string
         lengths += (ended.cumsum(1) - ended == 0).sum(1).tolist()
     return lengths
 
@@ -269,11 +270,13 @@ def grow(largest: int) -> list[dict]:
 
 def write(rows: list[dict]) -> None:
     """The table with these rows in place of those of their cases."""
+    from smlib.files.atomic import replacing
+
     cases = {row["case"] for row in rows}
     with TABLE.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("case") not in cases] + rows
+        rows = [row for row in csv.DictReader(file) if row["case"] not in cases] + rows
     order = list(CASES)
-    with TABLE.open("w", newline="") as file:
+    with replacing(TABLE) as tmp, tmp.open("w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         table.writerows(sorted(rows, key=lambda row: order.index(row["case"])))
