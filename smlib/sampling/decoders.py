@@ -37,6 +37,7 @@ class TreeDecoder:
             for node in path:
                 node.waiting += 1
         self.cohorts: list[Cohort] = []
+        self._rows = Step(self.cohorts)  # until they change
         self.positions = torch.zeros(0, dtype=torch.long, device=model.device)  # of the rows' next tokens
 
     def order(self) -> list[int]:
@@ -67,6 +68,7 @@ class TreeDecoder:
         paths = [self.paths[i] for i in counts]
         states = self._read(paths)
         self.cohorts.append(Cohort(Context(paths, list(counts.values()), self._in_use), len(owners)))
+        self._rows = Step(self.cohorts)
         for path in paths:
             for node in path:
                 node.waiting -= 1
@@ -97,7 +99,7 @@ class TreeDecoder:
 
     def step(self, tokens: Tensor) -> Tensor:
         """tokens [row]: the last one of every row."""
-        states = self._forward(tokens[:, None], self.positions[:, None], Step(self.cohorts))
+        states = self._forward(tokens[:, None], self.positions[:, None], self._rows)
         self.positions = self.positions + 1
         for cohort in self.cohorts:
             cohort.length += 1
@@ -118,6 +120,7 @@ class TreeDecoder:
                 cohort.keep(rows)
             left += [cohort] if rows else []
         self.cohorts = left
+        self._rows = Step(left)
         self.positions = self.positions[torch.tensor(kept, device=self.positions.device)]
 
 

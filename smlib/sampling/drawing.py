@@ -24,15 +24,30 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int
     """Tokens [row] for logits [row, vocabulary] by inverse CDF at uniforms [row]; greedy at temperature 0."""
     if temperature == 0:
         return logits.argmax(1)
-    probs = truncate((logits / temperature).softmax(1), top_k, top_p)
+    return _pick(truncate((logits / temperature).softmax(1), top_k, top_p), uniforms)
+
+
+def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """`draw_tokens`, and the logarithm of each token's probability at temperature 1."""
+    if (temperature, top_k, top_p) == (1, 0, 1):  # one look at the vocabulary less
+        probs = logits.softmax(1)
+        tokens = _pick(probs, uniforms)
+        return tokens, probs.gather(1, tokens[:, None])[:, 0].log()
+    tokens = draw_tokens(logits, uniforms, temperature, top_k, top_p)
+    return tokens, logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]
+
+
+def _pick(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """The tokens [row] at which the cumulative sums of probs [row, vocabulary] reach the shares `uniforms` of all."""
     blocks = F.pad(probs, (0, -probs.shape[1] % BLOCK)).view(len(probs), -1, BLOCK)
-    block, left = _pick(blocks.sum(2, dtype=torch.float64), uniforms)
-    token, _ = _pick(blocks[torch.arange(len(block), device=block.device), block].double(), left)
+    block, left = _column(blocks.sum(2), uniforms)
+    token, _ = _column(blocks[torch.arange(len(block), device=block.device), block], left)
     return block * BLOCK + token
 
 
-def _pick(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+def _column(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """The column [row] in whose part of the total [0, total) the share `uniforms` falls, and the share within it."""
+    masses = masses.double()
     cdf = masses.cumsum(1)
     target = uniforms * cdf[:, -1]
     # A share below 1 falls below the total, so that a column whose mass is above zero has it.

@@ -27,7 +27,7 @@ from smlib.declared import CacheTokens, Rows, checked
 from smlib.errors import ModelError, UsageError
 from smlib.progress import progress_bar
 from smlib.sampling.decoders import PaddedDecoder, TreeDecoder
-from smlib.sampling.drawing import draw_tokens, uniforms
+from smlib.sampling.drawing import draw, uniforms
 from smlib.sampling.encoding import encode_prompt, ends
 from smlib.sampling.limits import MAX_BATCH, MAX_PROMPTS, most_prompts
 from smlib.sampling.params import Ending, Sample, SamplingParams, Until, check_prompts, check_request, draw_until
@@ -36,8 +36,9 @@ from smlib.sampling.tree_attention import reads_trees
 
 CHECK_EVERY = 4  # steps between two looks for finished rows
 REFILL = 0.75  # share of the rows below which others join them
-# Logits that are held at once. On a CPU more are slower, as every tensor of theirs is new memory.
-LOGITS = {"cpu": 2**22, "cuda": 2**25}
+# Logits that are made at once, and of these so many in float32: on a CPU more are slower, as memory of that size is new
+# at every step.
+LOGITS, FLOATS = {"cpu": 2**24, "cuda": 2**25}, {"cpu": 2**21, "cuda": 2**25}
 
 
 def sample(
@@ -181,13 +182,10 @@ class _Rows:
         self.names += names
 
     def draw(self, decoder, params: SamplingParams, eos: torch.Tensor) -> None:
-        """Draw the next token of every row, for so many rows at once that no more than LOGITS are held."""
-        rows, drawn = torch.arange(len(self), device=self.step.device), []
-        uniforms, at_once = self.uniforms[rows, self.step], LOGITS[self.step.device.type]
-        for part in rows.split(max(at_once // decoder.model.config.vocab_size, 1)):
-            logits = decoder.logits(self.states[part]).float()
-            token = draw_tokens(logits, uniforms[part], params.temperature, params.top_k, params.top_p)
-            drawn.append((token, logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(1)))
+        """Draw the next token of every row."""
+        rows = torch.arange(len(self), device=self.step.device)
+        parts = _logits(decoder, self.states, self.uniforms[rows, self.step])
+        drawn = [draw(*part, params.temperature, params.top_k, params.top_p) for part in parts]
         token, logprob = map(torch.cat, zip(*drawn, strict=True))
         self.tokens[rows, self.step], self.logprobs[rows, self.step] = token, logprob
         self.ended |= torch.isin(token, eos)
@@ -282,6 +280,16 @@ def _next(waiting: deque, n: int, decoder, at_work: list, most: int, cache_token
         names += [waiting.popleft() for _ in range(rows)]
         prompts.append(i)
     return names
+
+
+def _logits(decoder, states: torch.Tensor, uniforms: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The logits in float32, and the uniforms, of some rows after the other."""
+    device, size = states.device.type, decoder.model.config.vocab_size
+    most, some = (max(limit[device] // size, 1) for limit in (LOGITS, FLOATS))
+    for many in range(0, len(states), most):
+        logits, numbers = decoder.logits(states[many : many + most]), uniforms[many : many + most]
+        for few in range(0, len(logits), some):
+            yield logits[few : few + some].float(), numbers[few : few + some]
 
 
 def _check_numbers(states: torch.Tensor, logits: torch.Tensor) -> None:

@@ -51,11 +51,11 @@ def softmax(scores: Tensor) -> Part:
 
 def merge(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
     """Attention to the keys of all parts."""
-    outputs, logs = zip(*parts, strict=True)
-    if len(parts) == 1:
-        return outputs[0].to(dtype)
-    shares = torch.stack(logs).softmax(0)[..., None]
-    return sum(output * share for output, share in zip(outputs, shares, strict=True)).to(dtype)
+    (output, log), *others = parts
+    for other, its_log in others:
+        share = (log - its_log).sigmoid()[..., None]
+        output, log = torch.lerp(other.float(), output.float(), share), torch.logaddexp(log, its_log)
+    return output.to(dtype)
 
 
 class SharedNodes:
@@ -231,7 +231,7 @@ class Reading:
         grouped = (nodes, key.shape[1], groups * tokens)  # the query heads of a key head in a row
         parts = [(output.reshape(*grouped, features), log.reshape(grouped))]
         parts += [part.attend(layer, query.reshape(*grouped, features)) for part in self.context.parts]
-        return merge(parts, value.dtype).view(nodes, heads, tokens, features)
+        return merge(parts, value.dtype).reshape(nodes, heads, tokens, features)
 
 
 class Cohort:
@@ -244,35 +244,29 @@ class Cohort:
         self.context, self.rows, self.length = context, rows, 0
         self.own: list[Tensor] = []
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """One new token of every row, [row, query head, 1, feature]."""
-        key, value = self._append(layer, torch.stack((key, value)))
-        rows, heads, _, features = query.shape
-        query = query.reshape(rows, key.shape[1], -1, features)  # the query heads of a key head in a row
-        near = self._near(layer, query, key, value)
-        parts = [near, *(nodes.attend(layer, query) for nodes in self.context.shared)]
-        return merge(parts, value.dtype).reshape(rows, heads, 1, features)
+    def attend(self, layer: int, query: Tensor, new: Tensor, alone: bool) -> tuple[Tensor, Tensor | None]:
+        """`attend` of rows [row, head, query, feature] to the grid and to their own tokens, of which new [2, row, head,
+        1, feature] is the last: so few keys that one softmax over both is faster. alone: without the logarithm."""
+        (key, value), grid = self._append(layer, new), self.context.grid
+        scores = query @ key.transpose(2, 3)
+        scores[..., self.length + 1 :] = -torch.inf  # a product with part of the memory would copy that part
+        if grid:
+            scores = torch.cat((grid.scores(layer, query), scores), 3)
+        weights, log = (scores.softmax(3), None) if alone else softmax(scores)
+        own = weights.shape[3] - key.shape[2]
+        output = weights[..., own:] @ value
+        return (output + grid.outputs(layer, weights[..., :own]) if grid else output), log
 
     def _append(self, layer: int, new: Tensor) -> Tensor:
-        """The keys and values of a layer with these [2, row, head, 1, feature] as the last."""
+        """The memory [2, row, head, token, feature] of a layer's keys and values, with these as the last ones."""
         if self.length % GROWTH == 0:
-            room = torch.empty_like(new).expand(-1, -1, -1, GROWTH, -1)
+            room = torch.zeros_like(new).expand(-1, -1, -1, GROWTH, -1)
             if self.length == 0:
                 self.own.append(room.contiguous())
             else:
                 self.own[layer] = torch.cat((self.own[layer], room), 3)
         self.own[layer][:, :, :, self.length] = new[:, :, :, 0]
-        return self.own[layer][:, :, :, : self.length + 1]
-
-    def _near(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Part:
-        """Attention to the grid and to the rows' own tokens, through one softmax: so few keys that it is faster."""
-        grid, scores = self.context.grid, query @ key.transpose(2, 3)
-        if grid:
-            scores = torch.cat((grid.scores(layer, query), scores), 3)
-        weights, log = softmax(scores) if self.context.shared else (scores.softmax(3), None)
-        own = weights.shape[3] - key.shape[2]
-        output = weights[..., own:] @ value
-        return (output + grid.outputs(layer, weights[..., :own]) if grid else output), log
+        return self.own[layer]
 
     def keep(self, rows: list[int]) -> None:
         """Only these rows are left."""
@@ -296,11 +290,38 @@ class Step:
 
     def __init__(self, cohorts: Sequence[Cohort]):
         self.cohorts, self.sizes = cohorts, [cohort.rows for cohort in cohorts]
+        levels: list[list[tuple[int, int, Node]]] = []
+        for first, cohort in zip(accumulate(self.sizes, initial=0), cohorts, strict=False):
+            for depth, nodes in enumerate(cohort.context.shared):
+                levels += [[]] if depth == len(levels) else []
+                levels[depth] += [(first + start, first + end, node) for start, end, node, _ in nodes.spans]
+        self.shared = [SharedNodes(_joined(spans), sum(self.sizes)) for spans in levels]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        parts = zip(*(tensor.split(self.sizes) for tensor in (query, key, value)), strict=True)
-        found = [cohort.attend(layer, *part) for cohort, part in zip(self.cohorts, parts, strict=True)]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        """[row, query head, 1, feature] -> the same of the output."""
+        rows, heads, _, features = query.shape
+        query = query.reshape(rows, key.shape[1], -1, features)  # the query heads of a key head in a row
+        tokens = zip(query.split(self.sizes), torch.stack((key, value)).split(self.sizes, 1), strict=True)
+        alone = not self.shared
+        near = [cohort.attend(layer, *token, alone) for cohort, token in zip(self.cohorts, tokens, strict=True)]
+        output, log = (_cat(part) for part in zip(*near, strict=True))
+        if not alone:
+            output = merge([(output, log), *(nodes.attend(layer, query) for nodes in self.shared)], value.dtype)
+        return output.reshape(rows, heads, 1, features)
+
+
+def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
+
+
+def _joined(spans: list[tuple[int, int, Node]]) -> list[tuple[int, int, Node]]:
+    """Neighbours below one node as one span."""
+    joined: list[tuple[int, int, Node]] = []
+    for first, last, node in spans:
+        if joined and joined[-1][1:] == (first, node):
+            first = joined.pop()[0]
+        joined.append((first, last, node))
+    return joined
 
 
 def _attention(module, query, key, value, attention_mask, scaling, shared, **kwargs):
