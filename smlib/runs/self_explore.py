@@ -23,8 +23,8 @@ from smlib.files.artifacts import Stage, require
 from smlib.learning import dpo, exploration, selection, sft
 from smlib.learning.exploration import SteppedRationale
 from smlib.learning.rows import Pair, Rationale
-from smlib.problems.datasets import TASKS, Problem, pinned_files, question_key
-from smlib.reports import evaluation, pits, results
+from smlib.problems.datasets import TASKS, Problem, question_key
+from smlib.reports import pits
 from smlib.runs import questions, self_motivated, shared
 from smlib.runs.settings import Settings
 from smlib.sampling.engines import Engine
@@ -84,19 +84,13 @@ def train_rft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
     stage = Stage(run_dir, "06_rft", shared.stage_keys(settings, "sft"), read)
     if stage.done:
         return stage
-    with shared.recording_together(stage) as writes:
-        tokenizer = shared.load_tokenizer(settings)
-        model = shared.load_trainable(settings, settings.base, stage.name)
-        log = sft.train_sft(
-            model, tokenizer, shared.problems_of(asked), selected.read_rows("rft", Rationale),
-            epochs=settings.sft.epochs, learning_rate=settings.sft.learning_rate, batch=settings.sft.batch,
-            **shared.trainer_kwargs(settings), progress="RFT" if progress else None,
-        )  # fmt: skip
-        model = shared.gather_weights(model, settings, settings.base)
-        if writes:
-            stage.write_rows("log", log)
-            stage.write_model("model", shared.merged(model, settings.base), tokenizer)
-    return stage
+
+    def train(model, tokenizer):
+        problems, options = shared.problems_of(asked), shared.trainer_kwargs(settings, "sft")
+        rft, label = selected.read_rows("rft", Rationale), "RFT" if progress else None
+        return sft.train_sft(model, tokenizer, problems, rft, **options, progress=label)
+
+    return shared.record_training(stage, settings, settings.base, train)
 
 
 def find_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
@@ -208,19 +202,12 @@ def _train_dpo(run_dir: Path, settings: Settings, name: str, paired: Stage, rate
     stage = Stage(run_dir, name, shared.stage_keys(settings, "dpo"), {tuned: ["model"], paired: ["pairs.jsonl"]})
     if stage.done:
         return stage
-    with shared.recording_together(stage) as writes:
-        tokenizer = shared.load_tokenizer(settings)
-        model = shared.load_trainable(settings, tuned.path("model"), stage.name)
-        log = dpo.train_dpo(
-            model, tokenizer, paired.read_rows("pairs", Pair), beta=settings.dpo.beta, epochs=settings.dpo.epochs,
-            learning_rate=rate, batch=settings.dpo.batch, **shared.trainer_kwargs(settings),
-            progress=label or None,
-        )  # fmt: skip
-        model = shared.gather_weights(model, settings, tuned.path("model"))
-        if writes:
-            stage.write_rows("log", log)
-            stage.write_model("model", shared.merged(model, tuned.path("model")), tokenizer)
-    return stage
+
+    def train(model, tokenizer):
+        options = shared.trainer_kwargs(settings, "dpo") | {"learning_rate": rate}
+        return dpo.train_dpo(model, tokenizer, paired.read_rows("pairs", Pair), **options, progress=label or None)
+
+    return shared.record_training(stage, settings, tuned.path("model"), train)
 
 
 def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
@@ -233,24 +220,15 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     published, _ = questions.published_problems(settings)
     sets = questions.test_problems(settings) | published
     refuse_training_questions(sets, shared.problems_of(require(run_dir, "01_sampling")))
-    files = {name: {"rows": len(found), **pinned_files(found[0].dataset)} for name, found in published.items()}
-    keys = shared.stage_keys(settings, "evaluation") | {"published_sets": files} | shared.engine_key(settings)
-    stage = Stage(run_dir, "06_evaluation", keys, {source: ["model"] for source in trained.values()})
+    inputs = {source: ["model"] for source in trained.values()}
+    stage = Stage(run_dir, "06_evaluation", shared.evaluation_keys(settings, published), inputs)
     if stage.done:
         return stage
     with stage.recording():
-        rows = []
-        for method, source in trained.items():
-            with shared.load_engine(settings, source.path("model")) as engine:
-                for name, problems in sets.items():
-                    answered = evaluation.evaluate(
-                        engine, problems, settings.evaluation.samples if name in settings.tasks else 0,
-                        shared.sampling_params(settings, "evaluation"),
-                        progress=f"{results.EXPLORE_METHODS[method]}, {name}" if progress else None,
-                    )  # fmt: skip
-                    rows += [{"method": method, "test_set": name} | row for row in answered]
+        paths = {method: source.path("model") for method, source in trained.items()}
+        answers = shared.evaluate(settings, paths, sets, progress)
         stage.write_rows("problems", (problem for problems in sets.values() for problem in problems))
-        stage.write_rows("answers", rows)
+        stage.write_rows("answers", answers)
     return stage
 
 

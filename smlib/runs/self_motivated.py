@@ -27,30 +27,12 @@ from smlib.learning.rows import Pair, Rationale
 from smlib.ppo import loop, rloo_grpo, state
 from smlib.ppo.roles import Adapters, Roles, SeparateModels
 from smlib.ppo.settings import POLICY_METHODS
-from smlib.problems.datasets import Problem, pinned_files
-from smlib.reports import evaluation
+from smlib.problems.datasets import Problem
 from smlib.reports.evaluation import Answers
-from smlib.reports.results import METHODS
+from smlib.runs import shared
 from smlib.runs.questions import ppo_problems, published_problems, second_problems, test_problems, training_problems
 from smlib.runs.settings import Settings
-from smlib.runs.shared import (
-    SHARDS,
-    engine_key,
-    engine_name,
-    gather_weights,
-    held_dtype,
-    load_engine,
-    load_model,
-    load_tokenizer,
-    load_trainable,
-    merged,
-    problems_of,
-    recording_together,
-    sampling_params,
-    stage_keys,
-    to_disk,
-    trainer_kwargs,
-)
+from smlib.runs.shared import SHARDS, engine_key, load_engine, sampling_params, stage_keys, to_disk
 from smlib.sampling import devices, models
 from smlib.sampling.engines import Engine
 from smlib.sampling.factory import make_engine
@@ -115,27 +97,20 @@ def rank_rationales(run_dir: Path, settings: Settings) -> Stage:
 
 
 def train_sft(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
-    """02_sft: the base, fine-tuned on r+. Writes model/ and log.jsonl."""
+    """02_sft: the base, fine-tuned on r+: under the adapters of reward model and PPO. Writes model/ and log.jsonl."""
     sampled, ranked = require(run_dir, "01_sampling"), require(run_dir, "02_ranking")
     read = {sampled: ["problems.jsonl"], ranked: ["ranked.jsonl"]}
     stage = Stage(run_dir, "02_sft", stage_keys(settings, "sft"), read)
     if stage.done:
         return stage
-    with recording_together(stage) as writes:
-        tokenizer, model = load_tokenizer(settings), load_trainable(settings, settings.base, stage.name)
-        kept = ranked.read_rows("ranked", Rationale)
+
+    def train(model, tokenizer):
+        kept, options = ranked.read_rows("ranked", Rationale), shared.trainer_kwargs(settings, "sft")
         learned = [one for one in kept if settings.sft.source in ("both", one.source)]
-        log = sft.train_sft(
-            model, tokenizer, problems_of(sampled), learned,
-            epochs=settings.sft.epochs, learning_rate=settings.sft.learning_rate, batch=settings.sft.batch,
-            **trainer_kwargs(settings), progress="SFT on r+" if progress else None,
-        )  # fmt: skip
-        model = gather_weights(model, settings, settings.base)
-        if writes:
-            stage.write_rows("log", log)
-            # the base of the reward model's and of PPO's adapters
-            stage.write_model("model", merged(model, settings.base), tokenizer)
-    return stage
+        problems, label = shared.problems_of(sampled), "SFT on r+" if progress else None
+        return sft.train_sft(model, tokenizer, problems, learned, **options, progress=label)
+
+    return shared.record_training(stage, settings, settings.base, train)
 
 
 def sample_again(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
@@ -179,9 +154,10 @@ def train_reward_model(run_dir: Path, settings: Settings, progress: bool = True)
     stage = Stage(run_dir, "03_reward_model", stage_keys(settings, "reward"), read)
     if stage.done:
         return stage
-    with recording_together(stage) as writes:
-        tokenizer, model = load_tokenizer(settings), load_trainable(settings, tuned.path("model"), stage.name)
-        problems = problems_of(sampled) + problems_of(second)
+    with shared.recording_together(stage) as writes:
+        tokenizer = shared.load_tokenizer(settings)
+        model = shared.load_trainable(settings, tuned.path("model"), stage.name)
+        problems = shared.problems_of(sampled) + shared.problems_of(second)
         everything = ranked.read_rows("pairs", Pair) + second.read_rows("pairs", Pair)
         used = [
             pair
@@ -189,13 +165,11 @@ def train_reward_model(run_dir: Path, settings: Settings, progress: bool = True)
             if (settings.reward.pairs == "both" or pair.author == "base")
             and (pair.author == "sft" or settings.reward.wrong in ("both", pair.source))
         ]
+        options = shared.trainer_kwargs(settings, "reward")
         log = reward_model.train_reward_model(
-            model, tokenizer, problems, used,
-            epochs=settings.reward.epochs, learning_rate=settings.reward.learning_rate, batch=settings.reward.batch,
-            beta=settings.reward.beta, nll_coef=settings.reward.nll_coef, **trainer_kwargs(settings),
-            progress="reward model" if progress else None,
-        )  # fmt: skip
-        model = gather_weights(model, settings, tuned.path("model"))
+            model, tokenizer, problems, used, **options, progress="reward model" if progress else None
+        )
+        model = shared.gather_weights(model, settings, tuned.path("model"))
         held_out = [pair for pair in everything if pair.held_out]
         held_out = reward_model.pair_accuracy(model, tokenizer, problems, held_out)  # by all: none waits long
         if writes:
@@ -231,12 +205,12 @@ def train_policy(
         raise UsageError(
             f"method {method!r} trains in one process here: start it without accelerate launch or torchrun."
         )
-    with recording_together(stage) as writes:
-        tokenizer = load_tokenizer(settings)
+    with shared.recording_together(stage) as writes:
+        tokenizer = shared.load_tokenizer(settings)
         arguments = {
             "problems": ppo_problems(settings), "tokenizer": tokenizer, "settings": settings.ppo,
             "out": stage.folder / "training", "progress": method.upper() if progress else None,
-            "max_batch": settings.hardware.max_batch, **trainer_kwargs(settings),
+            "max_batch": settings.hardware.max_batch, **shared.trainer_kwargs(settings),
         }  # fmt: skip
         if method == "ppo":
             trained = make_roles(settings, tuned, rewarder)
@@ -246,7 +220,7 @@ def train_policy(
             if accelerator.num_processes > 1:  # each may hold a part only
                 trained = state.trained_roles(make_roles(settings, tuned, rewarder), stage.folder / "training")
         else:
-            trained = load_trainable(settings, tuned.path("model"), stage.name)
+            trained = shared.load_trainable(settings, tuned.path("model"), stage.name)
             reward = make_reward(settings.ppo.reward, rewarder, tokenizer)
             rloo_grpo.train(trained, reward, **arguments, method=method)
         if writes:
@@ -274,20 +248,20 @@ def check_policy(settings: Settings, method: str, tracker: str) -> None:
 
 def make_roles(settings: Settings, tuned: Stage, rewarder: Stage) -> Roles:
     """PPO's roles as the settings hold them: models of their own, or adapters of the SFT model."""
-    policy, head = load_trainable(settings, tuned.path("model"), "04_ppo"), settings.ppo.value == "head"
+    policy, head = shared.load_trainable(settings, tuned.path("model"), "04_ppo"), settings.ppo.value == "head"
     if settings.lora.rank:
         value_seed = seed_of(settings.seed, "04_ppo", "value")
         return Adapters(policy, rewarder.path("model"), share_trunk=head, seed=value_seed)
     value = None if head else copy.deepcopy(policy).get_decoder()
-    return SeparateModels(policy, load_model(settings, tuned.path("model")), value)
+    return SeparateModels(policy, shared.load_model(settings, tuned.path("model")), value)
 
 
 def rollout_engine(settings: Settings, tuned: Stage) -> Engine | None:
     """vLLM for PPO's rollouts, where the settings want it; None: our own sampler."""
-    if engine_name(settings, "rollout_engine") == "native":
+    if shared.engine_name(settings, "rollout_engine") == "native":
         return None
     options = {"lora_rank": settings.lora.rank, "share": ROLLOUT_SHARE}
-    return make_engine("vllm", str(tuned.path("model")), dtype=held_dtype(settings), **options)
+    return make_engine("vllm", str(tuned.path("model")), dtype=shared.held_dtype(settings), **options)
 
 
 def make_reward(formula: str, rewarder: Stage, tokenizer, roles: Roles | None = None) -> Reward:
@@ -311,52 +285,36 @@ def evaluate(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     tuned, rewarder = require(run_dir, "02_sft"), require(run_dir, "03_reward_model")
     trained = require(run_dir, "04_ppo")
     published, missing = published_problems(settings)
-    files = {name: {"rows": len(found), **pinned_files(found[0].dataset)} for name, found in published.items()}
-    keys = stage_keys(settings, "evaluation") | {"published_sets": files} | engine_key(settings)
-    stage = Stage(run_dir, "05_evaluation", keys, {model: ["model"] for model in (tuned, rewarder, trained)})
+    inputs = {model: ["model"] for model in (tuned, rewarder, trained)}
+    stage = Stage(run_dir, "05_evaluation", shared.evaluation_keys(settings, published), inputs)
     if stage.done:
         return stage
     with stage.recording():
         paths = {"base": settings.base, "sft": tuned.path("model"), "sml": trained.path("model")}
-        sets, answered = test_problems(settings) | published, {}
-        for method, path in paths.items():
-            with load_engine(settings, path) as engine:
-                for name, problems in sets.items():
-                    answered[method, name] = evaluation.evaluate(
-                        engine, problems, settings.evaluation.samples if name in settings.tasks else 0,
-                        sampling_params(settings, "evaluation"),
-                        shots=settings.sampling.shots if method == "base" else "none",
-                        progress=f"{METHODS[method]}, {name}" if progress else None,
-                    )  # fmt: skip
+        sets = test_problems(settings) | published
+        asked = [problem for problems in sets.values() for problem in problems]
+        answers = shared.evaluate(settings, paths, sets, progress)
         # Now, when the engines are closed: the judge is as large as they were.
-        sampled = [
-            (problem, row)
-            for (_, name), rows in answered.items()
-            for problem, row in zip(sets[name], rows, strict=True)
-        ]
-        _add_scores(settings, rewarder.path("model"), sampled, "scores" if progress else None)
-        labelled = (
-            {"method": method, "test_set": name} | row for (method, name), rows in answered.items() for row in rows
-        )
-        stage.write_rows("problems", (problem for problems in sets.values() for problem in problems))
-        stage.write_rows("answers", labelled)
+        answered = list(zip(asked * len(paths), answers, strict=True))
+        _add_scores(settings, rewarder.path("model"), answered, "scores" if progress else None)
+        stage.write_rows("problems", asked)
+        stage.write_rows("answers", answers)
         stage.write_json("published.json", missing)
     return stage
 
 
 def _add_scores(settings: Settings, judge: Path, answered: list[tuple[Problem, Answers]], progress: str | None) -> None:
     """Add the scores of each row's samples, by the reward model in a folder."""
-    tokenizer, hardware = load_tokenizer(settings), settings.hardware
+    tokenizer, hardware = shared.load_tokenizer(settings), settings.hardware
     asked = [problem for problem, row in answered for _ in row["sampled_ids"]]
     drawn = [ids for _, row in answered for ids in row["sampled_ids"]]
     if hardware.workers > 1:
         from smlib.learning import ray_scores
 
-        scores = ray_scores.score(
-            judge, tokenizer, asked, drawn, workers=hardware.workers, dtype=held_dtype(settings), progress=progress
-        )
+        options = {"workers": hardware.workers, "dtype": shared.held_dtype(settings), "progress": progress}
+        scores = ray_scores.score(judge, tokenizer, asked, drawn, **options)
     else:
-        scores = reward_model.score(load_model(settings, judge), tokenizer, asked, drawn)
+        scores = reward_model.score(shared.load_model(settings, judge), tokenizer, asked, drawn)
     found = iter(scores)
     for _, row in answered:
         row["scores"] = [next(found) for _ in row["sampled_texts"]]

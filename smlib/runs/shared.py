@@ -1,6 +1,6 @@
 """What the stages of both systems share: their keys, how they load models, and how several processes record one."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +15,8 @@ from smlib.draws import seed_of
 from smlib.errors import UsageError
 from smlib.files import folders
 from smlib.files.artifacts import Stage
-from smlib.problems.datasets import Problem
-from smlib.reports import evaluation
+from smlib.problems.datasets import Problem, pinned_files
+from smlib.reports import evaluation, results
 from smlib.reports.evaluation import Answers
 from smlib.runs.questions import fresh_problems
 from smlib.runs.settings import Settings
@@ -140,13 +140,29 @@ def merged(model, base: str | Path):
     return models.merged(model, base) if isinstance(model, PeftModel) else model
 
 
-def trainer_kwargs(settings: Settings) -> dict:
-    """The arguments that all of SFT, reward model and DPO take of the settings."""
-    hardware = settings.hardware
+def record_training(stage: Stage, settings: Settings, path: str | Path, train: Callable) -> Stage:
+    """Make a stage, in all processes together, that trains the model in `path`: model/, without an adapter, log.jsonl.
+
+    train: model, tokenizer -> the log.
+    """
+    with recording_together(stage) as writes:
+        tokenizer, model = load_tokenizer(settings), load_trainable(settings, path, stage.name)
+        log = train(model, tokenizer)
+        model = gather_weights(model, settings, path)
+        if writes:
+            stage.write_rows("log", log)
+            stage.write_model("model", merged(model, path), tokenizer)
+    return stage
+
+
+def trainer_kwargs(settings: Settings, group: str = "") -> dict:
+    """The arguments that SFT, reward model and DPO all take of the settings; of a group of them, its own too."""
+    hardware, ours = settings.hardware, asdict(getattr(settings, group)) if group else {}
     return {
         "seed": settings.seed,
         "micro_batch": hardware.micro_batch,
         "gradient_checkpointing": hardware.gradient_checkpointing,
+        **{name: ours[name] for name in ("epochs", "learning_rate", "batch", "beta", "nll_coef") if name in ours},
     }
 
 
@@ -189,6 +205,30 @@ def engine_name(settings: Settings, who: str = "engine") -> str:
     if name == "auto" and who == "rollout_engine" and (not settings.lora.rank or process_state().num_processes > 1):
         return "native"
     return chosen(name, settings.hardware.dtype)
+
+
+def evaluation_keys(settings: Settings, published: dict[str, list[Problem]]) -> dict:
+    """What an evaluation depends on, besides its models."""
+    files = {name: {"rows": len(found), **pinned_files(found[0].dataset)} for name, found in published.items()}
+    return stage_keys(settings, "evaluation") | {"published_sets": files} | engine_key(settings)
+
+
+def evaluate(
+    settings: Settings, paths: dict[str, str | Path], sets: dict[str, list[Problem]], progress: bool
+) -> list[Answers]:
+    """The answers of every method's model to every test set, in this order; on published sets only greedy ones."""
+    rows, labels = [], results.METHODS | results.EXPLORE_METHODS
+    for method, path in paths.items():
+        with load_engine(settings, path) as engine:
+            for name, problems in sets.items():
+                answered = evaluation.evaluate(
+                    engine, problems, settings.evaluation.samples if name in settings.tasks else 0,
+                    sampling_params(settings, "evaluation"),
+                    shots=settings.sampling.shots if method == "base" else "none",
+                    progress=f"{labels[method]}, {name}" if progress else None,
+                )  # fmt: skip
+                rows += [{"method": method, "test_set": name} | row for row in answered]
+    return rows
 
 
 def answer_fresh(
