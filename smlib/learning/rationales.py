@@ -27,7 +27,7 @@ def sample_open(
     n: int,
     params: SamplingParams,
     *,
-    author: str,
+    author: str | None,
     shots: str = "none",
     progress: str | None = None,
 ) -> list[Rationale]:

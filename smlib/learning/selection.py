@@ -15,7 +15,7 @@ from itertools import cycle
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from smlib.learning.rationales import judged
+from smlib.learning.rationales import sample_open
 from smlib.learning.rows import Pair, Rationale
 from smlib.problems.datasets import Problem
 from smlib.sampling import encoding
@@ -36,18 +36,8 @@ def draw_solutions(
     progress: str | None = None,
 ) -> list[Rationale]:
     """n solutions per problem from the question alone, judged, in the order of the problems."""
-    drawn = engine.sample_ids(
-        [encoding.encode_question(engine.tokenizer, problem) for problem in problems],
-        n,
-        params,
-        keys=[problem.id for problem in problems],
-        progress=progress,
-    )
-    return [
-        replace(judged(engine.tokenizer, problem, one, index=index), reason=None)  # of so many nobody reads it
-        for problem, samples in zip(problems, drawn, strict=True)
-        for index, one in enumerate(samples)
-    ]
+    drawn = sample_open(engine, problems, n, params, author=None, progress=progress)
+    return [replace(one, source=None, reason=None) for one in drawn]  # of so many nobody reads the reason
 
 
 def equations(text: str) -> tuple[str, ...]:

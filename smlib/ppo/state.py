@@ -12,7 +12,6 @@ of processes. Only DeepSpeed knows no whole optimizer: there each process writes
 
 import shutil
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -33,6 +32,7 @@ from smlib.ppo.roles import Roles
 from smlib.ppo.settings import PPOSettings
 from smlib.ppo.updates import NonFiniteError
 from smlib.sampling.devices import process_state
+from smlib.signals import handling
 
 STATE_FILE = "state.json"
 _FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
@@ -141,19 +141,13 @@ def with_batch_saved(error: NonFiniteError, out: Path, batch: Batch, state: Stat
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C and a request to end (SIGTERM) inside take effect at the end, as whoever handles them has it, so that a
     checkpoint never holds half an update."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals only ever reach the main thread
-        return
     arrived = []
-    before = {
-        number: signal.signal(number, lambda number, frame: arrived.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
+
+    def note(number, frame):
+        arrived.append(number)
+
+    with handling(signal.SIGINT, note), handling(signal.SIGTERM, note):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     for number in dict.fromkeys(arrived):
         signal.raise_signal(number)
 
