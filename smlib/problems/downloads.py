@@ -44,99 +44,22 @@ def _in_order(*keys: str) -> Callable[[dict], dict]:
     return lambda row: {key: row[key] for key in keys}
 
 
-# Kojima et al. (2205.11916) collected ten of the sets; the SHA-256 pins the content, whatever a branch holds later.
-_KOJIMA = "https://raw.githubusercontent.com/kojima-takeshi188/zero_shot_cot/main/dataset/"
-_GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
-_PRM800K = "https://github.com/openai/prm800k/raw/00811d6de065642a6967b9017d4cee59550c0ef4/prm800k/math_splits/"
-_EXEMPLARS = "https://raw.githubusercontent.com/itsnamgyu/reasoning-teacher/f8471666e5889e517c3bed04f9b346a1e6b8929b/"
-_GSM8K_HUB = ("openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866")
-_COMMONSENSE_QA_HUB = ("tau/commonsense_qa", "94630fe30dad47192a8546eb75f094926d47e155")
-_AQUA = "https://raw.githubusercontent.com/google-deepmind/AQuA/6e99097ff2e05b406f4ddca8cbf25e7e9efb7cb5/"
-_AQUA_HUB = ("deepmind/aqua_rat", "33301c6a050c96af81f63cad5562cb5363e88971")
-_aqua_row = _in_order("question", "options", "rationale", "correct")
-
-# Path below SML_DATA_DIR and below the cache -> what it must be and where it comes from.
-FILES = {
-    "gsm8k/train.jsonl": Pinned(
-        "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
-        _GSM8K + "train.jsonl",
-        (*_GSM8K_HUB, "main/train-00000-of-00001.parquet", _in_order("question", "answer")),
-    ),
-    "gsm8k/test.jsonl": Pinned(
-        "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
-        _GSM8K + "test.jsonl",
-        (*_GSM8K_HUB, "main/test-00000-of-00001.parquet", _in_order("question", "answer")),
-    ),
-    "CommonsenseQA/train_rand_split.jsonl": Pinned(
-        "58ffa3c8472410e24b8c43f423d89c8a003d8284698a6ed7874355dedd09a2fb",
-        _KOJIMA + "CommonsenseQA/train_rand_split.jsonl",
-        (*_COMMONSENSE_QA_HUB, "data/train-00000-of-00001.parquet", _commonsense_qa_row),
-    ),
-    "CommonsenseQA/dev_rand_split.jsonl": Pinned(
-        "3210497fdaae614ac085d9eb873dd7f4d49b6f965a93adadc803e1229fd8a02a",
-        _KOJIMA + "CommonsenseQA/dev_rand_split.jsonl",
-        (*_COMMONSENSE_QA_HUB, "data/validation-00000-of-00001.parquet", _commonsense_qa_row),
-    ),
-    # The SHA-256 that the Hub's own loader of this set recorded; beside it stood the one of test.json below.
-    "AQuA/train.json": Pinned(
-        "35b70c7cb1660c34d302bb932dfd3656ce3d05e8c982c797767fec31d7d1e0ba",
-        _AQUA + "train.json",
-        (*_AQUA_HUB, "raw/train-00000-of-00001.parquet", _aqua_row),
-    ),
-    "AQuA/test.json": Pinned(
-        "de41581881ef95c5588c44ddc701c77fd480839241dd422a0d181262af24520c",
-        _KOJIMA + "AQuA/test.json",
-        (*_AQUA_HUB, "raw/test-00000-of-00001.parquet", _aqua_row),
-    ),
-    "SingleEq/questions.json": Pinned(
-        "051507bd2b489c257057b485774a83d2710c23a4bc0f4a58e1822ae2773ef05e",
-        _KOJIMA + "SingleEq/questions.json",
-    ),
-    "AddSub/AddSub.json": Pinned(
-        "21930fa90385c72b5a15f4b9a4dda27276b889ae9ff44285505cdd9fa0a20df8",
-        _KOJIMA + "AddSub/AddSub.json",
-    ),
-    "MultiArith/MultiArith.json": Pinned(
-        "dc9db1b6cc68b1ecc2dec830d15aaf8c9a0932aa31d5ffce88ef3628179d36f4",
-        _KOJIMA + "MultiArith/MultiArith.json",
-    ),
-    "SVAMP/SVAMP.json": Pinned(
-        "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e",
-        _KOJIMA + "SVAMP/SVAMP.json",
-    ),
-    "StrategyQA/task.json": Pinned(
-        "60af9081fed20102fd8bb1e02dc7d9f12238efcba33e4c1a56b4d61cb6409803",
-        _KOJIMA + "StrategyQA/task.json",
-    ),
-    "Bigbench_Date/task.json": Pinned(
-        "ff716f0e399109146db3a998281c39954907b78268a9b633a95582d63847822f",
-        _KOJIMA + "Bigbench_Date/task.json",
-    ),
-    "Bigbench_object_tracking/task.json": Pinned(
-        "74b74d3c8827c0387a3f24ee9efa7edd90b2d53af3daacb9961341af66f750a0",
-        _KOJIMA + "Bigbench_object_tracking/task.json",
-    ),
-    "last_letters/last_letters.json": Pinned(
-        "60e8d092d0a6423d3256e87e0c249b69aefea4cd27985082095fa4e93931fb02",
-        _KOJIMA + "last_letters/last_letters.json",
-    ),
-    "coin_flip/coin_flip.json": Pinned(
-        "68cf201737a1463ef6bed5419622805a8934d92bff6a28a9dfbf83be3135ba5a",
-        _KOJIMA + "coin_flip/coin_flip.json",
-    ),
-    "math/train.jsonl": Pinned(
-        "90d96daeac3fe343ebb1e22ce93dd99690f75983e957f88de42f87cffe1e8076",
-        _PRM800K + "train.jsonl",
-    ),
-    "math/test.jsonl": Pinned(
-        "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132",
-        _PRM800K + "test.jsonl",
-    ),
-    "few_shot_cot_prompts.json": Pinned(
-        "72bb973daf1ab1217ec5bc1cc95a8be8ab78d05ff42356a3176341d848956d19",
-        _EXEMPLARS + "data/few_shot_cot_prompts.json",
-    ),
+_RAW_ROWS = {  # repository on the Hub -> how a row of its files becomes one of the raw file
+    "openai/gsm8k": _in_order("question", "answer"),
+    "tau/commonsense_qa": _commonsense_qa_row,
+    "deepmind/aqua_rat": _in_order("question", "options", "rationale", "correct"),
 }
+
+
+def _pinned(sha256: str, url: str, hub: tuple[str, str, str] | None = None) -> Pinned:
+    return Pinned(sha256, url, hub and (*hub, _RAW_ROWS[hub[0]]))
+
+
+# Path below SML_DATA_DIR and below the cache -> what it must be and where it comes from. Kojima et al. (2205.11916)
+# collected ten of the sets; the SHA-256 pins the content, whatever a branch holds later. The Hub's own loader of AQuA
+# recorded its two.
+_LISTED = json.loads((Path(__file__).parent / "published_files.json").read_text(encoding="utf-8"))
+FILES = {path: _pinned(**one) for path, one in _LISTED.items()}
 
 
 def read_pinned(path: str) -> bytes:
