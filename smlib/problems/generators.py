@@ -1,5 +1,6 @@
 """The wording and the random draws of the four generated tasks: rng -> (question, gold answer, options)."""
 
+import json
 import random
 from collections.abc import Callable
 from functools import cache
@@ -50,83 +51,17 @@ def _last_letters(rng: random.Random) -> tuple[str, str, tuple[str, ...]]:
     return question, "".join(word[-1] for word in words), ()
 
 
-_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-_POSITIONS = (
-    "striker",
-    "benchwarmer",
-    "center midfielder",
-    "cheerleader",
-    "right winger",
-    "right midfielder",
-    "goalkeeper",
-    "fullback",
-    "left midfielder",
-    "left winger",
-)
-_BOOKS = (
-    "Catch-22",
-    "Moby Dick",
-    "The Great Gatsby",
-    "Hound of the Baskervilles",
-    "Frankenstein",
-    "The Odyssey",
-    "Ulysses",
-    "Lolita",
-    "The Pearl",
-    "The Fellowship of the Ring",
-)
-_DANCERS = ("Patrick", "Karl", "Izzi", "Jamie", "Helga", "Lola", "Ophelia", "Melissa", "Sam", "Rodrigo")
-# Opening, what each holds, its possible values, middle, the swap's verb, the end: the benchmark's stories.
-_STORIES = (
-    (
-        "playing a game. At the start of the game, they are each holding a ball:",
-        "has a {}",
-        tuple(f"{c} ball" for c in _COLOURS),
-        "As the game progresses, pairs of players trade balls.",
-        "swap balls",
-        "At the end of the game, {} has the",
-    ),
-    (
-        "holding a white elephant gift exchange. At the start of the event, they are each holding a present "
-        "of a different color:",
-        "has a {}",
-        # The benchmark itself mixes presents and balls here; we keep its words.
-        tuple(f"{c} {'ball' if c in ('orange', 'black', 'pink') else 'present'}" for c in _COLOURS),
-        "As the event progresses, pairs of people swap gifts.",
-        "swap their gifts",
-        "At the end of the event, {} has the",
-    ),
-    (
-        "on the same team in a soccer match. At the start of the match, they are each assigned to a position:",
-        "is playing {}",
-        _POSITIONS,
-        "As the game progresses, pairs of players occasionally swap positions.",
-        "trade positions",
-        "At the end of the match, {} is playing",
-    ),
-    (
-        "friends and avid readers who occasionally trade books. At the start of the semester, they each buy "
-        "one new book:",
-        "gets {}",
-        _BOOKS,
-        "As the semester proceeds, they start trading around the new books.",
-        "swap books",
-        "At the end of the semester, {} has",
-    ),
-    (
-        "dancers at a square dance. At the start of a song, they each have a partner:",
-        "is dancing with {}",
-        _DANCERS,
-        "Throughout the song, the dancers often trade partners.",
-        "switch partners",
-        "At the end of the dance, {} is dancing with",
-    ),
-)
+@cache
+def _stories() -> list[dict]:
+    """The benchmark's stories, in its own words, which mix presents and balls: what each player holds, and may hold."""
+    return json.loads((Path(__file__).parent / "stories.json").read_text(encoding="utf-8"))
+
+
 PLAYERS = ("Alice", "Bob", "Claire")
 
 
 def _shuffled_objects(rng: random.Random) -> tuple[str, str, tuple[str, ...]]:
-    opening, holds, values, middle, verb, end = rng.choice(_STORIES)
+    opening, holds, values, middle, verb, end = rng.choice(_stories()).values()
     things = rng.sample(values, 3)
     owned = dict(zip(PLAYERS, things, strict=True))
     start = [f"{who} {holds.format(thing)}" for who, thing in owned.items()]
