@@ -112,12 +112,10 @@ def pit_table(rows: list[dict]) -> str:
 
 def accuracies(run_dir: Path) -> str:
     """The accuracies in 06_evaluation, and of 05_evaluation where it asked the same, with 95 % intervals."""
-    stages, labels, note = [require(run_dir, "06_evaluation")], results.EXPLORE_METHODS, ""
-    if (Path(run_dir) / "05_evaluation" / MANIFEST).exists():
-        before = require(run_dir, "05_evaluation")
-        if before.settings == stages[0].settings:
-            stages, labels = [before, *stages], results.METHODS | results.EXPLORE_METHODS
-        else:
-            note = "\n\n05_evaluation was made with other settings, and is left out."
+    stages, labels, note = results.evaluations(run_dir, "06_evaluation"), results.EXPLORE_METHODS, ""
+    if len(stages) > 1:
+        labels = results.METHODS | labels
+    elif (Path(run_dir) / "05_evaluation" / MANIFEST).exists():
+        note = "\n\n05_evaluation was made with other settings, and is left out."
     pairs = [pair for pair in results.EXPLORE_CONTRASTS if set(pair) <= set(labels)]
     return results.markdown(results.rows_from_answers(results.answered(*stages), pairs), labels, pairs) + note

@@ -178,22 +178,20 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 def read_run(run_dir: str | Path) -> Answered:
     """The answers of a finished run."""
-    return answered(*_evaluations(run_dir))
+    return answered(*evaluations(run_dir, "05_evaluation"))
 
 
-def _evaluations(run_dir: str | Path) -> list[Stage]:
-    """05_evaluation, and 06_evaluation where it is there and asked the same."""
-    stage = require(run_dir, "05_evaluation")
-    if (Path(run_dir) / "06_evaluation" / MANIFEST).exists():
-        explored = require(run_dir, "06_evaluation")
-        if explored.settings == stage.settings:
-            return [stage, explored]
-    return [stage]
+def evaluations(run_dir: str | Path, name: str) -> list[Stage]:
+    """The evaluation called `name`, and the other one of 05 and 06 where it is there and asked the same: 05 first."""
+    stage = require(run_dir, name)
+    there = [one for one in ("05_evaluation", "06_evaluation") if (Path(run_dir) / one / MANIFEST).exists()]
+    found = [require(run_dir, one) for one in there]
+    return found if all(one.settings == stage.settings for one in found) else [stage]
 
 
 def _decided(run_dir: str | Path) -> dict[str, object]:
     """All that decided the answers of a run, of every stage, but the seed."""
-    found = {key: value for stage in _evaluations(run_dir) for key, value in lineage(stage).items()}
+    found = {key: value for stage in evaluations(run_dir, "05_evaluation") for key, value in lineage(stage).items()}
     return {key: value for key, value in found.items() if not key.endswith(": seed")}
 
 
