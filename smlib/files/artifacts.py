@@ -28,22 +28,7 @@ from pydantic import ConfigDict, FiniteFloat
 from typing_extensions import TypedDict
 
 from smlib.errors import UserError
-from smlib.files.atomic import (
-    DamagedError,
-    DiskFullError,
-    FileRecord,
-    explain,
-    file_records,
-    is_full,
-    json_sha256,
-    load_json,
-    load_jsonl,
-    locked,
-    remove,
-    replacing,
-    sha256,
-    write_text,
-)
+from smlib.files import atomic
 from smlib.files.folders import checkout
 
 try:
@@ -81,7 +66,7 @@ class Manifest(_Asked):
     """What a finished stage has recorded; what is not named here is for the reader."""
 
     counts: dict[str, int]
-    files: dict[str, FileRecord]
+    files: dict[str, atomic.FileRecord]
     wall_seconds: FiniteFloat
     digest: str  # of all else that is in it
 
@@ -158,14 +143,14 @@ class Stage:
         so that a trainer can go on from its checkpoint (wall_seconds is then that of the last part). peak_mib is this
         process's high-water mark, earlier work included.
         """
-        with locked(self.folder.parent / ".locks" / f"{self.name}.lock", f"making {self.folder}"):
+        with atomic.locked(self.folder.parent / ".locks" / f"{self.name}.lock", f"making {self.folder}"):
             if self.done:
                 raise StageError(
                     f"{self.folder} is complete (another process may just have made it): give the same command again "
                     "to read it, or delete the folder to make it again."
                 )
             for tmp in [*self.folder.rglob("*.tmp")]:  # left by a killed run
-                remove(tmp)
+                atomic.remove(tmp)
             self._refuse_unknown()
             self.write_json(UNFINISHED, {"settings": self.settings, "inputs": self.inputs})
             started = time.perf_counter()
@@ -173,11 +158,11 @@ class Stage:
                 yield self
             except BaseException as error:
                 if [path.name for path in self.folder.iterdir()] == [UNFINISHED]:  # nothing was made, nothing stays
-                    remove(self.folder)
+                    atomic.remove(self.folder)
                 if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it takes seconds
                     raise StageError(f"{self.folder}: the GPU's memory ran out. {LESS_MEMORY}") from error
-                if is_full(error) and not isinstance(error, DiskFullError):
-                    raise DiskFullError(explain(error, self.folder)) from error
+                if atomic.is_full(error) and not isinstance(error, atomic.DiskFullError):
+                    raise atomic.DiskFullError(atomic.explain(error, self.folder)) from error
                 raise
             self._finish(time.perf_counter() - started)
 
@@ -191,7 +176,9 @@ class Stage:
             )
 
     def _finish(self, seconds: float) -> None:
-        files = {name: record for name, record in file_records(self.folder).items() if Path(name).name != UNFINISHED}
+        files = {
+            name: record for name, record in atomic.file_records(self.folder).items() if Path(name).name != UNFINISHED
+        }
         manifest = {
             "stage": self.name,
             "fingerprint": self.fingerprint,
@@ -235,18 +222,18 @@ class Stage:
         if strays := [file for file in sorted(there - set(records)) if (self.folder / file).is_file()]:
             raise StageError(f"{self.folder / strays[0]} is no file of this stage: move it elsewhere.")
 
-    def _records(self, manifest: Manifest | None, name: str) -> dict[str, FileRecord]:
+    def _records(self, manifest: Manifest | None, name: str) -> dict[str, atomic.FileRecord]:
         """The record of a file, or of the files in a folder."""
         files = manifest["files"] if manifest else {}
         if not (found := {file: record for file, record in files.items() if f"{file}/".startswith(f"{name}/")}):
             raise StageError(f"{self.folder} has no {name!r}; it has: {', '.join(files)}.")
         return found
 
-    def _check(self, files: dict[str, FileRecord], contents: bool) -> None:
+    def _check(self, files: dict[str, atomic.FileRecord], contents: bool) -> None:
         for name, record in files.items():
             file = self.folder / name
             whole = file.is_file() and file.stat().st_size == record["bytes"]
-            if not whole or (contents and sha256(file) != record["sha256"]):
+            if not whole or (contents and atomic.sha256(file) != record["sha256"]):
                 raise StageError(
                     f"{file} is missing, cut short or was edited after it was written: delete the folder "
                     f"{self.folder} and run notebook {self.name[:2]} again."
@@ -255,26 +242,26 @@ class Stage:
     def write_rows(self, name: str, rows: Iterable) -> None:
         """Write rows to `name`.jsonl, one a line, whole or not at all: dicts, or dataclasses, whose `as_row` says what
         is written of them, or all their fields where they have none."""
-        write_text(self.folder / f"{name}.jsonl", "".join(_dumps(row) + "\n" for row in rows))
+        atomic.write_text(self.folder / f"{name}.jsonl", "".join(_dumps(row) + "\n" for row in rows))
 
     def read_rows(self, name: str, shape: type = dict[str, object]) -> list:
         """The rows of `name`.jsonl in the order written, each a dict or of another shape, as `atomic.load_jsonl` takes
         it. Raises DamagedError for a row of another shape, by the name of the key."""
-        return load_jsonl(self.path(f"{name}.jsonl"), shape)
+        return atomic.load_jsonl(self.path(f"{name}.jsonl"), shape)
 
     def write_json(self, name: str, value) -> None:
-        write_text(self.folder / name, _dumps(value, indent=1) + "\n")
+        atomic.write_text(self.folder / name, _dumps(value, indent=1) + "\n")
 
     def read_json(self, name: str):
-        return load_json(self.path(name), object)
+        return atomic.load_json(self.path(name), object)
 
     def kept(self, name: str, make: Callable[[], dict]) -> dict:
         """What `make` gives, or gave before this unfinished stage was cut off: kept in the file `name`, with a hash.
 
         A damaged file is made again.
         """
-        with suppress(DamagedError):
-            found = load_json(self.folder / name, _Kept)
+        with suppress(atomic.DamagedError):
+            found = atomic.load_json(self.folder / name, _Kept)
             if found and found["digest"] == _digest(found["value"]):
                 return found["value"]
         value = json.loads(_dumps(make()))
@@ -283,7 +270,7 @@ class Stage:
 
     def write_model(self, name: str, *parts) -> Path:
         """Save a model, and its tokenizer, into a folder: `stage.write_model("model", model, tokenizer)`."""
-        with replacing(self.folder / name) as tmp:
+        with atomic.replacing(self.folder / name) as tmp:
             for part in parts:
                 part.save_pretrained(tmp)
         return self.folder / name
@@ -379,8 +366,8 @@ def _dumps(value, **options) -> str:
 def _recorded(path: Path, shape: type):
     """What a stage has written of itself, or None where there is no file."""
     try:
-        return load_json(path, shape)
-    except DamagedError as error:
+        return atomic.load_json(path, shape)
+    except atomic.DamagedError as error:
         raise StageError(
             f"{error} (or another version of smlib wrote it): delete the folder {path.parent}, and make that stage "
             "again."
@@ -398,7 +385,7 @@ def _read_manifest(folder: Path) -> Manifest | None:
 
 
 def _digest(value) -> str:
-    return json_sha256(value, **_FORMAT, sort_keys=True)
+    return atomic.json_sha256(value, **_FORMAT, sort_keys=True)
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
