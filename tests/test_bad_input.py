@@ -17,7 +17,7 @@ from smlib.errors import UsageError
 from smlib.ppo.settings import PPOSettings
 from smlib.problems.datasets import generate, load
 from smlib.runs import questions
-from smlib.runs.settings import PRESETS, Settings, SFTSettings, preset
+from smlib.runs.settings import Settings, SFTSettings, preset
 from smlib.sampling.factory import make_engine
 from smlib.sampling.params import SamplingParams
 from smlib.sampling.sampler import sample_ids
@@ -148,7 +148,7 @@ def test_what_no_preset_takes(overrides, message):
 
 def test_a_group_by_itself_is_checked_too():
     with pytest.raises(UsageError, match=r"setting sft\.epochs = -1 is not allowed: give a number above 0 "):
-        replace(PRESETS["tiny"]["sft"], epochs=-1)
+        replace(SFTSettings(), epochs=-1)
     with pytest.raises(UsageError, match=r"setting ppo\.clip = inf"):
         PPOSettings(clip=math.inf)
 

@@ -202,14 +202,14 @@ class Settings(Declared):
         meaning="the model that learns: tiny (in this package), smollm2, a folder, a GGUF file or a hub id, best with "
         "@REVISION"
     )
-    sampling: SamplingSettings
-    ranking: RankingSettings
-    sft: SFTSettings
-    reward: RewardSettings
-    ppo: PPOSettings
-    evaluation: EvaluationSettings
-    explore: ExploreSettings
-    dpo: DPOSettings
+    sampling: SamplingSettings = SamplingSettings()
+    ranking: RankingSettings = RankingSettings()
+    sft: SFTSettings = SFTSettings()
+    reward: RewardSettings = RewardSettings()
+    ppo: PPOSettings = PPOSettings()  # noqa: RUF009 (it is frozen)
+    evaluation: EvaluationSettings = EvaluationSettings()
+    explore: ExploreSettings = ExploreSettings()
+    dpo: DPOSettings = DPOSettings()
     lora: LoraSettings = LoraSettings()
     hardware: HardwareSettings = HardwareSettings()
 
@@ -233,19 +233,9 @@ class Settings(Declared):
 
 
 PRESETS = {
-    "tiny": {
-        "sampling": SamplingSettings(),
-        "ranking": RankingSettings(),
-        "sft": SFTSettings(),
-        "reward": RewardSettings(),
-        "ppo": PPOSettings(),
-        "evaluation": EvaluationSettings(),
-        "explore": ExploreSettings(),
-        "dpo": DPOSettings(),
-    },
+    "tiny": {},  # the defaults
     "smoke": {
         "sampling": SamplingSettings(questions=16, samples=4, conditioned_questions=8, conditioned_samples=1),
-        "ranking": RankingSettings(),
         "sft": SFTSettings(epochs=1.0, batch=8),
         "reward": RewardSettings(questions=8, epochs=1.0, batch=8),
         "ppo": PPOSettings(updates=2, episodes=16, samples_per_question=4, minibatch=8, warmup_updates=1),
@@ -253,15 +243,14 @@ PRESETS = {
         "explore": ExploreSettings(samples=4, k=2),
         "dpo": DPOSettings(epochs=1.0, batch=8),
     },
+    "tiny-lora": {  # adapters start at zero and want larger steps than the weights themselves
+        "sft": SFTSettings(learning_rate=6e-3),
+        "reward": RewardSettings(learning_rate=2e-3),
+        "ppo": PPOSettings(value="model", learning_rate=2.5e-3, value_learning_rate=2.5e-3),
+        "dpo": DPOSettings(learning_rate=3e-3, step_learning_rate=6e-3),
+        "lora": LoraSettings(rank=16),
+    },
 }
-
-_LORA_RATES = {  # adapters start at zero and want larger steps than the weights themselves
-    "sft": replace(PRESETS["tiny"]["sft"], learning_rate=6e-3),
-    "reward": replace(PRESETS["tiny"]["reward"], learning_rate=2e-3),
-    "ppo": replace(PRESETS["tiny"]["ppo"], value="model", learning_rate=2.5e-3, value_learning_rate=2.5e-3),
-    "dpo": replace(PRESETS["tiny"]["dpo"], learning_rate=3e-3, step_learning_rate=6e-3),
-}
-PRESETS["tiny-lora"] = PRESETS["tiny"] | _LORA_RATES | {"lora": LoraSettings(rank=16)}
 
 
 # Self-Explore's paper (2404.10346) trains all weights on four GPUs of 80 GB, at 1e-5 for SFT and 1e-6 for DPO (Mistral
@@ -284,7 +273,6 @@ def _self_explore(base: str, max_batch: int) -> dict:
         "sampling": SamplingSettings(
             questions=10_000, samples=4, conditioned_questions=0, temperature=0.7, max_new_tokens=512, shots="smlib"
         ),
-        "ranking": RankingSettings(),
         "sft": SFTSettings(source="open", epochs=5.0, learning_rate=1e-4, batch=64),
         "reward": RewardSettings(learning_rate=1e-4),
         "ppo": PPOSettings(
