@@ -40,6 +40,7 @@ EXAMPLES = """examples:
   smlib settings llama2-7b hardware
   smlib sample gsm8k --model smollm2 --samples 4 --out samples"""
 ASKED = ("PRESET", "TASK", "SEED", "OVERRIDES")  # what a run is asked to be, in run.json and in --config
+PRESET = {"choices": PRESETS, "metavar": "PRESET", "help": ", ".join(PRESETS).replace("tiny", "tiny (default)", 1)}
 GROUPS = {field.name: field.type for field in fields(Settings) if is_dataclass(field.type)}
 DRAWING = {  # options of `sample` that are settings, by the same names
     name: declared.described(GROUPS[group])[name]
@@ -135,9 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     results = command("results", pool_results, "pool finished runs of several seeds: results/PRESET.csv")
     results.add_argument("runs", nargs="+", metavar="RUN", help="run folder; the runs differ in their seed alone")
     settings = command("settings", show_settings, "print a preset's settings, and what they mean")
-    settings.add_argument(
-        "preset", nargs="?", choices=PRESETS, metavar="PRESET", help=f"tiny (default), {_rest('tiny')}"
-    )
+    settings.add_argument("preset", nargs="?", **PRESET)
     settings.add_argument("group", nargs="?", choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS))
     _add_changes(settings)
     data = command("data", show_data, "fetch and check the published datasets")
@@ -146,10 +145,6 @@ def _parser() -> argparse.ArgumentParser:
     for one in (parser, *commands.choices.values()):  # `main` takes it out, so that its place does not matter
         one.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
     return parser
-
-
-def _rest(but: str) -> str:
-    return ", ".join(name for name in PRESETS if name != but)
 
 
 def _run_options(run: argparse.ArgumentParser) -> None:
@@ -165,7 +160,7 @@ def _run_options(run: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser, out: str) -> None:
     """The options that say what a run is, and where."""
-    parser.add_argument("--preset", choices=PRESETS, metavar="PRESET", help=f"tiny (default), {_rest('tiny')}")
+    parser.add_argument("--preset", **PRESET)
     parser.add_argument(
         "--seed", type=int, metavar="N", help="random seed of questions, samples and training (default 0)"
     )

@@ -10,13 +10,5 @@ def progress_bar(label: str | None, total: int, unit: str, initial: int = 0) -> 
     """A bar that leaves nothing behind. It stays silent where label is None or TQDM_DISABLE is set (as the runner
     does, since a bar would make every executed notebook differ)."""
     silent = label is None or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
-    return tqdm(
-        desc=label,
-        total=total,
-        unit=unit,
-        initial=initial,
-        file=sys.stdout,
-        mininterval=1,
-        leave=False,
-        disable=silent,
-    )
+    options = {"file": sys.stdout, "mininterval": 1, "leave": False, "disable": silent}
+    return tqdm(desc=label, total=total, unit=unit, initial=initial, **options)

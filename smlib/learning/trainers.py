@@ -2,7 +2,7 @@
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
@@ -87,10 +87,13 @@ def trainer_options(
     }
 
 
-def keep_adapters_exact(model: PreTrainedModel) -> None:
-    """Back to float32 with the adapters of a 4-bit base, which TRL rounds to bfloat16, where small steps are lost."""
-    if getattr(model, "is_loaded_in_4bit", False):
-        for weight in model.parameters():
+def prepare(trainer: Trainer) -> None:
+    """Take off the Trainer's own printing, and bring the adapters of a 4-bit base back to float32: TRL rounds them to
+    bfloat16, where small steps are lost."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if getattr(trainer.model, "is_loaded_in_4bit", False):
+        for weight in trainer.model.parameters():
             if weight.requires_grad:
                 weight.data = weight.data.float()
 
@@ -148,9 +151,7 @@ class SharedBatches:
 
 def fit(trainer, label: str | None) -> list[dict]:
     """Train with our bar in place of the Trainer's printing; returns its log rows that hold a loss."""
-    keep_adapters_exact(trainer.model)
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
+    prepare(trainer)
     trainer.add_callback(Progress(label if trainer.is_world_process_zero() else None))
     trainer.train()
     return [row for row in trainer.state.log_history if "loss" in row]

@@ -31,7 +31,6 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
@@ -40,7 +39,7 @@ from smlib.errors import UsageError
 from smlib.files import checkpoints
 from smlib.files.artifacts import refuse_difference
 from smlib.judging.answers import Reward, grade_many
-from smlib.learning.trainers import keep_adapters_exact, on_one_gpu
+from smlib.learning.trainers import on_one_gpu, prepare
 from smlib.ppo import arithmetic, batches, checks, rollouts, state, training_log, updates
 from smlib.ppo.settings import PPOSettings
 from smlib.problems.datasets import Problem
@@ -309,9 +308,7 @@ def _make_trainer(
         processing_class=tokenizer,
         optimizers=(optimizer, schedule),
     )
-    keep_adapters_exact(policy)
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
+    prepare(trainer)
     return trainer
 
 

@@ -26,8 +26,8 @@ A line of examples.jsonl is a completion: {"update", "id", "question", "completi
 import csv
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 
 from torch import Tensor
 
@@ -51,13 +51,13 @@ def completion_columns(
     return {
         "update": update,
         "reward": scores.mean().item(),
-        "accuracy": fraction(verdict.correct for verdict in verdicts),
-        "invalid": fraction(verdict.extracted is None for verdict in verdicts),
+        "accuracy": fmean(verdict.correct for verdict in verdicts),
+        "invalid": fmean(verdict.extracted is None for verdict in verdicts),
         "kl": kl.mean().item(),
         "entropy": -masked_mean(batch.logp, batch.mask).item(),  # Monte Carlo: -E log p
         "length": batch.mask.sum().item() / len(samples),
         "tokens": batch.mask.sum().item(),
-        "cut": fraction(drawn.finish_reason == "length" for drawn in samples),
+        "cut": fmean(drawn.finish_reason == "length" for drawn in samples),
     }
 
 
@@ -121,9 +121,3 @@ def write_examples(
             example = {"update": update, "id": problem.id, "question": problem.question, "completion": text}
             example |= {"reward": score, "kl": nats, "correct": verdict.correct, "extracted": verdict.extracted}
             file.write(json.dumps(example, ensure_ascii=False) + "\n")
-
-
-def fraction(flags: Iterable[bool]) -> float:
-    """The share of flags that are true."""
-    flags = list(flags)
-    return sum(flags) / len(flags)
