@@ -1,4 +1,4 @@
-"""Every number a run depends on, and the named sets of them:
+"""Every number a run depends on, and the named sets of them, which are in presets.yaml:
 
 - `tiny` (the tutorial), `smoke` (for tests), `tiny-lora` (LoRA adapters over one base, as a large model is trained);
 - for one GPU `llama2-7b` (80 GB), `llama2-7b-40gb`, `llama2-7b-24gb` (a 4-bit base), and `small` (half a billion
@@ -12,7 +12,10 @@ settings = preset("llama2-7b", task="gsm8k", base="some/model@revision")
 
 import re
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Literal
+
+import yaml
 
 from smlib.declared import (
     CacheTokens,
@@ -232,114 +235,9 @@ class Settings(Declared):
             )
 
 
-PRESETS = {
-    "tiny": {},  # the defaults
-    "smoke": {
-        "sampling": SamplingSettings(questions=16, samples=4, conditioned_questions=8, conditioned_samples=1),
-        "sft": SFTSettings(epochs=1.0, batch=8),
-        "reward": RewardSettings(questions=8, epochs=1.0, batch=8),
-        "ppo": PPOSettings(updates=2, episodes=16, samples_per_question=4, minibatch=8, warmup_updates=1),
-        "evaluation": EvaluationSettings(questions=8, published=8, samples=2),
-        "explore": ExploreSettings(samples=4, k=2),
-        "dpo": DPOSettings(epochs=1.0, batch=8),
-    },
-    "tiny-lora": {  # adapters start at zero and want larger steps than the weights themselves
-        "sft": SFTSettings(learning_rate=6e-3),
-        "reward": RewardSettings(learning_rate=2e-3),
-        "ppo": PPOSettings(value="model", learning_rate=2.5e-3, value_learning_rate=2.5e-3),
-        "dpo": DPOSettings(learning_rate=3e-3, step_learning_rate=6e-3),
-        "lora": LoraSettings(rank=16),
-    },
-}
-
-
-# Self-Explore's paper (2404.10346) trains all weights on four GPUs of 80 GB, at 1e-5 for SFT and 1e-6 for DPO (Mistral
-# at a tenth of that), and lets SFT's rate fall by a line. Here adapters learn, on one GPU, at ten times these rates, in
-# SFT by a cosine; nobody tuned that at this size. Mistral gets no lower ones: merged into bfloat16 weights of 0.02,
-# 29 % is kept of an adapter's changes of 1e-5, and 99 % of those of 1e-4.
-_DPO = DPOSettings(epochs=3.0, learning_rate=1e-5, step_learning_rate=1e-5, batch=32, beta=0.1)
-_CARD = HardwareSettings(
-    dtype="bfloat16", micro_batch=4, gradient_checkpointing=True, max_batch=128, prefix_tokens=4_096, engine="auto"
-)
-_FULL_CARD = replace(
-    _CARD, micro_batch=8, max_batch=256, cache_tokens=90_000, rollout_engine="auto"
-)  # 80 GB hold the base twice
-
-
-def _self_explore(base: str, max_batch: int) -> dict:
-    """Self-Explore as its paper has it, with adapters. Stage 0 learns from the base's own right rationales alone."""
-    return {
-        "base": base,
-        "sampling": SamplingSettings(
-            questions=10_000, samples=4, conditioned_questions=0, temperature=0.7, max_new_tokens=512, shots="smlib"
-        ),
-        "sft": SFTSettings(source="open", epochs=5.0, learning_rate=1e-4, batch=64),
-        "reward": RewardSettings(learning_rate=1e-4),
-        "ppo": PPOSettings(
-            value="model", minibatch=16, learning_rate=1e-5, value_learning_rate=1e-4, precision="bfloat16",
-            max_new_tokens=512,
-        ),
-        "evaluation": EvaluationSettings(questions=10_000, published=0, samples=0),
-        "explore": ExploreSettings(samples=100, temperature=0.7, max_per_question=8, k=4),
-        "dpo": _DPO,
-        "lora": LoraSettings(rank=16),
-        "hardware": replace(_CARD, max_batch=max_batch),
-    }  # fmt: skip
-
-
-# Self-motivated Learning on one GPU. Of the paper (2404.07017) we have the model alone: the numbers are ours and
-# nobody tuned them. GSM8K's 7,473 train questions go to stage 01 (4,000), stage 03 (2,000) and PPO (the rest, twice).
-_LLAMA = {
-    "base": "meta-llama/Llama-2-7b-hf@01c7f73d771dfac7d292323805ebc428287df4f9",
-    "sampling": SamplingSettings(
-        questions=4_000, samples=8, conditioned_questions=1_000, temperature=0.8, max_new_tokens=256, shots="smlib"
-    ),
-    "ranking": RankingSettings(max_per_side=4),
-    "sft": SFTSettings(epochs=3.0, learning_rate=1e-4, batch=64),
-    "reward": RewardSettings(questions=2_000, epochs=1.0, learning_rate=5e-5, batch=32),
-    "ppo": PPOSettings(
-        value="model", updates=100, episodes=256, minibatch=32, learning_rate=1e-5, value_learning_rate=1e-4,
-        precision="bfloat16", max_new_tokens=256,
-    ),
-    "evaluation": EvaluationSettings(questions=10_000, published=10_000, samples=4),
-    "explore": ExploreSettings(samples=32, temperature=0.7),
-    "dpo": _DPO,
-    "lora": LoraSettings(rank=16),
-    "hardware": _FULL_CARD,
-}  # fmt: skip
-
-# Llama's keys and values take half a MiB a token. All stages fit with a tenth to spare, by smlib.scale.memory
-# (results/memory_stages_7b.csv); nobody measured it.
-# Mistral keeps a quarter of the others' keys and values.
-LARGE = {
-    "llama2-7b": _LLAMA,
-    "llama2-7b-40gb": _LLAMA | {"hardware": replace(_CARD, max_batch=128, cache_tokens=32_000)},
-    "llama2-7b-24gb": _LLAMA | {"hardware": replace(_CARD, dtype="nf4", max_batch=64, cache_tokens=24_000)},
-    "small": _LLAMA | {
-        "base": "Qwen/Qwen2.5-0.5B@060db6499f32faf8b98477b0a26969ef7d8b9987",
-        "hardware": replace(_CARD, micro_batch=2, max_batch=64),
-    },
-    "mistral-7b": _self_explore("mistralai/Mistral-7B-v0.1@27d67f1b5f57dc0953326b2601d68371d40ea8da", 128),
-    "llemma-7b": _self_explore("EleutherAI/llemma_7b@e223eee41c53449e6ea6548c9b71c50865e4a85c", 32),
-    "deepseek-math-7b": _self_explore("deepseek-ai/deepseek-math-7b-base@036a8c6189aac6e2fc4e07b46e1e57c6b647bca5", 32),
-}  # fmt: skip
-PRESETS |= LARGE
-
-# The tiny base in place of a large one, few questions, rates for its size: every path of code that `llama2-7b` takes.
-PRESETS["rehearsal"] = _LLAMA | {
-    "base": "tiny",
-    "sampling": SamplingSettings(questions=24, samples=4, conditioned_questions=8, conditioned_samples=1),
-    "sft": SFTSettings(epochs=3.0, learning_rate=6e-3, batch=16),
-    "reward": RewardSettings(questions=12, epochs=1.0, learning_rate=2e-3, batch=16),
-    "ppo": replace(
-        _LLAMA["ppo"], updates=2, episodes=32, minibatch=16, warmup_updates=1, learning_rate=2.5e-3,
-        value_learning_rate=2.5e-3, max_new_tokens=128,
-    ),
-    "evaluation": EvaluationSettings(questions=12, published=12, samples=2),
-    "explore": ExploreSettings(samples=6, k=2),
-    "dpo": DPOSettings(epochs=1.0, learning_rate=3e-3, step_learning_rate=6e-3, batch=16),
-    "hardware": replace(_CARD, micro_batch=4, max_batch=64, engine="native"),
-}  # fmt: skip
+_FILE = Path(__file__).with_name("presets.yaml")
+PRESETS: dict[str, dict] = yaml.safe_load(_FILE.read_text(encoding="utf-8"))["presets"]
+LARGE = tuple(name for name, values in PRESETS.items() if "/" in values.get("base", ""))  # a hub id
 
 
 def default_task(name: str) -> str:
@@ -356,7 +254,7 @@ def preset(name: str, task: str = "all", seed: int = 0, **overrides) -> Settings
     checked("preset", name, Literal[*PRESETS])
     checked("task", task, Tasks)
     tasks = TASKS if task == "all" else (task,)
-    settings = Settings(**{"preset": name, "tasks": tasks, "seed": seed, "base": "tiny"} | PRESETS[name])
+    settings = _override(Settings(preset=name, tasks=tasks, seed=seed, base="tiny"), PRESETS[name], "")
     if name in LARGE and task == "math":
         longer, hardware = 1_024, settings.hardware  # its solutions are long, and take the room of as many more rows
         rows = hardware.max_batch * settings.sampling.max_new_tokens // longer
