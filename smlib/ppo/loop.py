@@ -10,10 +10,9 @@ Four roles: the *policy* that learns, the frozen *reference* it may not stray fa
 that scores a finished text, and the *value* that predicts from every prefix the reward to come. `smlib.ppo.roles` holds
 them in memory, `smlib.ppo.arithmetic` has the equations with their shapes, units and sources.
 
-What is not in PPO's paper (1707.06347), each by a setting or said where it is done: scores centred by question,
-normalised and clipped, and less a penalty where a completion was cut; a KL penalty in the rewards; whitened advantages;
-clipped values; gradients of policy and value clipped each by itself; an update that stops early at max_update_kl. What
-is in the paper and not here: the entropy bonus.
+What is not in PPO's paper (1707.06347), each by a setting or said where it is done: shaped scores (`rollouts`); a KL
+penalty in the rewards; whitened advantages; clipped values; gradients of policy and value clipped each by itself; an
+update that stops early at max_update_kl. What is in the paper and not here: the entropy bonus.
 """
 
 import time

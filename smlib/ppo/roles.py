@@ -98,8 +98,8 @@ def value_head(policy: PreTrainedModel) -> nn.Linear:
 class SeparateModels(Roles):
     """Policy and reference as two models of one class.
 
-    value: the decoder of a third (such as `copy.deepcopy(policy).get_decoder()`), which learns values alone; None: the
-    head reads the policy's own last hidden states, which saves the model and its passes, and both train the trunk.
+    value: the decoder of a third (such as `copy.deepcopy(policy).get_decoder()`), which learns values alone. None saves
+    that model and its passes, and policy and value both train the trunk.
     """
 
     def __init__(self, policy: PreTrainedModel, reference: PreTrainedModel, value: PreTrainedModel | None = None):
@@ -127,8 +127,7 @@ class SeparateModels(Roles):
 
 
 class Adapters(Roles):
-    """One frozen base with LoRA adapters: "default" is the policy's, then "value" and "reward"; the reference is the
-    base with all of them off. The way to hold a 7B model's four roles on one card.
+    """LoRA adapters, "default" the policy's: the way to hold a 7B model's four roles on one card.
 
     model: the base with a fresh adapter, from `models.add_lora`; the value's is like it.
     reward: folder of a reward model that was trained as an adapter of this base; `using("reward")` scores with it.

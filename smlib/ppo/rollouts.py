@@ -111,10 +111,7 @@ def engine_gap(drawn: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, upda
 def shape_scores(
     scores: Tensor, samples: list[Sample], moments: RunningMoments, settings: PPOSettings
 ) -> tuple[Tensor, RunningMoments]:
-    """What a completion earns, besides the KL it pays: scores [B] -> [B], and the moments with these scores in them.
-
-    Centred by question, normalised, clipped, and less the penalty where a completion was cut by its length.
-    """
+    """What a completion earns, besides the KL it pays: scores [B] -> [B], and the moments with these scores in them."""
     shaped = center(scores, settings.samples_per_question) if settings.center_by_question else scores
     moments = moments.add(shaped)
     shaped = clip_scores(moments.normalize(shaped) if settings.normalize_reward else shaped, settings.reward_clip)

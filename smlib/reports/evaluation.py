@@ -198,11 +198,8 @@ def evaluate(
 ) -> list[Answers]:
     """One row per problem: the greedy answer and k sampled ones to the question alone (k = 0: greedy only).
 
-    params: of the sampled answers; the greedy one differs in its temperature alone.
-    shots: whose exemplars come first, "none", "smlib" or "wei" (`prompts.few_shot`): few-shot chain of thought, for
-        a model that was not trained on the bare question. With them the model stops at a next question, besides
-        at params.stop. Texts are cut as in training (`prompts.cut`).
-    progress: label of the progress bars (greedy, then samples), None for none.
+    params: of the sampled answers; the greedy one differs in its temperature alone. shots: as in
+    `rationales.sample_open`. Texts are cut as in training (`prompts.cut`).
     """
     prompt_ids = [encode_question(engine.tokenizer, problem, shots=shots) for problem in problems]
     keys, params = [problem.id for problem in problems], params.stopping_at(prompts.stop(shots))

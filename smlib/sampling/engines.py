@@ -35,7 +35,7 @@ class EngineError(UserError, RuntimeError):
     """An engine that does not start."""
 
 
-class Engine:
+class Engine(AbstractContextManager):
     """Draws n completions for every prompt; arguments as in `sampler.sample`.
 
     With equal (seed, key, number) an engine draws the same sample, whatever else it draws. Two engines do not draw
@@ -87,19 +87,12 @@ class Engine:
         """Give back the memory, so that the next model has room; a second time does nothing."""
         raise NotImplementedError
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *error):
         self.close()
 
 
 class NativeEngine(Engine):
-    """`sampler.sample` on one model. Closed, it drops the model, which whoever else holds it keeps alive.
-
-    prefix_tokens: tokens that one call has read and whose keys and values are held for the next ones, within
-        `keep_prefixes`.
-    """
+    """`sampler.sample` on one model. Closed, it drops the model, which whoever else holds it keeps alive."""
 
     name = "native"
 

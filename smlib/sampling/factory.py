@@ -24,13 +24,9 @@ def make_engine(
     """The engine called `name`, "native", "vllm" or "auto", on a model: "tiny", a folder or a hub id.
 
     base: may be the folder of a LoRA adapter, which the native engine merges into its base and vLLM applies to it.
-    dtype: as in `settings.HardwareSettings`; by default float32, and for vLLM what the checkpoint has. vLLM 0.32
-        holds no nf4: it samples from the same checkpoint in bfloat16, which is 13 GB for 7 billion weights.
-    max_batch, cache_tokens: of the native engine, completions drawn at once, and tokens whose keys and values it holds
-        (0: no bound but max_batch).
-    prefix_tokens: of the native engine in this process, tokens that one call has read and that it holds for the next
-        ones, within `Engine.keep_prefixes`.
-    workers: more than one are processes of Ray's, each with such an engine.
+    dtype, max_batch, cache_tokens, prefix_tokens, workers: as in `settings.HardwareSettings`. dtype is by default
+        float32, and for vLLM what the checkpoint has. vLLM 0.32 holds no nf4: it samples from the same checkpoint in
+        bfloat16, which is 13 GB for 7 billion weights.
     lora_rank: of vLLM, the greatest rank of adapters to come (`VLLMEngine.load_adapter`). share: of a GPU's memory that
         vLLM takes, 0 for nine tenths of what is free; without a GPU of the machine's, 0 for half of what is free.
         Both are for one worker.
