@@ -26,22 +26,6 @@ from smlib.problems.generators import GENERATORS, LETTERS
 
 _WORDS = re.compile(r"[^\W_]+")
 TASKS = tuple(GENERATORS)
-KINDS = {
-    "coin_flip": "yes_no",
-    "last_letters": "letters",
-    "shuffled_objects": "choice",
-    "chain_arithmetic": "number",
-    "single_eq": "number",
-    "addsub": "number",
-    "multiarith": "number",
-    "gsm8k": "number",
-    "svamp": "number",
-    "aqua": "choice",
-    "commonsense_qa": "choice",
-    "date_understanding": "choice",
-    "strategy_qa": "yes_no",
-    "math": "math",
-}
 
 
 @dataclass(frozen=True)
@@ -176,32 +160,37 @@ _EITHER = ("train", "test")  # the publisher names no split: see seventy_thirty
 
 @dataclass(frozen=True)
 class _Dataset:
+    kind: str  # of its answers, as in `Problem`
     files: dict[str, tuple[str, ...]]  # path -> the splits that its rows may be of; a third one holds all its rows
     rows: Callable[[bytes], list[dict]]
     read: Callable[[dict, int], _Read]
 
 
 _DATASETS = {
-    "single_eq": _Dataset({"SingleEq/questions.json": _EITHER}, json.loads, _word_problem),
-    "addsub": _Dataset({"AddSub/AddSub.json": _EITHER}, json.loads, _word_problem),
-    "multiarith": _Dataset({"MultiArith/MultiArith.json": _EITHER}, json.loads, _word_problem),
-    "gsm8k": _Dataset({"gsm8k/train.jsonl": ("train",), "gsm8k/test.jsonl": ("test",)}, _lines, _gsm8k),
-    "svamp": _Dataset({"SVAMP/SVAMP.json": _EITHER}, json.loads, _svamp),
-    "aqua": _Dataset({"AQuA/train.json": ("train",), "AQuA/test.json": ("test",)}, _lines, _aqua),
+    "single_eq": _Dataset("number", {"SingleEq/questions.json": _EITHER}, json.loads, _word_problem),
+    "addsub": _Dataset("number", {"AddSub/AddSub.json": _EITHER}, json.loads, _word_problem),
+    "multiarith": _Dataset("number", {"MultiArith/MultiArith.json": _EITHER}, json.loads, _word_problem),
+    "gsm8k": _Dataset("number", {"gsm8k/train.jsonl": ("train",), "gsm8k/test.jsonl": ("test",)}, _lines, _gsm8k),
+    "svamp": _Dataset("number", {"SVAMP/SVAMP.json": _EITHER}, json.loads, _svamp),
+    "aqua": _Dataset("choice", {"AQuA/train.json": ("train",), "AQuA/test.json": ("test",)}, _lines, _aqua),
     "commonsense_qa": _Dataset(
+        "choice",
         {"CommonsenseQA/train_rand_split.jsonl": ("train",), "CommonsenseQA/dev_rand_split.jsonl": ("test",)},
         _lines,
         _commonsense_qa,
     ),
-    "strategy_qa": _Dataset({"StrategyQA/task.json": _EITHER}, _examples, _strategy_qa),
-    "date_understanding": _Dataset({"Bigbench_Date/task.json": _EITHER}, _examples, _date_understanding),
-    "shuffled_objects": _Dataset({"Bigbench_object_tracking/task.json": _EITHER}, _examples, _big_bench_choice),
-    "last_letters": _Dataset({"last_letters/last_letters.json": _EITHER}, _examples, _question_answer),
-    "coin_flip": _Dataset({"coin_flip/coin_flip.json": _EITHER}, _examples, _question_answer),
+    "strategy_qa": _Dataset("yes_no", {"StrategyQA/task.json": _EITHER}, _examples, _strategy_qa),
+    "date_understanding": _Dataset("choice", {"Bigbench_Date/task.json": _EITHER}, _examples, _date_understanding),
+    "shuffled_objects": _Dataset(
+        "choice", {"Bigbench_object_tracking/task.json": _EITHER}, _examples, _big_bench_choice
+    ),
+    "last_letters": _Dataset("letters", {"last_letters/last_letters.json": _EITHER}, _examples, _question_answer),
+    "coin_flip": _Dataset("yes_no", {"coin_flip/coin_flip.json": _EITHER}, _examples, _question_answer),
     # PRM800K cuts MATH anew, into 12,000 and 500; MATH's own split stands in a row's unique_id.
-    "math": _Dataset({"math/train.jsonl": _EITHER, "math/test.jsonl": (*_EITHER, "test_500")}, _lines, _math),
+    "math": _Dataset("math", {"math/train.jsonl": _EITHER, "math/test.jsonl": (*_EITHER, "test_500")}, _lines, _math),
 }
 PUBLISHED = tuple(_DATASETS)
+KINDS = {"chain_arithmetic": "number"} | {name: dataset.kind for name, dataset in _DATASETS.items()}
 
 
 def splits(dataset: str) -> tuple[str, ...]:
