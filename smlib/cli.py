@@ -39,6 +39,7 @@ EXAMPLES = """examples:
   smlib run --preset smoke --task coin_flip
   smlib settings llama2-7b hardware
   smlib sample gsm8k --model smollm2 --samples 4 --out samples"""
+NUMBER = {"type": int, "metavar": "N"}
 ASKED = ("PRESET", "TASK", "SEED", "OVERRIDES")  # what a run is asked to be, in run.json and in --config
 PRESET = {"choices": PRESETS, "metavar": "PRESET", "help": ", ".join(PRESETS).replace("tiny", "tiny (default)", 1)}
 GROUPS = {field.name: field.type for field in fields(Settings) if is_dataclass(field.type)}
@@ -150,8 +151,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run_options(run: argparse.ArgumentParser) -> None:
     _add_run(run, "run folder")
     again = "execute again from notebook N on (a finished stage is read; delete its folder to redo it)"
-    run.add_argument("--from", dest="first", type=int, metavar="N", help=again)
-    run.add_argument("--to", dest="last", type=int, metavar="N", help="stop after notebook N")
+    run.add_argument("--from", dest="first", **NUMBER, help=again)
+    run.add_argument("--to", dest="last", **NUMBER, help="stop after notebook N")
     run.add_argument("--dry-run", action="store_true", help="print what it takes: samples, memory, hours, disk")
     run.add_argument("--verify", action="store_true", help="read every file of the run and say what is damaged")
     run.add_argument("--publish", action="store_true", help="copy figures and results to the repository's")
@@ -161,9 +162,7 @@ def _run_options(run: argparse.ArgumentParser) -> None:
 def _add_run(parser: argparse.ArgumentParser, out: str) -> None:
     """The options that say what a run is, and where."""
     parser.add_argument("--preset", **PRESET)
-    parser.add_argument(
-        "--seed", type=int, metavar="N", help="random seed of questions, samples and training (default 0)"
-    )
+    parser.add_argument("--seed", **NUMBER, help="random seed of questions, samples and training (default 0)")
     _add_changes(parser)
     parser.add_argument("--out", metavar="RUN", help=f"{out} (default: runs/PRESET-TASK-seedSEED)")
 
@@ -198,7 +197,7 @@ def _sample_options(sample: argparse.ArgumentParser) -> None:
     sample.add_argument("dataset", choices=names, metavar="DATASET", help=f"one of: {', '.join(names)}")
     sample.add_argument("--out", required=True, metavar="FOLDER", help="folder of the shards")
     sample.add_argument("--split", default="train", help="train (default) or test; of a published dataset also all")
-    sample.add_argument("--questions", type=int, metavar="N", help="the first N (default: all; generated: 1,000)")
+    sample.add_argument("--questions", **NUMBER, help="the first N (default: all; generated: 1,000)")
     sample.add_argument("--samples", type=int, default=8, metavar="K", help="per question (default 8)")
     sample.add_argument(
         "--model", default="tiny", help="tiny (default), smollm2, a folder, a GGUF file or a hub id, with @REVISION"
@@ -206,11 +205,9 @@ def _sample_options(sample: argparse.ArgumentParser) -> None:
     for name, one in DRAWING.items():
         _add_setting(sample, name, one)
     sample.set_defaults(dtype=None)
-    sample.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="random seed of questions and samples (default 0)"
-    )
+    sample.add_argument("--seed", default=0, **NUMBER, help="random seed of questions and samples (default 0)")
     shard = "questions per file; a killed command draws one file again (default 64; with --workers give more)"
-    sample.add_argument("--shard", type=int, default=64, metavar="N", help=shard)
+    sample.add_argument("--shard", default=64, **NUMBER, help=shard)
 
 
 def _add_setting(parser: argparse.ArgumentParser, name: str, one: declared.Described) -> None:
@@ -226,16 +223,17 @@ def _add_setting(parser: argparse.ArgumentParser, name: str, one: declared.Descr
 def _pretrain_options(pretrain: argparse.ArgumentParser) -> None:
     there = "folder to write, new or empty; `--model FOLDER` then takes it (the package's own base stays as it is)"
     pretrain.add_argument("--out", required=True, metavar="FOLDER", help=there)
-    documents = "documents to read, each once (default 150,000)"
-    pretrain.add_argument("--documents", type=int, default=150_000, metavar="N", help=documents)
-    pretrain.add_argument("--hidden", type=int, default=128, metavar="N", help="width, a multiple of 32 (default 128)")
-    pretrain.add_argument("--layers", type=int, default=3, metavar="N", help="(default 3)")
+    pretrain.add_argument(
+        "--documents", default=150_000, **NUMBER, help="documents to read, each once (default 150,000)"
+    )
+    pretrain.add_argument("--hidden", default=128, **NUMBER, help="width, a multiple of 32 (default 128)")
+    pretrain.add_argument("--layers", default=3, **NUMBER, help="(default 3)")
     pretrain.add_argument(
         "--start-from", type=Path, metavar="FOLDER", help="base to go on from (default: random weights)"
     )
     tokens = "tokens per batch; a longer document has a batch to itself (default 4,096)"
-    pretrain.add_argument("--tokens-per-batch", type=int, default=4096, metavar="N", help=tokens)
-    pretrain.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and documents (default 0)")
+    pretrain.add_argument("--tokens-per-batch", default=4096, **NUMBER, help=tokens)
+    pretrain.add_argument("--seed", default=0, **NUMBER, help="of weights and documents (default 0)")
 
 
 def _check_options(args: argparse.Namespace) -> None:

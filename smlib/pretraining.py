@@ -203,10 +203,7 @@ def make_tokenizer(texts: list[str], share: float = 0.004) -> PreTrainedTokenize
     model without merges does it: `ignore_merges` takes a whole pre-token where the vocabulary has it.
     """
     splitter = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(_WORD, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+        [pre_tokenizers.Split(_WORD, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     counts: Counter[str] = Counter()
     for text in texts:

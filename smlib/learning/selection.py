@@ -28,12 +28,7 @@ _NOT_IN_EQUATIONS = re.compile(r"[ ,$€£]|\.$")
 
 
 def draw_solutions(
-    engine: Engine,
-    problems: Sequence[Problem],
-    n: int,
-    params: SamplingParams,
-    *,
-    progress: str | None = None,
+    engine: Engine, problems: Sequence[Problem], n: int, params: SamplingParams, *, progress: str | None = None
 ) -> list[Rationale]:
     """n solutions per problem from the question alone, judged, in the order of the problems."""
     drawn = sample_open(engine, problems, n, params, author=None, progress=progress)

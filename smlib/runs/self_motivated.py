@@ -180,11 +180,7 @@ def train_reward_model(run_dir: Path, settings: Settings, progress: bool = True)
 
 
 def train_policy(
-    run_dir: Path,
-    settings: Settings,
-    method: str = "ppo",
-    progress: bool = True,
-    tracker: str = "",
+    run_dir: Path, settings: Settings, method: str = "ppo", progress: bool = True, tracker: str = ""
 ) -> Stage:
     """04_METHOD: the SFT model, improved against ppo.reward by "ppo", "rloo" or "grpo" (the latter two by TRL).
 
