@@ -27,7 +27,7 @@ class _StateFile(TypedDict):
 
 def newest(out: Path) -> Path | None:
     """The checkpoint of the highest number, if there is one."""
-    return max(_all(out), key=_number, default=None)
+    return next(reversed(_all(out)), None)
 
 
 @contextmanager
@@ -71,15 +71,13 @@ def read_state(folder: Path, state_file: str) -> dict:
 
 
 def _all(out: Path) -> list[Path]:
-    return [folder for folder in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
-
-
-def _number(folder: Path) -> int:
-    return int(folder.name.partition("-")[2])
+    """The checkpoints by their numbers."""
+    found = [folder for folder in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
+    return sorted(found, key=lambda folder: int(folder.name.partition("-")[2]))
 
 
 def _damaged(folder: Path, name: str) -> StageError:
-    older = max((one for one in _all(folder.parent) if one != folder), key=_number, default=None)
+    older = next((one for one in reversed(_all(folder.parent)) if one != folder), None)
     then = f"goes on from {older.name}" if older else "begins anew"
     return StageError(
         f"{folder / name} is missing or damaged, or of another version of this package: delete the folder {folder}; "
