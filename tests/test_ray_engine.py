@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -38,7 +39,7 @@ def expected(native):
 
 @pytest.fixture(scope="module")
 def engine():
-    """Two workers, and small batches: 12 for four samples of every prompt. All tests share its Ray."""
+    """Two workers, and small batches: 12 for four samples of every prompt. Nearly all tests share its Ray."""
     with ray_engine.RayEngine("tiny", workers=2, max_batch=8) as engine:
         yield engine
 
@@ -47,7 +48,8 @@ def engine():
 def lone_engine(engine):
     """One worker, which starts faster, in the Ray of the other engine."""
     engine.start()
-    return ray_engine.RayEngine("tiny", workers=1, max_batch=8)
+    with ray_engine.RayEngine("tiny", workers=1, max_batch=8) as lone_engine:
+        yield lone_engine
 
 
 class Bar:
@@ -72,7 +74,7 @@ def workers():
     found = {}
     for process in psutil.Process().children(recursive=True):
         try:
-            if "_Worker" in " ".join(process.cmdline()):
+            if "ray::_Process" in " ".join(process.cmdline()):
                 found[process.pid] = process
         except psutil.Error:  # it ended meanwhile
             continue
@@ -85,13 +87,21 @@ def kill_a_busy_worker():
     while time.monotonic() < deadline:
         for process in workers().values():
             process.suspend()
-            if ".submit" in " ".join(process.cmdline()):  # Ray puts the running call into the process title
+            if "_Process.work" in " ".join(process.cmdline()):  # Ray puts the running call into the process title
                 process.kill()
                 process.wait(30)
                 return process.pid
             process.resume()
         time.sleep(0.01)
     raise AssertionError("no worker was seen drawing")
+
+
+def assert_ended(pids):
+    """These processes are gone, or go in a moment."""
+    deadline = time.monotonic() + 30
+    while left := [pid for pid in pids if psutil.pid_exists(pid)]:
+        assert time.monotonic() < deadline, f"{left} are still there"
+        time.sleep(0.1)
 
 
 def assert_same(results, expected):
@@ -115,6 +125,36 @@ def test_two_workers_draw_what_one_process_draws(engine, expected, monkeypatch):
     assert_same(engine.sample(PROMPTS, 4, PARAMS, keys=KEYS), expected)
     assert len(at_work) == 2
     assert seen == [2 * batches for batches in range(1, 13)]  # as the batches finish
+
+
+def test_the_same_workers_serve_every_call_until_they_are_closed(engine, tmp_path):
+    engine.start()
+    pids = []
+    with ray_engine.RayEngine("tiny", workers=2, max_batch=2) as own:
+        for call in ("first", "second"):
+
+            def note(i, newest, file=tmp_path / call):
+                with file.open("a") as lines:
+                    lines.write(f"{os.getpid()}\n")
+
+            own.sample(PROMPTS, 1, PARAMS, keys=KEYS, until=note)
+            pids.append(set(map(int, (tmp_path / call).read_text().split())))
+        assert pids[0] == pids[1] <= set(workers()) and len(pids[0]) == 2
+    assert_ended(pids[0])
+    assert engine.sample(PROMPTS[:1], 1, PARAMS, keys=KEYS[:1])  # its workers and its Ray go on
+    own.close()  # a second time does nothing
+
+
+def test_ray_ends_with_the_last_engine(engine, lone_engine, expected):
+    import ray
+
+    lone_engine.start()
+    engine.close()
+    assert_same(lone_engine.sample(PROMPTS[:1], 4, PARAMS, keys=KEYS[:1]), expected[:1])
+    lone_engine.close()
+    assert not ray.is_initialized() and not workers()
+    engine.start()
+    assert ray.is_initialized()
 
 
 def test_beginnings_go_to_the_workers_as_tokens(lone_engine, native):
@@ -195,15 +235,57 @@ def test_until_is_asked_about_the_callers_prompts(lone_engine, native):
     assert_same(lone_engine.sample(PROMPTS, 4, PARAMS, keys=KEYS, until=right), expected)
 
 
-def test_an_error_in_a_worker_is_raised(lone_engine):
+def test_an_error_in_a_worker_is_raised(lone_engine, expected):
     def fail(i, newest):
         raise ValueError(f"cannot judge prompt {i}")
 
     with pytest.raises(RuntimeError, match="a worker failed: ValueError: cannot judge prompt"):
         lone_engine.sample(PROMPTS[:1], 4, PARAMS, keys=["a"], until=fail)
+    assert_same(lone_engine.sample(PROMPTS[:2], 4, PARAMS, keys=KEYS[:2]), expected[:2])  # it can still be used
 
 
-def test_a_batch_that_kills_every_worker_ends_in_an_error(lone_engine, monkeypatch, tmp_path):
+def test_an_error_of_a_worker_s_model_is_raised(engine, native, tmp_path):
+    engine.start()
+    native.model.save_pretrained(tmp_path)
+    native.tokenizer.save_pretrained(tmp_path)
+    with ray_engine.RayEngine(str(tmp_path), workers=1) as own:
+        (tmp_path / "model.safetensors").unlink()
+        with pytest.raises(ray_workers.WorkerError, match="a worker failed: ModelError"):
+            own.sample(PROMPTS[:1], 4, PARAMS, keys=["a"])
+
+
+def test_ctrl_c_ends_the_workers_at_once(lone_engine, expected, tmp_path):
+    drawing = tmp_path / "drawing"
+
+    def wait(i, newest):
+        drawing.write_text(str(os.getpid()))
+        time.sleep(600)
+
+    def interrupt():
+        while not drawing.exists() or not drawing.read_text():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        lone_engine.sample(PROMPTS[:1], 4, PARAMS, keys=["a"], until=wait)
+    assert_ended([int(drawing.read_text())])
+    assert_same(lone_engine.sample(PROMPTS[:2], 4, PARAMS, keys=KEYS[:2]), expected[:2])
+
+
+def test_workers_without_a_place_in_the_cluster_are_refused(engine, expected, monkeypatch):
+    engine.start()
+    with ray_engine.RayEngine("tiny", workers=2) as own:
+        with monkeypatch.context() as patch:
+            patch.setattr(ray_workers, "CPU", 1)  # as GPUs are counted; the other engine's have a bit of both
+            patch.setattr(ray_workers, "PATIENCE", 1)
+            with pytest.raises(ray_workers.WorkerError, match=r"CPUs in the cluster: 2, free: 1\.\d+\. Lower workers"):
+                own.sample(PROMPTS, 4, PARAMS, keys=KEYS)
+        assert_same(own.sample(PROMPTS[:2], 4, PARAMS, keys=KEYS[:2]), expected[:2])
+
+
+def test_a_batch_that_kills_every_worker_ends_in_an_error(engine, monkeypatch, tmp_path):
+    engine.start()
     monkeypatch.setattr(ray_workers, "RETRIES", 1)
     deaths = tmp_path / "deaths"
 
@@ -212,13 +294,13 @@ def test_a_batch_that_kills_every_worker_ends_in_an_error(lone_engine, monkeypat
             file.write("x")
         os._exit(1)
 
-    with pytest.raises(RuntimeError, match="a worker failed: Actor"):
-        lone_engine.sample(PROMPTS[:1], 4, PARAMS, keys=["a"], until=die)
+    with ray_engine.RayEngine("tiny", workers=1) as own, pytest.raises(RuntimeError, match="a worker failed: Actor"):
+        own.sample(PROMPTS[:1], 4, PARAMS, keys=["a"], until=die)
     assert deaths.read_text() == "xx"
 
 
 def test_bad_arguments_are_refused_before_anything_starts(monkeypatch):
-    monkeypatch.setattr(ray_engine.RayEngine, "start", lambda self: pytest.fail("started"))
+    monkeypatch.setattr(ray_workers.Pool, "start", lambda self: pytest.fail("started"))
     engine = ray_engine.RayEngine("tiny")
     for changes, message in (
         ({"n": 0}, "n = 0 is not allowed"),

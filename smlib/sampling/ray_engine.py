@@ -1,4 +1,4 @@
-"""Sampling spread over worker processes, on one machine or many, by Ray Data.
+"""Sampling spread over worker processes, on one machine or many, by Ray.
 
     with RayEngine("tiny", workers=2) as engine:
         engine.sample(prompts, 8, SamplingParams(temperature=0.7, max_new_tokens=128, seed=0), keys=keys)
@@ -8,9 +8,8 @@ does that batch anew: the same samples, since their random numbers depend on (se
 """
 
 import os
-from dataclasses import asdict
+from itertools import chain
 
-import pyarrow as pa
 import torch
 
 from smlib.declared import Processes, Rows, checked
@@ -20,23 +19,24 @@ from smlib.sampling.engines import ENGINES, Engine
 from smlib.sampling.limits import MAX_BATCH
 from smlib.sampling.local_engines import local_engine
 from smlib.sampling.params import Sample, SamplingParams, Until, check_request
-from smlib.sampling.ray_workers import spread, start, stop
+from smlib.sampling.ray_workers import Pool
 
 
 class RayEngine(Engine):
     """Engines on `workers` processes of a Ray cluster: the one this process is connected to, else the one at
-    RAY_ADDRESS, else one on this machine that `close`, or leaving the `with` block, ends.
+    RAY_ADDRESS, else one on this machine, which ends when the last such engine is closed.
 
     base:    "tiny", a folder (there on every machine) or a hub id.
-    inner:   the engine of a worker, "native" or "vllm". A worker takes one processor of the cluster, and a GPU, if
-             there are any.
+    inner:   the engine of a worker, "native" or "vllm". A worker takes a GPU for itself, if the cluster has any. The
+             processors are shared: more workers than there are of them gain nothing.
     dtype, cache_tokens, prompt: of the workers' engines, as in `factory.make_engine`.
     max_batch: samples that a worker draws together. A worker that dies loses as many.
 
-    Every call of `sample` or `sample_ids` starts its workers anew, which takes tens of seconds: give it many prompts.
+    The first call of `sample` or `sample_ids` starts the workers, which takes tens of seconds. They stay until `close`,
+    or until an error or Ctrl-C ends a call; the next one starts others.
     """
 
-    shard = 4_096  # a call takes long to begin
+    shard = 4_096  # at the end of each call workers wait for the last one
 
     def __init__(
         self,
@@ -52,24 +52,22 @@ class RayEngine(Engine):
             raise UsageError(f"inner is {inner!r}, but must be one of: {', '.join(ENGINES)}.")
         checked("workers", workers, Processes, 1)
         checked("max_batch", max_batch, Rows, MAX_BATCH)
-        self.base, self.workers, self.inner, self.max_batch = base, workers, inner, max_batch
-        self.engine_kwargs = {"dtype": dtype, "max_batch": max_batch, "cache_tokens": cache_tokens, "prompt": prompt}
+        self.workers, self.max_batch = workers, max_batch
+        engine_kwargs = {"dtype": dtype, "max_batch": max_batch, "cache_tokens": cache_tokens, "prompt": prompt}
         self.name = inner  # the samples are those of the inner engine, whatever the number of workers
         self.tokenizer = models.load_tokenizer(base, prompt)
         adapter = models.adapter_config(base)
         config = models.load_config(adapter.base_model_name_or_path if adapter else base)
         self.limit = getattr(config, "max_position_embeddings", None)
-        self._started = False
+        self._pool = Pool(_Worker, (base, inner, engine_kwargs, workers), workers)
 
     def start(self) -> None:
-        """Start Ray now, where none is running; else the first samples do."""
-        self._started |= start(self.workers)
+        """Start the workers now, and Ray where none is running; else the first samples do."""
+        self._pool.start()
 
     def close(self) -> None:
-        """End the Ray that this engine started, if it did."""
-        if self._started:
-            stop()
-            self._started = False
+        """End the workers."""
+        self._pool.close()
 
     def sample_ids(self, prompt_ids, n, params, *, keys, first=0, until=None, progress=None) -> list[list[Sample]]:
         """As `sampler.sample_ids`. With the inner engine "native" it draws the same samples, up to float rounding.
@@ -78,7 +76,8 @@ class RayEngine(Engine):
             copy stays there.
 
         Raises ValueError for bad arguments and TypeError for an `until` that cannot be sent, before anything starts;
-        RuntimeError for an error in a worker, and for a batch on which RETRIES + 1 worker processes died.
+        RuntimeError for an error in a worker, and for a batch on which RETRIES + 1 worker processes died; WorkerError,
+        one of its kind, where the cluster has too few GPUs free.
         """
         check_request(prompt_ids, n, params, keys, first, self.limit)
         if not prompt_ids:
@@ -90,33 +89,27 @@ class RayEngine(Engine):
             ray.cloudpickle.dumps(until)
         except Exception as error:
             raise TypeError(f"until is sent to the workers, but cannot be pickled: {error}") from error
-        self.start()
         # Prompts of similar length share a batch, so that little is padded. With `until`, a prompt is one row.
         order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
         size = min(self.max_batch if until else max(1, self.max_batch // n), -(-len(prompt_ids) // self.workers))
-        rows = [{"number": i, "ids": list(prompt_ids[i]), "key": keys[i]} for i in order]
-        arguments = (self.base, self.inner, self.engine_kwargs, self.workers, n, params, first, until)
-        return spread(_Worker, arguments, rows, size, _samples, self.workers, progress, "prompt")
-
-
-def _samples(row: dict) -> list[Sample]:
-    return list(map(Sample.from_row, row["samples"]))
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        given = [[(i, list(prompt_ids[i]), keys[i]) for i in batch] for batch in batches]
+        found = self._pool.map(given, (n, params, first, until), progress, "prompt")
+        drawn = dict(zip(chain(*batches), chain(*found), strict=True))
+        return [drawn[i] for i in range(len(prompt_ids))]
 
 
 class _Worker:
     """An engine in a process of its own; draws for one batch of prompts after the other."""
 
-    def __init__(
-        self, base: str, inner: str, engine_kwargs: dict, workers: int, n: int, params: SamplingParams, first: int,
-        until: Until | None,
-    ):  # fmt: skip
+    def __init__(self, base: str, inner: str, engine_kwargs: dict, workers: int):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
         self.engine = local_engine(inner, base, **engine_kwargs)
-        self.n, self.params, self.first, self.until = n, params, first, until
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Columns number, ids, key -> number, samples (Arrow lists of structs, exact to the last bit)."""
-        numbers, prompt_ids, keys = (batch[name].to_pylist() for name in ("number", "ids", "key"))
-        until = self.until and (lambda i, newest: self.until(numbers[i], newest))
-        found = self.engine.sample_ids(prompt_ids, self.n, self.params, keys=keys, first=self.first, until=until)
-        return pa.table({"number": numbers, "samples": [list(map(asdict, samples)) for samples in found]})
+    def __call__(
+        self, batch: list[tuple[int, list[int], str]], n: int, params: SamplingParams, first: int, until: Until | None
+    ) -> list[list[Sample]]:
+        """The samples of each prompt (its number, ids and key) of a batch."""
+        numbers, prompt_ids, keys = zip(*batch, strict=True)
+        asked = until and (lambda i, newest: until(numbers[i], newest))
+        return self.engine.sample_ids(list(prompt_ids), n, params, keys=list(keys), first=first, until=asked)
