@@ -157,17 +157,25 @@ def test_two_sets_of_exemplars_behind_one_head_are_each_shared_and_no_more():
 def test_rows_that_join_share_what_rows_at_work_share():
     model, text = MODELS["llama"], [4, 5] * 60
     asked = [[*text, *[3 + (number >> bit) % 2 for bit in range(20)]] for number in range(12)]
-    made, params = [], SamplingParams(temperature=9.0, max_new_tokens=40, seed=1)
+    made, met, params = [], [], SamplingParams(temperature=9.0, max_new_tokens=40, seed=1)
 
     class Watched(tree_attention.Cohort):
         def __init__(self, context, rows):
             super().__init__(context, rows)
             made.append((rows, context.tokens))
 
+    class WatchedStep(tree_attention.Step):
+        def __init__(self, cohorts):
+            super().__init__(cohorts)
+            met.append((len(cohorts), [len(nodes.spans) for nodes in self.shared]))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tree_attention, "WORTH", 120)
         patch.setattr(decoders, "Cohort", Watched)
+        patch.setattr(decoders, "Step", WatchedStep)
         sample_ids(model, None, asked, 1, params, keys=list(map(str, range(12))), max_batch=4)
+    assert max(cohorts for cohorts, _ in met) > 1
+    assert all(spans == [1] for cohorts, spans in met if cohorts)  # the text is met by the rows of all in one product
     assert min(rows for rows, _ in made) == 1 and all(tokens == rows * 20 for rows, tokens in made)
 
 

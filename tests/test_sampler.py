@@ -12,8 +12,8 @@ from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import smlib
-from smlib.sampling import models
-from smlib.sampling.drawing import truncate, uniforms
+from smlib.sampling import models, sampler
+from smlib.sampling.drawing import draw_tokens, truncate, uniforms
 from smlib.sampling.params import SamplingParams
 from smlib.sampling.sampler import sample, sample_ids
 from smlib.sampling.tree_attention import reads_trees
@@ -157,6 +157,33 @@ def test_truncation_of_a_distribution_worked_by_hand():
     assert truncate(probs, 0, 0.65).tolist() == torch.tensor([[0.0, 0.4, 0.0, 0.3]]).tolist()
     assert truncate(probs, 3, 0.4).tolist() == torch.tensor([[0.0, 0.4, 0.0, 0.0]]).tolist()  # 0.4 / 0.9 > 0.4
     assert truncate(probs, 0, 1e-9).tolist() == torch.tensor([[0.0, 0.4, 0.0, 0.0]]).tolist()  # never nothing
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("vocabulary", [3, 256, 1000])
+def test_a_token_is_where_the_cumulative_probability_passes_the_random_number(temperature, vocabulary):
+    """In one sum over the vocabulary, in float64; drawing sums blocks first, and may differ by float32's rounding."""
+    torch.manual_seed(vocabulary)
+    logits, numbers = 3 * torch.randn(2000, vocabulary), torch.rand(2000, dtype=torch.float64)
+    cdf = (logits.double() / temperature).softmax(1).cumsum(1)
+    tokens = draw_tokens(logits, numbers, temperature)
+    rows = torch.arange(2000)
+    before = torch.where(tokens > 0, cdf[rows, tokens - 1], 0.0)
+    assert ((before <= numbers + 1e-5) & (numbers < cdf[rows, tokens] + 1e-5)).all()
+    assert (tokens == torch.searchsorted(cdf, numbers[:, None], right=True)[:, 0]).float().mean() > 0.998
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.8}])
+def test_as_many_logits_at_once_as_one_likes_give_the_same_samples(any_model, tokenizer, settings, monkeypatch):
+    expected = draw(any_model, tokenizer, n=8, **settings)
+    size = any_model.config.vocab_size
+    for logits, floats in ((1, 1), (7 * size, 2 * size), (9 * size, 100 * size)):
+        monkeypatch.setattr(sampler, "LOGITS", {"cpu": logits})
+        monkeypatch.setattr(sampler, "FLOATS", {"cpu": floats})
+        found = draw(any_model, tokenizer, n=8, **settings)
+        assert without_logprobs(found) == without_logprobs(expected)
+        for one, other in zip(flat(found), flat(expected), strict=True):
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
 def test_greedy_equals_generate(any_model, tokenizer):

@@ -408,7 +408,7 @@ def drawing(config: LlamaConfig, plan: PPO | Sampling) -> dict[str, float]:
     """The fullest of four moments: prompts are read, with scores of length x length three times; they are laid out for
     rows to meet them, and so held twice; the last step, with one layer's drawn tokens again, as their memory grows, and
     the scores four times; the last draw, with 24 bytes for each of the LOGITS that are held at once: they and their
-    probabilities in float32, and what is summed in float64."""
+    probabilities in float32, and these sorted, with their places, for top-k and top-p."""
     rows, tokens, heads = plan.max_batch, _read(plan), config.num_attention_heads
     start, end = cache(config, plan, drawn=False), cache(config, plan)
     logits = min(rows * config.vocab_size, max(LOGITS["cuda"], config.vocab_size))
