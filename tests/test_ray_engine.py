@@ -81,19 +81,13 @@ def workers():
     return found
 
 
-def kill_a_busy_worker():
-    """SIGKILL to a worker that is drawing. It is frozen first, so that it cannot finish between look and kill."""
+def pid_in(path):
+    """The process that wrote its number into that file, as soon as it has."""
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        for process in workers().values():
-            process.suspend()
-            if "_Process.work" in " ".join(process.cmdline()):  # Ray puts the running call into the process title
-                process.kill()
-                process.wait(30)
-                return process.pid
-            process.resume()
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < deadline, "no worker was seen drawing"
         time.sleep(0.01)
-    raise AssertionError("no worker was seen drawing")
+    return int(path.read_text())
 
 
 def assert_ended(pids):
@@ -204,20 +198,29 @@ def test_two_workers_make_the_evaluation_that_one_process_makes(engine, tmp_path
         assert one == two
 
 
-def test_a_killed_worker_costs_no_sample(engine, expected, monkeypatch):
-    before, after, killed = set(), set(), {}
+def test_a_killed_worker_costs_no_sample(engine, expected, monkeypatch, tmp_path):
+    before, after, killed, drawing = set(), set(), {}, tmp_path / "drawing"
+
+    def draw_until_killed(i, newest):
+        """Amid a batch, once; it never says that a prompt needs no more samples."""
+        if i == 0 and not drawing.exists():
+            drawing.write_text(str(os.getpid()))
+            time.sleep(600)
 
     def kill_after_the_first_batch(done):
         if killed:
             after.update(workers())
             return
         before.update(workers())
-        killed[kill_a_busy_worker()] = done
+        pid = pid_in(drawing)
+        os.kill(pid, signal.SIGKILL)
+        assert_ended([pid])
+        killed[pid] = done
 
     monkeypatch.setattr(ray_workers, "progress_bar", lambda label, total, unit: Bar(kill_after_the_first_batch))
-    results = engine.sample(PROMPTS, 4, PARAMS, keys=KEYS)
+    results = engine.sample(PROMPTS, 4, PARAMS, keys=KEYS, until=draw_until_killed)
     [(pid, done)] = killed.items()
-    assert done == 2  # of 24 prompts: at least 10 batches were to come, and one of them was being drawn
+    assert done == 8  # of 24 prompts: two batches were to come, and one of them was being drawn
     assert pid in before
     assert after - before  # another process took its place
     assert pid not in after
@@ -262,14 +265,13 @@ def test_ctrl_c_ends_the_workers_at_once(lone_engine, expected, tmp_path):
         time.sleep(600)
 
     def interrupt():
-        while not drawing.exists() or not drawing.read_text():
-            time.sleep(0.1)
+        pid_in(drawing)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         lone_engine.sample(PROMPTS[:1], 4, PARAMS, keys=["a"], until=wait)
-    assert_ended([int(drawing.read_text())])
+    assert_ended([pid_in(drawing)])
     assert_same(lone_engine.sample(PROMPTS[:2], 4, PARAMS, keys=KEYS[:2]), expected[:2])
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from weakref import WeakSet
 
 from smlib.errors import UserError
@@ -99,15 +100,20 @@ class Pool:
         """(number of a batch, its results), as they come. A process gets the next batch when it is done with one."""
         import ray
 
-        waiting, idle, at_work = list(range(len(batches)))[::-1], list(self._processes), {}
-        while waiting or at_work:
-            while waiting and idle:
-                number, process = waiting.pop(), idle.pop()
-                at_work[process.work.remote(batches[number], arguments)] = number, process
+        waiting, at_work = iter(enumerate(batches)), {}
+
+        def give(process) -> None:
+            for number, batch in islice(waiting, 1):
+                at_work[process.work.remote(batch, arguments)] = number, process
+
+        for process in self._processes:
+            give(process)
+        while at_work:
             [done], _ = ray.wait(list(at_work))
             number, process = at_work.pop(done)
-            idle.append(process)
-            yield number, ray.get(done)
+            found = ray.get(done)
+            give(process)  # before anybody looks at what it found
+            yield number, found
 
     def _refuse(self, what: str) -> None:
         import ray
