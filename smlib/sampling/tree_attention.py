@@ -44,9 +44,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> P
 
 
 def softmax(scores: Tensor) -> Part:
-    """Its weights, computed in float32 and rounded to the dtype of the scores, and the logarithm of its denominator."""
-    weights = scores.softmax(3)
-    return weights, scores.amax(3).float() - weights.amax(3).float().log()
+    """Its weights, rounded to the dtype of the scores, and the logarithm of its denominator; computed in float32."""
+    exact = scores.float()
+    weights = exact.softmax(3)
+    return weights.to(scores.dtype), exact.amax(3) - weights.amax(3).log()
 
 
 def merge(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
