@@ -24,21 +24,21 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int
     """Tokens [row] for logits [row, vocabulary] by inverse CDF at uniforms [row]; greedy at temperature 0."""
     if temperature == 0:
         return logits.argmax(1)
-    return _pick(truncate((logits / temperature).softmax(1), top_k, top_p), uniforms)
+    return pick(truncate((logits / temperature).softmax(1), top_k, top_p), uniforms)
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """`draw_tokens`, and the logarithm of each token's probability at temperature 1."""
     if (temperature, top_k, top_p) == (1, 0, 1):  # one look at the vocabulary less
         probs = logits.softmax(1)
-        tokens = _pick(probs, uniforms)
+        tokens = pick(probs, uniforms)
         return tokens, probs.gather(1, tokens[:, None])[:, 0].log()
     tokens = draw_tokens(logits, uniforms, temperature, top_k, top_p)
     return tokens, logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]
 
 
-def _pick(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """The tokens [row] at which the cumulative sums of probs [row, vocabulary] reach the shares `uniforms` of all."""
+def pick(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens [row]: on whose piece the share `uniforms` [row] falls, if probs [row, vocabulary] are laid end to end."""
     blocks = F.pad(probs, (0, -probs.shape[1] % BLOCK)).view(len(probs), -1, BLOCK)
     block, left = _column(blocks.sum(2), uniforms)
     token, _ = _column(blocks[torch.arange(len(block), device=block.device), block], left)
