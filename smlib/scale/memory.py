@@ -407,8 +407,8 @@ def _read(plan: PPO | Sampling) -> int:
 def drawing(config: LlamaConfig, plan: PPO | Sampling) -> dict[str, float]:
     """The fullest of four moments: prompts are read, with scores of length x length three times; they are laid out for
     rows to meet them, and so held twice; the last step, with one layer's drawn tokens again, as their memory grows, and
-    the scores four times; the last draw, with 24 bytes for each of the LOGITS that are held at once: they and their
-    probabilities in float32, and these sorted, with their places, for top-k and top-p."""
+    the scores four times; the last draw, with 16 bytes for each of the LOGITS that are held at once: they, also in
+    float32, their probabilities, and these padded. Top-k and top-p, which sort, are not counted."""
     rows, tokens, heads = plan.max_batch, _read(plan), config.num_attention_heads
     start, end = cache(config, plan, drawn=False), cache(config, plan)
     logits = min(rows * config.vocab_size, max(LOGITS["cuda"], config.vocab_size))
@@ -422,7 +422,7 @@ def drawing(config: LlamaConfig, plan: PPO | Sampling) -> dict[str, float]:
         (start, max(forward_work(config, plan, tokens), 4 * plan.stream * config.hidden_size * tokens + scores)),
         (start, laid),
         (end, token * rows * grown(plan.completion) + met + forward_work(config, plan, rows)),
-        (end, 24 * logits),
+        (end, 16 * logits),
     ]
     return dict(zip(("cache", "scratch"), max(moments, key=sum), strict=True))
 
