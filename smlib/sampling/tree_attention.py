@@ -110,9 +110,8 @@ class PromptGrid:
         if min(lengths) < max(lengths):
             hidden = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
             bias = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-            bias[hidden.all(1), 0] = (
-                torch.finfo(like.dtype).min / 2
-            )  # of a prompt with nothing here: less than any score
+            # Of a prompt with nothing here one key stays, with less than any score: a softmax needs one.
+            bias[hidden.all(1), 0] = torch.finfo(like.dtype).min / 2
             self.bias = bias.to(like.device, like.dtype)[:, None, None]
         self._place([place for place, count in enumerate(counts) for _ in range(count)])
 
