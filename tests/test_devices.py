@@ -67,7 +67,7 @@ MAKE_REWARD = """
 stage = Stage(out, "03_reward_model", {})
 with stage.recording():
     stage.write_model("model", models.load_policy(), tokenizer)
-reward = self_motivated.make_reward("learned", stage, tokenizer)
+reward = self_motivated.make_reward("learned", stage, stage, tokenizer)
 assert len(reward(problems, ["The answer is yes."] * 4)) == 4
 """
 

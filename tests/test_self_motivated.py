@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from smlib.errors import UsageError
 from smlib.files.artifacts import StageError, StageMismatch, require
+from smlib.learning import reward_model
 from smlib.ppo import loop
 from smlib.problems.datasets import TASKS
 from smlib.reports import results
@@ -187,7 +188,7 @@ def test_the_reward_adapter_scores_as_the_reward_model_did(with_adapters):
     run, settings = with_adapters
     tuned, rewarder = require(run, "02_sft"), require(run, "03_reward_model")
     tokenizer, roles = models.load_tokenizer(), self_motivated.make_roles(settings, tuned, rewarder)
-    reward = self_motivated.make_reward("learned", rewarder, tokenizer, roles)
+    reward = self_motivated.make_reward("learned", tuned, rewarder, tokenizer, roles)
     problems = {p.id: p for p in questions.training_problems(settings) + questions.second_problems(settings)}
     pairs = rewarder.read_rows("held_out")
     assert pairs
@@ -297,3 +298,18 @@ def test_a_stopped_sampling_stage_goes_on_from_its_shards(tmp_path, monkeypatch)
     assert stage.read_rows("rationales") == calm
     assert [n for _, n in asked] == [4, 1, 1, 1] and asked[1] == asked[2]  # open; stopped; conditioned; re-answering
     assert not (stage.folder / "shards").exists()
+
+
+def test_the_untrained_reward_is_the_sft_model_s_log_likelihood(with_adapters):
+    """With adapters it is the model with all of them off; alone it is loaded."""
+    run, settings = with_adapters
+    tuned, rewarder = require(run, "02_sft"), require(run, "03_reward_model")
+    tokenizer, roles = models.load_tokenizer(), self_motivated.make_roles(settings, tuned, rewarder)
+    problems = questions.second_problems(settings)[:4]
+    texts = [f" It is so.\nThe answer is {problem.answer}." for problem in problems]
+    own = reward_model.score(models.load_policy(tuned.path("model")), tokenizer, problems, texts)
+    for given in (roles, None):
+        reward = self_motivated.make_reward("untrained", tuned, rewarder, tokenizer, given)
+        assert reward(problems, texts) == pytest.approx(own, abs=1e-3)
+        learned = self_motivated.make_reward("learned - untrained", tuned, rewarder, tokenizer, given)
+        assert learned(problems, texts) != pytest.approx([0.0] * 4, abs=1e-3)

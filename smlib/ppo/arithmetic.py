@@ -106,6 +106,24 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, advantages + values
 
 
+def gae_of_steps(rewards: Tensor, values: Tensor, steps: Tensor, mask: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+    """`gae` with steps of a rationale as the actions, undiscounted: [B, T] each -> advantages, returns [B, T].
+
+    steps: the number of each token's step, ascending from 0; values: that of the prefix before the step, the same for
+    all its tokens. Each token of a step has the step's advantage, and lam = 0 is what the step did to the value
+    (VinePPO, 2410.01679). Rewards of a step count for all its tokens, those after them, too.
+    """
+    most = int(steps.max()) + 1
+    places = steps.where(mask, most)  # what is not real goes to a last column, which is cut off
+    zeros = rewards.new_zeros(len(rewards), most + 1)
+    earned = zeros.scatter_add(1, places, rewards)[:, :most]
+    before = zeros.scatter(1, places, values)[:, :most]
+    taken = zeros.scatter(1, places, torch.ones_like(rewards))[:, :most] > 0
+    advantages, returns = gae(earned, before, taken, 1.0, lam)
+    pad = torch.zeros_like(zeros[:, :1])
+    return tuple(torch.cat((found, pad), 1).gather(1, places) for found in (advantages, returns))
+
+
 def policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """-mean min(rho A, clip(rho, 1 - c, 1 + c) A), rho = p / p_old (1707.06347, eq. 7); all [B, T].
 

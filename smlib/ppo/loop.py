@@ -18,6 +18,7 @@ update that stops early at max_update_kl. What is in the paper and not here: the
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,8 +31,10 @@ from smlib.errors import UsageError
 from smlib.judging.answers import Reward, grade_many
 from smlib.ppo.arithmetic import (
     RunningMoments,
+    center,
     explained_variance,
     gae,
+    gae_of_steps,
     kl_estimate,
     learning_rate_scale,
     token_rewards,
@@ -39,14 +42,19 @@ from smlib.ppo.arithmetic import (
 )
 from smlib.ppo.batches import Batch, autocast, local_share
 from smlib.ppo.checks import check_engine, check_micro_batch, check_padding, check_shares
+from smlib.ppo.prefix_values import PrefixValues, prefix_values
 from smlib.ppo.roles import Roles, unsharded
 from smlib.ppo.rollouts import (
     PolicyEngine,
+    drawer,
+    earned,
+    earned_by_others,
     engine_gap,
     hand_over,
     questions_of_update,
     reward_scores,
     rollout,
+    rollout_params,
     seed_of_update,
     shape_scores,
 )
@@ -88,7 +96,7 @@ class Experience:
     scores: Tensor  # [B] as the reward gave them
     kl: Tensor  # [B] nats
     moments: RunningMoments  # with this update's scores in them
-    engine_columns: dict[str, float]  # of the log: {"engine_gap": nats per token}, or {} without an engine
+    columns: dict[str, float]  # of the log: with an engine "engine_gap", with values by rollouts "value_tokens"
     seconds: dict[str, float]  # of the log: for drawing, and for scores and log-probabilities
 
 
@@ -117,12 +125,41 @@ def collect(training: Training, asked: list[Problem], state: State, seed: int) -
     ref_logp, engine_columns = _read(training, batch, state.update)
     kl = kl_estimate(batch.logp, ref_logp, settings.kl_kind)
     rewards = token_rewards(shaped, kl, batch.mask, state.kl_coef)
-    advantages, batch.returns = gae(rewards, batch.values, batch.mask, settings.gamma, settings.lam)
+    value_columns = {}
+    if settings.value == "rollouts":
+        found = _prefix_values(training, batch, problems, samples, scores, moments, seed)
+        batch.values, value_columns = found.values, {"value_tokens": found.tokens}
+        advantages, batch.returns = gae_of_steps(rewards, found.values, found.steps, batch.mask, settings.lam)
+    else:
+        advantages, _ = gae(rewards, batch.values, batch.mask, settings.gamma, settings.lam)
+        _, batch.returns = gae(rewards, batch.values, batch.mask, settings.gamma, settings.value_lam)
     batch.advantages = whiten(advantages, batch.mask)
 
     seconds = {"rollout_seconds": drawn - started, "score_seconds": time.perf_counter() - drawn}
     texts = [sample.text for sample in samples]
-    return Experience(batch, problems, samples, texts, scores, kl.sum(dim=1), moments, engine_columns, seconds)
+    columns = engine_columns | value_columns
+    return Experience(batch, problems, samples, texts, scores, kl.sum(dim=1), moments, columns, seconds)
+
+
+def _prefix_values(
+    training: Training, batch: Batch, problems: list[Problem], samples: list[Sample], scores: Tensor,
+    moments: RunningMoments, seed: int,
+) -> PrefixValues:  # fmt: skip
+    """The values of `prefix_values`, in the unit of the shaped scores.
+
+    A completion's score is centred by the others of its question, and what is drawn from its prefixes by the same.
+    """
+    settings, plain = training.settings, training.accelerator.unwrap_model(training.roles)
+    others = scores - center(scores, settings.samples_per_question) if settings.center_by_question else 0 * scores
+    question = earned_by_others(scores, others, samples, moments, settings)
+    with unsharded(plain), autocast(settings, training.accelerator.device):
+        return prefix_values(
+            drawer(plain.policy, training.tokenizer, training.max_batch, training.engine),
+            partial(reward_scores, training.reward),
+            lambda found, drawn, row: earned(found - others[row], drawn, moments, settings),
+            training.tokenizer, problems, batch.prompts, samples, batch.mask, question, settings.value_samples,
+            rollout_params(settings, seed),
+        )  # fmt: skip
 
 
 def _read(training: Training, batch: Batch, update: int) -> tuple[Tensor, dict[str, float]]:
@@ -154,7 +191,7 @@ def learn(training: Training, experience: Experience, state: State, seed: int) -
     try:
         measured = optimize(
             training.accelerator, training.roles, training.optimizer, experience.batch, settings, shuffle,
-            training.micro_batch,
+            training.micro_batch, policy_learns=state.update >= settings.value_warmup,
         )  # fmt: skip
     except NonFiniteError as error:
         raise with_batch_saved(error, training.out, experience.batch, state) from error
@@ -171,7 +208,7 @@ def log(training: Training, experience: Experience, learned: dict[str, float], s
     verdicts = grade_many(experience.problems, experience.texts)
     row = {
         **completion_columns(state.update, batch, experience.samples, experience.scores, experience.kl, verdicts),
-        **experience.engine_columns,
+        **experience.columns,
         "kl_coef": state.kl_coef,
         "explained_variance": explained_variance(batch.values, batch.returns, batch.mask),
         **learned,

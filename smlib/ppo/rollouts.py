@@ -56,13 +56,22 @@ def rollout(
     log-probabilities of the drawing, and neither values nor advantages yet.
     """
     prompts = [encode_question(tokenizer, problem) for problem in problems]
-    params = SamplingParams(temperature=1.0, max_new_tokens=settings.max_new_tokens, seed=seed)
-    draw = engine.sample_ids if engine else partial(sample_ids, policy, tokenizer, max_batch=max_batch)
+    draw, params = drawer(policy, tokenizer, max_batch, engine), rollout_params(settings, seed)
     keys = [problem.id for problem in local_share(problems)]
     drawn = draw(local_share(prompts), settings.samples_per_question, params, keys=keys)
     samples = gather_object([one for group in drawn for one in group])
     repeated = [prompt for prompt in prompts for _ in range(settings.samples_per_question)]
     return collate(repeated, samples, tokenizer.pad_token_id, policy.device), samples
+
+
+def drawer(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_batch: int, engine: PolicyEngine | None):
+    """Who draws, a function like `sampler.sample_ids` without model and tokenizer."""
+    return engine.sample_ids if engine else partial(sample_ids, policy, tokenizer, max_batch=max_batch)
+
+
+def rollout_params(settings: PPOSettings, seed: int) -> SamplingParams:
+    """How the completions of an update are drawn."""
+    return SamplingParams(temperature=1.0, max_new_tokens=settings.max_new_tokens, seed=seed)
 
 
 def hand_over(roles: Adapters, engine: PolicyEngine, folder: Path) -> None:
@@ -112,11 +121,32 @@ def shape_scores(
     scores: Tensor, samples: list[Sample], moments: RunningMoments, settings: PPOSettings
 ) -> tuple[Tensor, RunningMoments]:
     """What a completion earns, besides the KL it pays: scores [B] -> [B], and the moments with these scores in them."""
-    shaped = center(scores, settings.samples_per_question) if settings.center_by_question else scores
-    moments = moments.add(shaped)
-    shaped = clip_scores(moments.normalize(shaped) if settings.normalize_reward else shaped, settings.reward_clip)
-    cut = torch.tensor([drawn.finish_reason == "length" for drawn in samples], device=scores.device)
-    return shaped - settings.missing_end_penalty * cut, moments
+    centred = center(scores, settings.samples_per_question) if settings.center_by_question else scores
+    moments = moments.add(centred)
+    return earned(centred, samples, moments, settings), moments
+
+
+def earned(centred: Tensor, samples: list[Sample], moments: RunningMoments, settings: PPOSettings) -> Tensor:
+    """What completions with these centred scores [N] earn: [N]."""
+    shaped = clip_scores(moments.normalize(centred) if settings.normalize_reward else centred, settings.reward_clip)
+    cut = torch.tensor([drawn.finish_reason == "length" for drawn in samples], device=centred.device)
+    return shaped - settings.missing_end_penalty * cut
+
+
+def earned_by_others(
+    scores: Tensor, others: Tensor, samples: list[Sample], moments: RunningMoments, settings: PPOSettings
+) -> Tensor:
+    """What the other completions of a completion's question earn on average, centred as it is itself: [B].
+
+    others [B]: what was taken from each score to centre it.
+    """
+    count = settings.samples_per_question
+    groups = torch.arange(len(scores), device=scores.device).view(-1, count)
+    pairs = scores[groups][:, None, :] - others[groups][:, :, None]  # [question, itself, other]
+    repeated = [samples[other] for group in groups.tolist() for _ in group for other in group]
+    found = earned(pairs.flatten(), repeated, moments, settings).view_as(pairs)
+    own = found.diagonal(dim1=1, dim2=2)
+    return ((found.sum(2) - own) / (count - 1)).flatten()
 
 
 def seed_of_update(seed: int, update: int) -> int:

@@ -33,12 +33,17 @@ class PPOSettings(Declared):
 
     reward: Text = setting(
         "learned",
-        "what a completion is paid: 'learned' (the reward model, in nats), 'checker' (1 for the gold answer, else 0), "
-        "'words' (their number), or a sum such as 'learned - 0.1*words'",
+        "what a completion is paid: 'learned' (the reward model, in nats), 'untrained' (the same before it learned the "
+        "rank: the log-likelihood under the SFT model), 'checker' (1 for the gold answer, else 0), 'words' (their "
+        "number), or a sum such as 'learned - 0.1*words'",
     )
-    value: Literal["head", "model"] = setting(
-        "head", "head: a value head on the policy's trunk; model: a separate value model, with LoRA an adapter"
+    value: Literal["head", "model", "rollouts"] = setting(
+        "head",
+        "head: a value head on the policy's trunk; model: a separate value model, with LoRA an adapter; rollouts: the "
+        "mean of what value_samples completions from the end of each step earn",
     )
+    value_samples: Samples = setting(4, "completions from the end of each step, with value = 'rollouts'")
+    value_warmup: RowsOrZero = setting(0, "updates at the start in which the value learns, and the policy does not")
     updates: Rows = setting(60, "rounds of drawing and learning")
     episodes: Rows = setting(128, "completions per update")
     samples_per_question: Samples = setting(8, "completions of one question: the more, the better centred")
@@ -54,6 +59,7 @@ class PPOSettings(Declared):
     lam: ShareOrZero = setting(
         1.0, "GAE's lambda; below 1 a reward at the end hardly reaches the early steps, unless the value sees them"
     )
+    value_lam: ShareOrZero = setting(1.0, "GAE's lambda of the returns that the value learns")
     clip: Size = setting(0.2, "bound on the change of a token's ratio")
     value_clip: Size = setting(0.2, "bound on the change of a value")
     value_coef: SizeOrZero = setting(0.1, "factor of the value's loss")
@@ -86,11 +92,30 @@ class PPOSettings(Declared):
             raise UsageError(
                 "ppo.center_by_question = True needs ppo.samples_per_question of at least 2; raise it, or give False."
             )
+        if self.value == "rollouts" and self.gamma != 1:
+            raise UsageError(
+                f"ppo.gamma = {self.gamma} counts tokens, and ppo.value = 'rollouts' counts steps: give "
+                "ppo.gamma = 1.0, or another ppo.value"
+            )
+        if self.value == "rollouts" and self.samples_per_question < 2:
+            raise UsageError(
+                "ppo.value = 'rollouts' takes the question's value from its other samples: give "
+                "ppo.samples_per_question of at least 2, or another ppo.value"
+            )
+        if self.value == "rollouts" and self.value_warmup:
+            raise UsageError(
+                f"ppo.value_warmup = {self.value_warmup}, but with ppo.value = 'rollouts' no value learns: give "
+                "ppo.value_warmup = 0, or another ppo.value"
+            )
         if (asked := self.updates * self.questions) > MAX_QUESTIONS:
             raise UsageError(
                 f"ppo.updates = {self.updates} with {self.questions} questions each asks {asked:,}, and at most "
                 f"{MAX_QUESTIONS:,} are allowed: lower ppo.updates or ppo.episodes, or raise ppo.samples_per_question"
             )
+
+    @property
+    def value_learns(self) -> bool:
+        return self.value != "rollouts"
 
     @property
     def questions(self) -> int:

@@ -1,4 +1,4 @@
-"""Problems: the one record every stage shares, seeded generators, and thirteen published datasets.
+"""Problems: the one record every stage shares, seeded generators, and fourteen published datasets.
 
 Four tasks can be generated without limit. Three of them (coin_flip, last_letters, shuffled_objects) use the
 wording of their published benchmarks, whose questions `load` reads for evaluation; chain_arithmetic is ours.
@@ -110,6 +110,11 @@ def _gsm8k(row: dict, index: int) -> _Read:
     return row["question"], row["answer"].rpartition("####")[2].replace(",", ""), ()
 
 
+def _easy(row: dict) -> bool:
+    """At most two calculations in the solution, which marks them: <<48/2=24>>."""
+    return row["answer"].count("<<") <= 2
+
+
 def _aqua(row: dict, index: int) -> _Read:
     return row["question"], row["correct"], tuple(option.partition(")")[2].strip() for option in row["options"])
 
@@ -164,6 +169,7 @@ class _Dataset:
     files: dict[str, tuple[str, ...]]  # path -> the splits that its rows may be of; a third one holds all its rows
     rows: Callable[[bytes], list[dict]]
     read: Callable[[dict, int], _Read]
+    has: Callable[[dict], bool] = lambda row: True  # which rows are in it
 
 
 _DATASETS = {
@@ -171,6 +177,9 @@ _DATASETS = {
     "addsub": _Dataset("number", {"AddSub/AddSub.json": _EITHER}, json.loads, _word_problem),
     "multiarith": _Dataset("number", {"MultiArith/MultiArith.json": _EITHER}, json.loads, _word_problem),
     "gsm8k": _Dataset("number", {"gsm8k/train.jsonl": ("train",), "gsm8k/test.jsonl": ("test",)}, _lines, _gsm8k),
+    "gsm8k_easy": _Dataset(
+        "number", {"gsm8k/train.jsonl": ("train",), "gsm8k/test.jsonl": ("test",)}, _lines, _gsm8k, _easy
+    ),
     "svamp": _Dataset("number", {"SVAMP/SVAMP.json": _EITHER}, json.loads, _svamp),
     "aqua": _Dataset("choice", {"AQuA/train.json": ("train",), "AQuA/test.json": ("test",)}, _lines, _aqua),
     "commonsense_qa": _Dataset(
@@ -200,7 +209,10 @@ def splits(dataset: str) -> tuple[str, ...]:
     return (*dict.fromkeys(split for named in _DATASETS[dataset].files.values() for split in named), "all")
 
 
-TRAIN_SETS = tuple(name for name in PUBLISHED if name not in TASKS)  # what a run can be about besides TASKS
+# Several published datasets that make one task; a question that two of them share is asked once.
+GROUPS = {"word_problems": ("single_eq", "addsub", "svamp", "multiarith", "gsm8k_easy")}
+# What a run can be about besides TASKS.
+TRAIN_SETS = (*(name for name in PUBLISHED if name not in TASKS), *GROUPS)
 
 
 def pinned_files(dataset: str) -> dict[str, str]:
@@ -222,7 +234,8 @@ def seventy_thirty(rows: int) -> list[str]:
 def load(dataset: str, split: str, *, limit: int | None = None) -> list[Problem]:
     """The questions of a published dataset, in file order; limit: the first so many.
 
-    split: "train" or "test", or "all" for both. gsm8k (7,473 / 1,319) and aqua (97,467 / 254) come with a split of
+    split: "train" or "test", or "all" for both. gsm8k (7,473 / 1,319; gsm8k_easy are its 2,674 / 440 questions with at
+    most two calculations) and aqua (97,467 / 254) come with a split of
     their own; commonsense_qa's published development set is its "test" (9,741 / 1,221), since the test answers are
     secret. math has 7,500 / 5,000, and "test_500", the 500 of the 5,000 that PRM800K tests on. The others ship
     without a split and get the published one, see `seventy_thirty`: single_eq 508 rows, addsub 395, multiarith 600,
@@ -244,6 +257,8 @@ def load(dataset: str, split: str, *, limit: int | None = None) -> list[Problem]
             rows = source.rows(read_pinned(path))
             drawn = seventy_thirty(len(rows)) if named == _EITHER else named[:1] * len(rows)
             for index, (row, place) in enumerate(zip(rows, drawn, strict=True)):
+                if not source.has(row):
+                    continue
                 problem = _problem(dataset, path, f"{place}/{index}", index, row)
                 if split in ("all", problem.id.split("/")[1], *named[2:]):
                     problems.append(problem)

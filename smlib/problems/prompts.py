@@ -66,7 +66,7 @@ def reanswer_prompt(problem: Problem, rationale: str, shots: str = "") -> str:
 
 # ------------------------------------------------------------------------------ few-shot chain of thought
 
-_WORD_PROBLEMS = ("single_eq", "addsub", "multiarith", "gsm8k", "svamp")  # share one set of exemplars
+_WORD_PROBLEMS = ("single_eq", "addsub", "multiarith", "gsm8k", "gsm8k_easy", "svamp")  # share one set of exemplars
 _FORMS = ("open", "conditioned", "wrong")
 SOURCES = ("smlib", "wei")  # who wrote the exemplars
 
@@ -148,7 +148,7 @@ def _document(one: Exemplar, form: str) -> str:
 def exemplars(dataset: str, *, wrong: bool = False, source: str = "smlib") -> list[Exemplar]:
     """The exemplars behind `few_shot`; wrong: those whose rationale reaches a wrong answer, two per dataset.
 
-    The five sets of word problems share theirs. In coin_flip, last_letters and shuffled_objects ours have the
+    The sets of word problems share theirs. In coin_flip, last_letters and shuffled_objects ours have the
     house wording of `smlib.problems.steps`, so a rationale written after them can be checked step by step. Those of
     Wei et al. (2201.11903), for eleven of the datasets, keep their words, slips included, and take our layout: the
     answer sentence on a line of its own, where `cut` looks for it. Theirs for commonsense_qa, strategy_qa,
@@ -188,7 +188,7 @@ def _own_exemplars() -> dict[str, dict[str, list[dict]]]:
 def _wei_exemplars(dataset: str) -> list[dict]:
     """Wei et al.'s exemplars as rows like ours; their rationale is one line."""
     published = json.loads(read_pinned("few_shot_cot_prompts.json"))
-    key = "last_letter_concatenation" if dataset == "last_letters" else dataset
+    key = {"last_letters": "last_letter_concatenation", "gsm8k_easy": "gsm8k"}.get(dataset, dataset)
     if key not in published:
         raise UsageError(f"Wei et al. have no exemplars for {dataset!r}; take them from source 'smlib'")
     rows = []

@@ -3,23 +3,25 @@
 import random
 
 from smlib.errors import UsageError
-from smlib.problems.datasets import PUBLISHED, TASKS, TRAIN_SETS, Problem, generate, load, question_key
+from smlib.problems.datasets import GROUPS, PUBLISHED, TASKS, TRAIN_SETS, Problem, generate, load, question_key
 from smlib.problems.downloads import DatasetError
+from smlib.problems.duplicates import shared_questions
 from smlib.runs.settings import Settings
 
 # Generated questions of the train split are drawn from these seeds, far apart, plus the run's own seed; the tiny
 # base read seeds from 1,000,003. Test questions are of another split and the same for every run.
 _FIRST, _SECOND, _PPO, _TEST, _FRESH = 10_000, 20_000, 30_000, 60_000, 50_000
+_ROUND = 100_000  # between the seeds of two rounds
 
 
 def training_problems(settings: Settings) -> list[Problem]:
     """The questions that the base writes rationales for (stage 01), task after task; of a published dataset the first
     of its train split, in an order that the seed decides, or all where it has fewer."""
-    n, seed = settings.sampling.questions, settings.seed
+    n, seed = settings.sampling.questions, _FIRST + _seed(settings)
     return [
         problem
         for task in settings.tasks
-        for problem in (_train_split(task, seed)[:n] if task in TRAIN_SETS else generate(task, n, _FIRST + seed))
+        for problem in (_train_split(task, settings)[:n] if task in TRAIN_SETS else generate(task, n, seed))
     ]
 
 
@@ -28,16 +30,16 @@ def second_problems(settings: Settings) -> list[Problem]:
 
     Raises ValueError where none of a published train split is left for them.
     """
-    n, used, seed = settings.reward.questions, settings.sampling.questions, settings.seed
+    n, used, seed = settings.reward.questions, settings.sampling.questions, _SECOND + _seed(settings)
     if settings.tasks[0] in TRAIN_SETS:
-        questions = _train_split(settings.tasks[0], seed)
+        questions = _train_split(settings.tasks[0], settings)
         if n and not questions[used:]:
             raise UsageError(
                 f"{settings.tasks[0]} has {len(questions):,} train questions, and stage 01 takes all of them: lower "
                 f"sampling.questions = {used:,}, so that stage 03 has fresh ones"
             )
         return questions[used : used + n]
-    return [problem for task in settings.tasks for problem in generate(task, n, _SECOND + seed)]
+    return [problem for task in settings.tasks for problem in generate(task, n, seed)]
 
 
 def ppo_problems(settings: Settings):
@@ -48,10 +50,10 @@ def ppo_problems(settings: Settings):
     """
     each = ppo_questions_per_task(settings)
     if settings.tasks[0] in TRAIN_SETS:
-        questions = _train_split(settings.tasks[0], settings.seed)
+        questions = _train_split(settings.tasks[0], settings)
         left = questions[settings.sampling.questions + settings.reward.questions :]
         return _in_rounds(left if len(left) >= each else questions, each, f"ppo/{settings.seed}")
-    pools = [generate(task, each * settings.ppo.updates, _PPO + settings.seed) for task in settings.tasks]
+    pools = [generate(task, each * settings.ppo.updates, _PPO + _seed(settings)) for task in settings.tasks]
     return lambda update: [problem for pool in pools for problem in pool[update * each : (update + 1) * each]]
 
 
@@ -88,35 +90,63 @@ def fresh_problems(settings: Settings, n: int) -> list[Problem]:
     seen = {problem.id for update in range(settings.ppo.updates) for problem in asked(update)}
     seen |= {problem.id for problem in training_problems(settings) + second_problems(settings)}
     if settings.tasks[0] in TRAIN_SETS:
-        pools = [_train_split(settings.tasks[0], settings.seed)]
+        pools = [_train_split(settings.tasks[0], settings)]
         if all(problem.id in seen for problem in pools[0]):
             raise UsageError(
                 f"the run's stages use all {len(pools[0]):,} train questions of {settings.tasks[0]}: lower "
                 "sampling.questions, reward.questions or ppo.updates"
             )
     else:
-        pools = [generate(task, 2 * n, _FRESH + settings.seed) for task in settings.tasks]
+        pools = [generate(task, 2 * n, _FRESH + _seed(settings)) for task in settings.tasks]
     return [problem for pool in pools for problem in [p for p in pool if p.id not in seen][:n]]
 
 
 def test_problems(settings: Settings) -> dict[str, list[Problem]]:
-    """Test set -> its questions, equal for all seeds of training: one set per task, generated or of the test split."""
+    """Test set -> its questions, equal for all seeds of training: one set per task, generated or of the test split; of
+    a group of datasets one set per dataset, and what two of them share is asked in the first."""
     n = settings.evaluation.questions
-    return {
-        task: _shuffled(load(task, "test"), task)[:n] if task in TRAIN_SETS else generate(task, n, _TEST, split="test")
-        for task in settings.tasks
-    }
+    sets: dict[str, list[Problem]] = {}
+    for task in settings.tasks:
+        if task not in TRAIN_SETS:
+            sets[task] = generate(task, n, _TEST, split="test")
+            continue
+        for dataset, questions in _each_once(task, "test").items():
+            sets[dataset] = _shuffled(questions, dataset)[:n]
+    return sets
 
 
-def _train_split(dataset: str, seed: int) -> list[Problem]:
-    """The train split of a published dataset, each question once and none of its test split (multiarith repeats some),
-    in an order that the seed decides. Questions are equal by `datasets.question_key`."""
-    found: dict[str, Problem] = {}
-    for problem in load(dataset, "train"):
-        found.setdefault(question_key(problem.question), problem)
-    for problem in load(dataset, "test"):
-        found.pop(question_key(problem.question), None)
-    return _shuffled(list(found.values()), f"{dataset}/{seed}")
+def _seed(settings: Settings) -> int:
+    """Of the questions: those of another round are others."""
+    return settings.seed + _ROUND * (settings.round - 1)
+
+
+def _train_split(task: str, settings: Settings) -> list[Problem]:
+    """The train split of a published dataset, or of a group of them, in an order that seed and round decide."""
+    return _shuffled(train_questions(task)[0], f"{task}/{_seed(settings)}")
+
+
+def train_questions(task: str) -> tuple[list[Problem], dict[str, int]]:
+    """The questions of the train split of a published dataset, or of a group of them; and how many were left out.
+
+    Left out is what the test split of any of them asks too (`duplicates.shared_questions`), and what was asked before.
+    """
+    tests = [problem for dataset in GROUPS.get(task, (task,)) for problem in load(dataset, "test")]
+    everything = sum(len(load(dataset, "train")) for dataset in GROUPS.get(task, (task,)))
+    once = [problem for questions in _each_once(task, "train").values() for problem in questions]
+    tested = shared_questions(once, tests)
+    left = [problem for problem in once if problem.id not in tested]
+    return left, {"asked in a test split": len(tested), "asked before": everything - len(once)}
+
+
+def _each_once(task: str, split: str) -> dict[str, list[Problem]]:
+    """dataset -> its questions: those of one task, each once, in the first dataset that asks it."""
+    found: dict[str, list[Problem]] = {}
+    for dataset in GROUPS.get(task, (task,)):
+        before = [problem for questions in found.values() for problem in questions]
+        questions = {question_key(problem.question): problem for problem in reversed(load(dataset, split))}
+        known = shared_questions(questions.values(), before)
+        found[dataset] = [problem for problem in reversed(questions.values()) if problem.id not in known]
+    return found
 
 
 def _shuffled(problems: list[Problem], seed: str) -> list[Problem]:

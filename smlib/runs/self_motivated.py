@@ -210,14 +210,14 @@ def train_policy(
         }  # fmt: skip
         if method == "ppo":
             trained = make_roles(settings, tuned, rewarder)
-            reward = make_reward(settings.ppo.reward, rewarder, tokenizer, trained)
+            reward = make_reward(settings.ppo.reward, tuned, rewarder, tokenizer, trained)
             with rollout_engine(settings, tuned) or nullcontext() as engine:
                 loop.train(trained, reward, **arguments, accelerator=accelerator, engine=engine)
             if accelerator.num_processes > 1:  # each may hold a part only
                 trained = state.trained_roles(make_roles(settings, tuned, rewarder), stage.folder / "training")
         else:
             trained = shared.load_trainable(settings, tuned.path("model"), stage.name)
-            reward = make_reward(settings.ppo.reward, rewarder, tokenizer)
+            reward = make_reward(settings.ppo.reward, tuned, rewarder, tokenizer)
             rloo_grpo.train(trained, reward, **arguments, method=method)
         if writes:
             stage.write_model("model", trained, tokenizer)
@@ -244,7 +244,7 @@ def check_policy(settings: Settings, method: str, tracker: str) -> None:
 
 def make_roles(settings: Settings, tuned: Stage, rewarder: Stage) -> Roles:
     """PPO's roles as the settings hold them: models of their own, or adapters of the SFT model."""
-    policy, head = shared.load_trainable(settings, tuned.path("model"), "04_ppo"), settings.ppo.value == "head"
+    policy, head = shared.load_trainable(settings, tuned.path("model"), "04_ppo"), settings.ppo.value != "model"
     if settings.lora.rank:
         value_seed = seed_of(settings.seed, "04_ppo", "value")
         return Adapters(policy, rewarder.path("model"), share_trunk=head, seed=value_seed)
@@ -260,15 +260,19 @@ def rollout_engine(settings: Settings, tuned: Stage) -> Engine | None:
     return make_engine("vllm", str(tuned.path("model")), dtype=shared.held_dtype(settings), **options)
 
 
-def make_reward(formula: str, rewarder: Stage, tokenizer, roles: Roles | None = None) -> Reward:
-    """The reward of a formula (settings.ppo.reward); roles: where the reward model is one of their adapters."""
+def make_reward(formula: str, tuned: Stage, rewarder: Stage, tokenizer, roles: Roles | None = None) -> Reward:
+    """The reward of a formula (settings.ppo.reward); roles: where both models are adapters of theirs.
+
+    "untrained" is the reward model before its training, which is the SFT model: the control of what the rank adds.
+    """
     rewards = {"checker": reward_model.checker_reward, "words": reward_model.word_count}
-    if isinstance(roles, Adapters):
-        rewards["learned"] = reward_model.LearnedReward(partial(roles.using, "reward"), tokenizer)
-    elif "learned" in formula:
-        dtype = rewarder.settings.get("dtype", "float32")
-        judge = models.load_policy(rewarder.path("model"), dtype)
-        rewards["learned"] = reward_model.learned_reward(judge, tokenizer)
+    judges = {"learned": (rewarder, "reward"), "untrained": (tuned, None)}
+    for name, (stage, adapter) in judges.items():
+        if isinstance(roles, Adapters):
+            rewards[name] = reward_model.LearnedReward(partial(roles.using, adapter), tokenizer)
+        elif name in formula:
+            model = models.load_policy(stage.path("model"), stage.settings.get("dtype", "float32"))
+            rewards[name] = reward_model.learned_reward(model, tokenizer)
     return reward_model.weighted_sum(formula, rewards)
 
 

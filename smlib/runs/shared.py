@@ -179,6 +179,8 @@ def stage_keys(settings: Settings, *groups: str) -> dict:
     common = {"preset": settings.preset, "tasks": settings.tasks, "seed": settings.seed, "base": settings.base}
     if digest := models.weights_sha256(settings.base):  # other weights under the same name make another run
         common["base_sha256"] = digest
+    if settings.round > 1:
+        common["round"] = settings.round
     if settings.lora.rank:
         common["lora"] = asdict(settings.lora)
     if settings.sampling.prompt != "plain":  # every stage asks so
@@ -222,7 +224,7 @@ def evaluate(
         with load_engine(settings, path) as engine:
             for name, problems in sets.items():
                 answered = evaluation.evaluate(
-                    engine, problems, settings.evaluation.samples if name in settings.tasks else 0,
+                    engine, problems, 0 if results.is_published(name) else settings.evaluation.samples,
                     sampling_params(settings, "evaluation"),
                     shots=settings.sampling.shots if method == "base" else "none",
                     progress=f"{labels[method]}, {name}" if progress else None,

@@ -195,7 +195,7 @@ def ppo_plan(settings: Settings, prompt: int) -> PPO:
     ppo, hardware = settings.ppo, settings.hardware
     micro_batch = hardware.micro_batch or ppo.minibatch
     return PPO(
-        value=ppo.value,
+        value="model" if ppo.value == "model" else "head",
         dtype=_dtype(settings),
         rank=settings.lora.rank,
         precision=ppo.precision,

@@ -1,0 +1,141 @@
+"""What does the rank add? SML beside the same PPO with a reward that has learned no rank; writes results/controls.csv.
+
+    python benchmarks/controls.py --seeds 0 1 2 3 4
+
+Both start from the SFT model and differ in the reward alone: the reward model after its training on the rank, or before
+it, when it is the SFT model itself and prefers what that finds likely. Any such reward sharpens the policy, so that its
+samples at temperature 1 get better while what it believes stays. So base, SFT and both policies answer the test
+questions of stage 05 greedily and at several temperatures, with the entropy of what they draw from.
+
+For every seed it takes stages 01 to 04 of the run runs/PRESET-all-seedSEED, makes what is missing of them, and trains
+the other policy in a folder of its own. A stopped run goes on. A row is a share of right answers, or nats per token, of
+one model at one temperature, with an interval over questions; seed "all" has means over the seeds and their t interval,
+and "A minus B" the paired differences, question by question.
+"""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import variants
+from ablations import write
+
+from smlib.files.artifacts import require
+from smlib.judging.answers import grade
+from smlib.problems import prompts
+from smlib.problems.datasets import Problem
+from smlib.reports.evaluation import mean_interval
+from smlib.reports.results import MEAN
+from smlib.runs import questions, self_motivated, shared
+from smlib.runs.settings import preset
+from smlib.sampling import encoding, packing
+from smlib.sampling.engines import NativeEngine
+from smlib.sampling.params import SamplingParams
+
+COLUMNS = ("seed", "method", "task", "temperature", "metric", "value", "low", "high", "n")
+TEMPERATURES = {0.0: 1, 0.25: 4, 0.5: 4, 0.75: 4, 1.0: 8}  # temperature -> samples of a question
+UNTRAINED, LEARNED = "SML, untrained reward", "SML"
+CONTRASTS = (("SFT", "base"), (LEARNED, "SFT"), (UNTRAINED, "SFT"), (LEARNED, UNTRAINED))
+Values = dict[tuple[str, float, str], dict[str, float]]  # (method, temperature, metric) -> question id -> value
+
+
+def models_of(seed: int, preset_name: str, task: str) -> dict[str, Path | str]:
+    """Method -> the folder of its model."""
+    settings, run = preset(preset_name, task, seed), shared.run_folder("", preset_name, task, seed)
+    self_motivated.before_policy(run, settings)
+    learned = self_motivated.train_policy(run, settings)
+    other = preset(preset_name, task, seed, ppo={"reward": "untrained"})
+    untrained = variants.policy(run, other, "PPO-untrained-reward", "ppo")
+    tuned = require(run, "02_sft").path("model")
+    return {"base": settings.base, "SFT": tuned, UNTRAINED: untrained.path("model"), LEARNED: learned.path("model")}
+
+
+@torch.inference_mode()
+def entropy(engine: NativeEngine, prompt: list[int], completions: list[list[int]], temperature: float) -> float:
+    """Nats per token of what the completions [of one prompt] were drawn from."""
+    packed = packing.pack([(prompt, completions)], engine.tokenizer.pad_token_id)
+    logits = engine.model.get_output_embeddings()(packing.packed_states(engine.model, packed)).float()
+    logp = (logits / temperature).log_softmax(-1)
+    return float(-(logp.exp() * logp).sum(-1).mean())
+
+
+def answer(engine: NativeEngine, problems: Sequence[Problem], settings) -> dict[tuple[float, str], dict[str, float]]:
+    """(temperature, metric) -> question id -> the share of its samples that are right, or their entropy."""
+    asked = [encoding.encode_question(engine.tokenizer, problem) for problem in problems]
+    found = defaultdict(dict)
+    for temperature, n in TEMPERATURES.items():
+        params = SamplingParams(temperature, settings.sampling.max_new_tokens, settings.seed)
+        drawn = engine.sample_ids(asked, n, params, keys=[problem.id for problem in problems])
+        for problem, prompt, samples in zip(problems, asked, drawn, strict=True):
+            right = [grade(problem, prompts.cut(one.text)).correct for one in samples]
+            found[temperature, "right"][problem.id] = float(np.mean(right))
+            if temperature:
+                completions = [list(one.token_ids) for one in samples]
+                found[temperature, "entropy"][problem.id] = entropy(engine, prompt, completions, temperature)
+    return dict(found)
+
+
+def rows_of(seed: int | str, values: Values, tasks: dict[str, list[str]]) -> list[dict]:
+    """Of one seed: a row for every method, task, temperature and metric, and for every contrast."""
+    methods = {method for method, *_ in values}
+    shown = {(method, *rest): found for (method, *rest), found in values.items()} | {
+        (f"{one} minus {other}", temperature, "right"): {
+            name: value - values[other, temperature, "right"][name]
+            for name, value in values[one, temperature, "right"].items()
+        }
+        for one, other in CONTRASTS
+        if {one, other} <= methods
+        for temperature in TEMPERATURES
+    }
+    rows = []
+    for (method, temperature, metric), found in shown.items():
+        for task, names in tasks.items():
+            kept = [found[name] for name in names]
+            numbers = [round(float(number), 5) for number in (np.mean(kept), *mean_interval(kept))]
+            rows.append(dict(zip(COLUMNS, (seed, method, task, temperature, metric, *numbers, len(kept)), strict=True)))
+    return rows
+
+
+def over_seeds(rows: Sequence[dict]) -> list[dict]:
+    """The means over seeds, with t intervals over seeds; n: the seeds."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[name] for name in COLUMNS[1:5])].append(row["value"])
+    pooled = []
+    for key, values in groups.items():
+        numbers = [round(float(number), 5) for number in (np.mean(values), *mean_interval(values))]
+        pooled.append(dict(zip(COLUMNS, ("all", *key, *numbers, len(values)), strict=True)))
+    return pooled
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--task", default="all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--questions", type=int, default=0, help="per task (default: those of stage 05)")
+    parser.add_argument("--out", type=Path, default=variants.TABLE.with_name("controls.csv"))
+    args = parser.parse_args()
+    rows = []
+    for seed in args.seeds:
+        settings = preset(args.preset, args.task, seed)
+        if args.questions:
+            settings = preset(args.preset, args.task, seed, evaluation={"questions": args.questions})
+        sets = questions.test_problems(settings)
+        tasks = {task: [problem.id for problem in problems] for task, problems in sets.items()}
+        tasks |= {MEAN: [name for names in tasks.values() for name in names]}
+        values = {}
+        for method, path in models_of(seed, args.preset, args.task).items():
+            with shared.load_engine(settings, path) as engine:
+                found = answer(engine, [problem for problems in sets.values() for problem in problems], settings)
+            values |= {(method, *key): per_question for key, per_question in found.items()}
+            print(f"seed {seed}: {method}", flush=True)
+        rows += rows_of(seed, values, tasks)
+        write(rows + over_seeds(rows), COLUMNS, args.out)
+
+
+if __name__ == "__main__":
+    main()

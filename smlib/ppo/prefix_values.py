@@ -1,0 +1,86 @@
+"""Values by Monte Carlo, in place of a value that is learned (VinePPO, Kazemnejad et al. 2024, 2410.01679).
+
+From the end of every step of a completion the policy writes k others, and the value there is the mean of what these
+earn. What the next step does to that value is the step's credit: so a wrong step has a lower advantage than what stands
+before it, which one score at the end cannot say. The steps and their prefixes are those of Self-Explore's exploration.
+
+It needs no value model and no training, and it costs k completions for each step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from smlib.learning.exploration import SteppedRationale, split
+from smlib.problems.datasets import Problem
+from smlib.sampling.devices import process_state
+from smlib.sampling.encoding import decode
+from smlib.sampling.params import Sample, SamplingParams
+
+Draw = Callable[..., list[list[Sample]]]  # prompt ids, n, params, keys= -> samples, as `sampler.sample_ids`
+Score = Callable[[list[Problem], list[Sample]], list[float]]
+# scores [N] of these completions of the prefixes of a row -> what they earn [N]
+Shape = Callable[[Tensor, list[Sample], int], Tensor]
+
+
+@dataclass(frozen=True)
+class PrefixValues:
+    """values [B, T]: of the prefix at whose end the token's step begins. steps [B, T]: the number of the token's step,
+    from 0; the answer sentence is the last one. tokens: that were drawn for it."""
+
+    values: Tensor
+    steps: Tensor
+    tokens: int
+
+
+def prefix_values(
+    draw: Draw, score: Score, shape: Shape, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem],
+    prompts: Sequence[list[int]], samples: Sequence[Sample], mask: Tensor, first: Tensor, k: int,
+    params: SamplingParams,
+) -> PrefixValues:  # fmt: skip
+    """The values of all prefixes of B completions at their steps' ends.
+
+    first [B]: the values of the bare questions, for which there are completions already. mask [B, T]: the real tokens.
+    Equal prefixes of one question are completed once.
+    """
+    stepped = [
+        split(tokenizer, problem, prompt, sample.token_ids)
+        for problem, prompt, sample in zip(problems, prompts, samples, strict=True)
+    ]
+    ends = [[end for end in one.ends if end < len(one.ids)] for one in stepped]
+    places = {
+        one.key(step): (one, step) for one, at in zip(stepped, ends, strict=True) for step in range(1, len(at) + 1)
+    }
+    state = process_state()
+    mine = list(places)[state.process_index :: state.num_processes]
+    drawn = draw([_prompt(*places[key]) for key in mine], k, params, keys=mine) if mine else []
+    whole = [[_joined(tokenizer, *places[key], one) for one in group] for key, group in zip(mine, drawn, strict=True)]
+    asked = [places[key][0].problem for key in mine for _ in range(k)]
+    scores = score(asked, [one for group in whole for one in group]) if mine else []
+    parts = [scores[start : start + k] for start in range(0, len(scores), k)]
+    completed = {key: found for key, *found in gather_object(list(zip(mine, whole, parts, strict=True)))}
+
+    values = torch.zeros(mask.shape, device=mask.device)
+    steps = torch.zeros(mask.shape, dtype=torch.long, device=mask.device)
+    for row, (one, at) in enumerate(zip(stepped, ends, strict=True)):
+        found = [completed[one.key(step)] for step in range(1, len(at) + 1)]
+        worth = [shape(torch.tensor(scores), group, row).mean() for group, scores in found]
+        numbers = torch.bucketize(torch.arange(len(one.ids)), torch.tensor(at), right=True)
+        values[row, mask[row]] = torch.stack([first[row].cpu(), *worth])[numbers].to(mask.device)
+        steps[row, mask[row]] = numbers.to(mask.device)
+    tokens = sum(len(one.logprobs) for group, _ in completed.values() for one in group)
+    return PrefixValues(values, steps, tokens)
+
+
+def _prompt(rationale: SteppedRationale, step: int) -> list[int]:
+    return [*rationale.prompt_ids, *rationale.prefix(step)]
+
+
+def _joined(tokenizer, rationale: SteppedRationale, step: int, sample: Sample) -> Sample:
+    """A prefix and its completion as one sample."""
+    ids = (*rationale.prefix(step), *sample.token_ids)
+    return Sample(decode(tokenizer, ids), ids, sample.logprobs, sample.finish_reason)
