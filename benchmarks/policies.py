@@ -8,6 +8,7 @@ runs/PRESET-all-seedSEED, makes what is missing of them, and trains in folders o
 """
 
 import argparse
+import csv
 from pathlib import Path
 
 import variants
@@ -19,16 +20,56 @@ from smlib.runs.settings import preset
 from smlib.runs.shared import answer_fresh
 
 OWN = "PPO, learned reward"  # what the run itself trains, or has trained
-POLICIES = {  # name: method, reward
-    OWN: ("ppo", "learned"),
-    "PPO, checker": ("ppo", "checker"),
-    "RLOO, learned reward": ("rloo", "learned"),
-    "GRPO, learned reward": ("grpo", "learned"),
+UNTRAINED = "PPO, untrained reward"
+ROLLOUTS = {"value": "rollouts", "lam": 0.0}
+WARM = {"value": "model", "value_warmup": 5, "lam": 0.95}
+POLICIES = {  # name: method, what differs from the preset's settings of PPO
+    OWN: ("ppo", {}),
+    UNTRAINED: ("ppo", {"reward": "untrained"}),
+    "PPO, checker": ("ppo", {"reward": "checker"}),
+    "PPO, values by rollouts": ("ppo", ROLLOUTS),
+    "PPO, value model warmed up": ("ppo", WARM),
+    "RLOO, learned reward": ("rloo", {}),
+    "GRPO, learned reward": ("grpo", {}),
 }
+GRID = tuple({"learning_rate": rate, "kl_coef": kl} for rate in (2.5e-4, 5e-4) for kl in (0.02, 0.08))
+TUNING_COLUMNS = ("policy", "seed", "learning_rate", "kl_coef", "greedy", "avg", "kl", "explained_variance", "seconds")
 # A reward that is easy to please without solving anything, first at no price for leaving the reference, then at one.
 BRIEF = "learned - 5*words"
 HASTY = {"reward": BRIEF, "updates": 30, "learning_rate": 5e-4}
 HACKED = {"brevity, no price on KL": HASTY | {"kl_coef": 0.0}, "brevity, KL at a price": HASTY | {"kl_coef": 0.5}}
+
+
+def tune(args: argparse.Namespace) -> list[dict]:
+    """Every method at every setting of GRID, on one seed that no result is from: accuracies on fresh questions."""
+    rows = []
+    for seed in args.seeds:
+        run = shared.run_folder("", args.preset, args.task, seed)
+        self_motivated.before_policy(run, preset(args.preset, args.task, seed))
+        for name, (method, changes) in POLICIES.items():
+            for setting in GRID if name in args.tune else ():
+                settings = preset(args.preset, args.task, seed, ppo=changes | setting)
+                label = f"{name}-{setting['learning_rate']:g}-{setting['kl_coef']:g}".replace(", ", "-").replace(
+                    " ", "-"
+                )
+                stage = variants.policy(run, settings, label, method)
+                with stage.path("training/log.csv").open(encoding="utf-8") as file:
+                    log = list(csv.DictReader(file))
+                answered = answer_fresh(settings, stage.path("model"), args.questions)
+                greedy, avg = (sum(values) / len(values) for values in variants.accuracies(answered).values())
+                last = [float(row.get("explained_variance") or "nan") for row in log[-10:]]
+                numbers = (greedy, avg, float(log[-1]["kl"]), sum(last) / len(last), stage.manifest["wall_seconds"])
+                rows.append(
+                    dict(
+                        zip(
+                            TUNING_COLUMNS,
+                            (name, seed, *setting.values(), *(round(x, 4) for x in numbers)),
+                            strict=True,
+                        )
+                    )
+                )
+                print(rows[-1], flush=True)
+    return rows
 
 
 def main() -> None:
@@ -39,14 +80,18 @@ def main() -> None:
     parser.add_argument("--hacked", type=int, nargs="*", default=[0], help="seeds of the cheating policy (default 0)")
     parser.add_argument("--questions", type=int, default=100, help="fresh questions per task (default 100)")
     parser.add_argument("--out", type=Path, default=variants.TABLE.parent)
+    parser.add_argument("--tune", nargs="+", choices=POLICIES, default=[], metavar="NAME", help="try settings instead")
     args = parser.parse_args()
+    if args.tune:
+        write(tune(args), TUNING_COLUMNS, args.out / "policy_tuning.csv")
+        return
     rows, curves = [], []
     for seed in args.seeds:
         settings = preset(args.preset, args.task, seed)
         run = shared.run_folder("", args.preset, args.task, seed)
         self_motivated.before_policy(run, settings)
         answered = answer_fresh(settings, require(run, "02_sft").path("model"), args.questions)
-        jobs = [(name, method, {"reward": reward}) for name, (method, reward) in POLICIES.items()]
+        jobs = [(name, method, changes) for name, (method, changes) in POLICIES.items()]
         jobs += [(name, "ppo", changes) for name, changes in HACKED.items() if seed in args.hacked]
         for name, method, changes in jobs:
             chosen = preset(args.preset, args.task, seed, ppo=changes)

@@ -102,13 +102,13 @@ def policy_rows(
     after = answer_fresh(settings, stage.path("model"), questions, len(answered[0]["sampled_texts"]))
     row = _labelled(settings, "policy", name)
     rows = []
-    for metric, values in _accuracies(after).items():
+    for metric, values in accuracies(after).items():
         share = metric == "greedy"
         interval = (
             evaluation.accuracy_interval(int(sum(values)), len(values)) if share else evaluation.mean_interval(values)
         )
         rows.append(row(metric, sum(values) / len(values), interval, len(values)))
-        test = evaluation.paired_test(values, _accuracies(answered)[metric])
+        test = evaluation.paired_test(values, accuracies(answered)[metric])
         rows.append(
             row(f"{metric}, gain over {before}", test["mean_difference"], (test["low"], test["high"]), test["n"])
         )
@@ -183,7 +183,7 @@ def step_policy(
     return stage
 
 
-def _accuracies(answered: Sequence[Answers]) -> dict[str, list[float]]:
+def accuracies(answered: Sequence[Answers]) -> dict[str, list[float]]:
     k = len(answered[0]["sampled_correct"])
     return {
         "greedy": [float(row["greedy_correct"]) for row in answered],

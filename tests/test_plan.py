@@ -312,10 +312,11 @@ def test_every_stage_that_is_planned_has_a_memory():
     assert {one.stage for one in plan.work(settings)} <= set(needed)
 
 
-def test_the_tables_of_readme_and_docs_are_those_of_the_results():
+def test_the_tables_of_the_docs_are_those_of_the_results():
     """results/plan_7b.csv, which notebook 08 writes."""
     found = pd.read_csv(ROOT / "results" / "plan_7b.csv")
-    readme, scaling = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/scaling.md"))
+    names = ("docs/benchmarks.md", "docs/scaling.md")
+    benchmarks, scaling = ((ROOT / name).read_text(encoding="utf-8") for name in names)
     for preset_, card in (
         ("llama2-7b-24gb", "RTX 4090"), ("llama2-7b-40gb", "A100 40 GB"), ("llama2-7b", "A100 80 GB"),
         ("llama2-7b", "H100 80 GB"), ("small", "RTX 4090"),
@@ -327,5 +328,5 @@ def test_the_tables_of_readme_and_docs_are_those_of_the_results():
         sums = [f"{rows['hours'][part].sum():.1f}" for part in (first, ~first)]
         trained = f"{rows['GB'][trains].max():.1f}"
         row = rf"\| `{preset_}`[^|]* \| {card} \| [^|]* \| {fullest['GB']:.1f} "
-        assert re.search(rf"{row}\| {trained} \| {sums[0]} \| {sums[1]} \|", readme), (preset_, card)
+        assert re.search(rf"{row}\| {trained} \| {sums[0]} \| {sums[1]} \|", benchmarks), (preset_, card)
         assert re.search(rf"{row}\({fullest['stage']}\) \| {sums[0]} \| {sums[1]} \|", scaling), (preset_, card)

@@ -25,11 +25,16 @@ def test_its_make_commands_are_targets(readme):
     assert set(asked) <= set(TARGETS)
 
 
-def test_its_links_lead_somewhere(readme):
-    links = [link for link in re.findall(r"\]\(([^)\s#]+)", readme) if "://" not in link]
-    links += re.findall(r'(?:src|href)="([^"#:]+)"', readme)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s#]+)", text) if "://" not in link]
+    links += re.findall(r'(?:src|href)="([^"#:]+)"', text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_its_first_page_stays_short(readme):
+    assert len(readme.split()) <= 900
 
 
 def test_the_notebooks_it_names_exist(readme):
@@ -38,11 +43,18 @@ def test_the_notebooks_it_names_exist(readme):
     assert [name for name in named if not (ROOT / "notebooks" / f"{name}.ipynb").exists()] == []
 
 
-def test_its_tables_are_those_of_the_results(readme):
-    """Paste what `python -m smlib results runs/...` prints: it writes results/tiny.csv, too."""
+def test_tables_are_those_of_the_results(readme):
+    """Paste what `smlib results runs/...` prints into docs/results.md: it writes results/tiny.csv, too."""
     rows = results.read_csv(ROOT / "results" / "tiny.csv")
-    for table in [*results.markdown(rows).split("\n\n"), results.explore_markdown(rows)]:
-        assert table in readme
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    tables = [*results.markdown(rows).split("\n\n"), results.explore_markdown(rows)]
+    for table in tables:
+        assert table in page
+    # the README's own table: the column of the mean of the tasks, of the first two tables
+    shown = re.findall(r"[+-]?\d+\.\d \[[^]]+\]", readme[readme.index("## Results") :])
+    columns = [[line.split(" | ")[1] for line in table.splitlines()[2:]] for table in tables[:2]]
+    picked = [column[row] for row in (0, 1, 2, 6) for column in columns]
+    assert [cell.strip(" |") for cell in picked] == shown
 
 
 def test_ci_calls_the_test_command(readme):

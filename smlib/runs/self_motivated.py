@@ -10,6 +10,7 @@ import copy
 import shutil
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -328,6 +329,13 @@ def run(run_dir: Path, settings: Settings, progress: bool = True) -> dict[str, f
         stage(run_dir, settings, progress=progress)
         seconds[name] = time.perf_counter() - started
     return seconds
+
+
+def next_round(run_dir: Path, settings: Settings) -> Settings:
+    """The settings of the round after that in a folder: its policy is the base, which needs no exemplars any more."""
+    base = require(run_dir, "04_ppo").path("model").resolve()
+    sampling = replace(settings.sampling, shots="none")
+    return replace(settings, base=str(base), round=settings.round + 1, sampling=sampling)
 
 
 def before_policy(run_dir: Path, settings: Settings, progress: bool = True) -> None:
