@@ -141,12 +141,14 @@ def token_lengths(settings: Settings, solution: float = Assumed.solution) -> Len
         count = lambda text: len(encoding.encode_prompt(tokenizer, text))  # noqa: E731
     else:
         asked = [count(prompts.open_prompt(problem)) for problem in problems]
-    shots, tasks = settings.sampling.shots, settings.tasks
+    shots, datasets = settings.sampling.shots, list(dict.fromkeys(problem.dataset for problem in problems))
     return Lengths(
         mean(asked),
         max(asked),
-        mean(count(prompts.shots(task, shots)) for task in tasks) if shots != "none" else 0.0,
-        mean(count(prompts.shots(task, shots, conditioned=True)) for task in tasks) if shots != "none" else 0.0,
+        mean(count(prompts.shots(dataset, shots)) for dataset in datasets) if shots != "none" else 0.0,
+        mean(count(prompts.shots(dataset, shots, conditioned=True)) for dataset in datasets)
+        if shots != "none"
+        else 0.0,
         min(solution, settings.sampling.max_new_tokens),
     )
 
