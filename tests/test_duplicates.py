@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from smlib.problems.datasets import GROUPS, Problem, load
+from smlib.problems.datasets import GROUPS, Problem, load, question_key
 from smlib.problems.duplicates import shared_questions
 from smlib.runs import questions
 from smlib.runs.settings import preset
@@ -24,7 +24,7 @@ TREES = (
 @pytest.mark.parametrize(
     ("question", "same"),
     [
-        (TREES.upper().replace(",", " ,"), False),  # "1 ,107" is two numbers
+        (TREES.upper().replace(".", " ."), True),
         (TREES.replace("park.", "park !"), True),
         (TREES.replace("1,107", "1107").replace("more ", ""), True),
         (TREES.replace("104", "105"), False),  # another question of one template
@@ -44,6 +44,14 @@ def test_without_numbers_or_in_another_kind_of_task_only_equal_questions_are_the
     assert not shared_questions([asks("a", plain)], [asks("b", plain.replace("say", "think"))])
 
 
+def assert_asked_once(problems):
+    """Within a dataset SVAMP asks the same numbers in nearly the same words on purpose: there only equal ones count."""
+    assert len({(one.dataset, question_key(one.question)) for one in problems}) == len(problems)
+    for dataset in {problem.dataset for problem in problems}:
+        own = [problem for problem in problems if problem.dataset == dataset]
+        assert not shared_questions(own, [problem for problem in problems if problem.dataset != dataset])
+
+
 @published
 @pytest.mark.parametrize("task", ["word_problems", "single_eq", "multiarith"])
 def test_no_train_question_is_a_test_question_and_none_comes_twice(task):
@@ -54,8 +62,7 @@ def test_no_train_question_is_a_test_question_and_none_comes_twice(task):
     assert len({problem.id for problem in train}) == len(train)
     everything = sum(len(load(dataset, "train")) for dataset in members)
     assert len(train) + sum(left_out.values()) == everything
-    for place, problem in enumerate(train[:300]):
-        assert not shared_questions([problem], train[:place])
+    assert_asked_once(train)
 
 
 @published
@@ -67,9 +74,7 @@ def test_word_problems_leave_out_what_the_datasets_share():
     assert {name: len(found) for name, found in sets.items()} == {
         "single_eq": 152, "addsub": 92, "svamp": 300, "multiarith": 177, "gsm8k_easy": 440,
     }  # fmt: skip
-    asked = [problem for found in sets.values() for problem in found]
-    for place, problem in enumerate(asked):
-        assert not shared_questions([problem], asked[:place])
+    assert_asked_once([problem for found in sets.values() for problem in found])
 
 
 @published

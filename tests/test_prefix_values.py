@@ -159,7 +159,7 @@ def test_the_value_s_lambda_changes_what_the_value_learns_alone(tmp_path):
         ({"gamma": 0.9}, r"ppo.gamma = 0.9 counts tokens, and ppo.value = 'rollouts' counts steps"),
         ({"value_warmup": 2}, r"ppo.value_warmup = 2, but with ppo.value = 'rollouts' no value learns"),
         ({"samples_per_question": 1, "center_by_question": False}, "samples_per_question of at least 2"),
-        ({"value": "oracle"}, "ppo.value = 'oracle' is not allowed"),
+        ({"value": "oracle"}, "ppo.value 'oracle' is unknown; choose one of: head, model, rollouts"),
         ({"value_samples": 0}, "ppo.value_samples = 0 is not allowed"),
     ],
 )

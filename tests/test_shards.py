@@ -33,7 +33,7 @@ class Counting:
     def __init__(self):
         self.asked = []
 
-    def sample(self, prompts, n, params, *, keys, first):
+    def sample(self, prompts, n, params, *, keys, first, progress=None):
         numbers = range(first, first + n)
         self.asked += [(key, number) for key in keys for number in numbers]
         return [
@@ -233,3 +233,18 @@ def test_an_engine_that_is_not_there_says_how_to_install_it(tmp_path, capsys, mo
     monkeypatch.setattr("smlib.sampling.engines.find_spec", lambda name: None)
     assert command.main(["sample", "coin_flip", "--questions", "2", "--out", str(tmp_path), *changes]) == 1
     assert f"needs {library}, which is not installed: {engines.INSTALL[library]}" in capsys.readouterr().err
+
+
+def test_the_bar_counts_samples_as_they_end_and_not_only_whole_shards(tmp_path, monkeypatch):
+    """A shard of a real model takes minutes."""
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    seen = []
+
+    class Slow(Counting):
+        def sample(self, prompts, n, params, *, keys, first, progress=None):
+            progress.update()
+            seen.append(progress.n)
+            return super().sample(prompts, n, params, keys=keys, first=first)
+
+    Bulk(tmp_path, Slow(), {}, shard=2).draw(QUESTIONS[:4], 3, PARAMS, progress="counted")
+    assert seen == [1, 7]

@@ -18,7 +18,6 @@ update that stops early at max_update_kl. What is in the paper and not here: the
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +30,6 @@ from smlib.errors import UsageError
 from smlib.judging.answers import Reward, grade_many
 from smlib.ppo.arithmetic import (
     RunningMoments,
-    center,
     explained_variance,
     gae,
     gae_of_steps,
@@ -42,19 +40,15 @@ from smlib.ppo.arithmetic import (
 )
 from smlib.ppo.batches import Batch, autocast, local_share
 from smlib.ppo.checks import check_engine, check_micro_batch, check_padding, check_shares
-from smlib.ppo.prefix_values import PrefixValues, prefix_values
+from smlib.ppo.prefix_values import values_by_rollouts
 from smlib.ppo.roles import Roles, unsharded
 from smlib.ppo.rollouts import (
     PolicyEngine,
-    drawer,
-    earned,
-    earned_by_others,
     engine_gap,
     hand_over,
     questions_of_update,
     reward_scores,
     rollout,
-    rollout_params,
     seed_of_update,
     shape_scores,
 )
@@ -127,7 +121,11 @@ def collect(training: Training, asked: list[Problem], state: State, seed: int) -
     rewards = token_rewards(shaped, kl, batch.mask, state.kl_coef)
     value_columns = {}
     if settings.value == "rollouts":
-        found = _prefix_values(training, batch, problems, samples, scores, moments, seed)
+        with unsharded(plain), autocast(settings, training.accelerator.device):
+            found = values_by_rollouts(
+                plain.policy, training.tokenizer, training.reward, batch, problems, samples, scores, moments, settings,
+                seed, training.max_batch, training.engine,
+            )  # fmt: skip
         batch.values, value_columns = found.values, {"value_tokens": found.tokens}
         advantages, batch.returns = gae_of_steps(rewards, found.values, found.steps, batch.mask, settings.lam)
     else:
@@ -139,27 +137,6 @@ def collect(training: Training, asked: list[Problem], state: State, seed: int) -
     texts = [sample.text for sample in samples]
     columns = engine_columns | value_columns
     return Experience(batch, problems, samples, texts, scores, kl.sum(dim=1), moments, columns, seconds)
-
-
-def _prefix_values(
-    training: Training, batch: Batch, problems: list[Problem], samples: list[Sample], scores: Tensor,
-    moments: RunningMoments, seed: int,
-) -> PrefixValues:  # fmt: skip
-    """The values of `prefix_values`, in the unit of the shaped scores.
-
-    A completion's score is centred by the others of its question, and what is drawn from its prefixes by the same.
-    """
-    settings, plain = training.settings, training.accelerator.unwrap_model(training.roles)
-    others = scores - center(scores, settings.samples_per_question) if settings.center_by_question else 0 * scores
-    question = earned_by_others(scores, others, samples, moments, settings)
-    with unsharded(plain), autocast(settings, training.accelerator.device):
-        return prefix_values(
-            drawer(plain.policy, training.tokenizer, training.max_batch, training.engine),
-            partial(reward_scores, training.reward),
-            lambda found, drawn, row: earned(found - others[row], drawn, moments, settings),
-            training.tokenizer, problems, batch.prompts, samples, batch.mask, question, settings.value_samples,
-            rollout_params(settings, seed),
-        )  # fmt: skip
 
 
 def _read(training: Training, batch: Batch, update: int) -> tuple[Tensor, dict[str, float]]:

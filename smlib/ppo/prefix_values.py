@@ -9,17 +9,24 @@ It needs no value model and no training, and it costs k completions for each ste
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from smlib.judging.answers import Reward
 from smlib.learning.exploration import SteppedRationale, split
+from smlib.ppo.arithmetic import RunningMoments, center
+from smlib.ppo.batches import Batch
+from smlib.ppo.rollouts import PolicyEngine, drawer, earned, earned_by_others, reward_scores, rollout_params
+from smlib.ppo.settings import PPOSettings
 from smlib.problems.datasets import Problem
 from smlib.sampling.devices import process_state
 from smlib.sampling.encoding import decode
 from smlib.sampling.params import Sample, SamplingParams
+from smlib.sampling.sampler import MAX_BATCH
 
 Draw = Callable[..., list[list[Sample]]]  # prompt ids, n, params, keys= -> samples, as `sampler.sample_ids`
 Score = Callable[[list[Problem], list[Sample]], list[float]]
@@ -35,6 +42,28 @@ class PrefixValues:
     values: Tensor
     steps: Tensor
     tokens: int
+
+
+def values_by_rollouts(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reward: Reward, batch: Batch, problems: list[Problem],
+    samples: list[Sample], scores: Tensor, moments: RunningMoments, settings: PPOSettings, seed: int,
+    max_batch: int = MAX_BATCH, engine: PolicyEngine | None = None,
+) -> PrefixValues:  # fmt: skip
+    """The values of the prefixes of an update's B completions, in the unit of their shaped scores.
+
+    batch, samples: what `rollouts.rollout` drew; scores [B]: as the reward gave them; moments: with these in them. What
+    is drawn from a prefix is centred as the completion itself is: by the other samples of its question, whose mean is
+    the value of the bare question.
+    """
+    others = scores - center(scores, settings.samples_per_question) if settings.center_by_question else 0 * scores
+    return prefix_values(
+        drawer(policy, tokenizer, max_batch, engine),
+        partial(reward_scores, reward),
+        lambda found, drawn, row: earned(found.to(others.device) - others[row], drawn, moments, settings),
+        tokenizer, problems, batch.prompts, samples, batch.mask,
+        earned_by_others(scores, others, samples, moments, settings), settings.value_samples,
+        rollout_params(settings, seed),
+    )  # fmt: skip
 
 
 def prefix_values(
@@ -68,7 +97,7 @@ def prefix_values(
     steps = torch.zeros(mask.shape, dtype=torch.long, device=mask.device)
     for row, (one, at) in enumerate(zip(stepped, ends, strict=True)):
         found = [completed[one.key(step)] for step in range(1, len(at) + 1)]
-        worth = [shape(torch.tensor(scores), group, row).mean() for group, scores in found]
+        worth = [shape(torch.tensor(scores), group, row).mean().cpu() for group, scores in found]
         numbers = torch.bucketize(torch.arange(len(one.ids)), torch.tensor(at), right=True)
         values[row, mask[row]] = torch.stack([first[row].cpu(), *worth])[numbers].to(mask.device)
         steps[row, mask[row]] = numbers.to(mask.device)

@@ -13,6 +13,7 @@ vLLM and Ray are extras: without the library the error says how to install it.
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from smlib.errors import MissingLibrary, UserError
@@ -57,7 +58,7 @@ class Engine(AbstractContextManager):
         keys: list[str],
         first: int = 0,
         until: Until | None = None,
-        progress: str | None = None,
+        progress: str | tqdm | None = None,
     ) -> list[list[Sample]]:
         """n samples of every text; `result[i][j]` is number first + j of prompt i. Errors as in `sampler.sample`."""
         check_prompts(prompts)
@@ -73,7 +74,7 @@ class Engine(AbstractContextManager):
         keys: list[str],
         first: int = 0,
         until: Until | None = None,
-        progress: str | None = None,
+        progress: str | tqdm | None = None,
     ) -> list[list[Sample]]:
         """`sample` for prompts that are token ids already, such as a question and the beginning of a rationale."""
         raise NotImplementedError

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from smlib.declared import CacheTokens, Rows, checked
 from smlib.errors import ModelError, UsageError
@@ -53,7 +54,7 @@ def sample(
     until: Until | None = None,
     max_batch: int = MAX_BATCH,
     cache_tokens: int = 0,
-    progress: str | None = None,
+    progress: str | tqdm | None = None,
 ) -> list[list[Sample]]:
     """Draw `n` completions for every prompt; `result[i][j]` is sample number first + j of prompt i.
 
@@ -68,7 +69,7 @@ def sample(
     cache_tokens: tokens whose keys and values are held at once, besides those just being read: what prompts share once,
         the rest of each twice as it begins, and `max_new_tokens` of every row. So short prompts are drawn with more
         rows than long ones. 0: no bound but max_batch.
-    progress: label of a progress bar on standard output; None prints nothing.
+    progress: label of a progress bar on standard output, or a bar that counts on; None prints nothing.
 
     Raises ValueError for arguments out of range, equal keys, empty prompts, and prompts that with `max_new_tokens`
     are longer than the model's `max_position_embeddings`.
@@ -102,7 +103,7 @@ def sample_ids(
     max_batch: int = MAX_BATCH,
     cache_tokens: int = 0,
     tree: PrefixTree | None = None,
-    progress: str | None = None,
+    progress: str | tqdm | None = None,
 ) -> list[list[Sample]]:
     """`sample` for prompts that are token ids already (with <bos>, if the model wants one).
 
@@ -135,8 +136,7 @@ def sample_ids(
     results: list[list[Sample]] = [[None] * n for _ in prompt_ids]
     tokens, started = 0, time.perf_counter()
     # Bars go to standard output, since notebooks here keep standard error empty.
-    bar = progress_bar(progress, n * len(prompt_ids), "sample")
-    with bar, _sampling_mode(model), torch.inference_mode():
+    with progress_bar(progress, n * len(prompt_ids), "sample") as bar, _sampling_mode(model), torch.inference_mode():
         for i, j, one in _samples(model, tokenizer, prompt_ids, n, params, keys, first, max_batch, cache_tokens, tree):
             results[i][j] = one
             tokens += len(one.token_ids)

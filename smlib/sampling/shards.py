@@ -92,13 +92,13 @@ class Bulk:
                 seen.update(keys)
                 if len(seen) < number * self.shard + len(block):
                     raise UsageError(f"a key of shard {number} was given before; give every question a key of its own.")
-                missing, damaged = self._missing(number, block, n)
+                (missing, damaged), counted = self._missing(number, block, n), bar.n
                 for path in damaged:
                     bar.write(f"{path.name} is damaged: its samples are drawn again.")
                     path.unlink()
                 for first, last in missing:
                     draw = self.engine.sample if isinstance(prompts[0], str) else self.engine.sample_ids
-                    samples = draw(prompts, last - first, params, keys=keys, first=first)
+                    samples = draw(prompts, last - first, params, keys=keys, first=first, progress=bar)
                     self._write({"shard": number, "first": first, "last": last}, block, samples)
                     tokens += sum(len(one.token_ids) for group in samples for one in group)
                 drawn = sum(last - first for first, last in missing) * len(block)
@@ -106,7 +106,7 @@ class Bulk:
                 counts["found"] += n * len(block) - drawn
                 counts["dropped"] += len(damaged)
                 bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):,.0f} tokens/s", refresh=False)
-                bar.update(n * len(block))
+                bar.update(n * len(block) - (bar.n - counted))
         return counts
 
     def _missing(self, shard: int, block: list, n: int) -> tuple[list[tuple[int, int]], list[Path]]:

@@ -127,7 +127,8 @@ class VLLMEngine(Engine):
         drawing |= {"ignore_eos": True, "stop_token_ids": list(ends), "logprobs": 0}
         parameters = [vllm.SamplingParams(n=n, seed=seed, **drawing) for seed in seeds]
         prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
-        bar = progress_bar(progress, n * len(prompts), "sample")
+        label = progress if isinstance(progress, str) else None  # vLLM would close the bar of a larger whole
+        bar = progress_bar(label, n * len(prompts), "sample")
         requests = self.llm.enqueue(prompts, parameters, lora_request=self.lora, use_tqdm=False)
         try:
             outputs = self.llm.wait_for_completion(use_tqdm=False if bar.disable else lambda **_: bar)
