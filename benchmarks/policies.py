@@ -14,9 +14,9 @@ from pathlib import Path
 import variants
 from ablations import write
 
-from smlib.files.artifacts import require
+from smlib.files.artifacts import Stage, require
 from smlib.runs import self_motivated, shared
-from smlib.runs.settings import preset
+from smlib.runs.settings import Settings, preset
 from smlib.runs.shared import answer_fresh
 
 OWN = "PPO, learned reward"  # what the run itself trains, or has trained
@@ -38,6 +38,16 @@ TUNING_COLUMNS = ("policy", "seed", "learning_rate", "kl_coef", "greedy", "avg",
 BRIEF = "learned - 5*words"
 HASTY = {"reward": BRIEF, "updates": 30, "learning_rate": 5e-4}
 HACKED = {"brevity, no price on KL": HASTY | {"kl_coef": 0.0}, "brevity, KL at a price": HASTY | {"kl_coef": 0.5}}
+
+
+def trained(preset_name: str, task: str, seed: int, name: str) -> tuple[Stage, Settings]:
+    """One of POLICIES, trained where it is not yet, from stages 01 to 03 of its seed's run; and its settings."""
+    method, changes = POLICIES[name]
+    settings, run = preset(preset_name, task, seed, ppo=changes), shared.run_folder("", preset_name, task, seed)
+    self_motivated.before_policy(run, preset(preset_name, task, seed))
+    if name == OWN:
+        return self_motivated.train_policy(run, settings), settings
+    return variants.policy(run, settings, name.replace(", ", "-").replace(" ", "-"), method), settings
 
 
 def tune(args: argparse.Namespace) -> list[dict]:
@@ -91,14 +101,11 @@ def main() -> None:
         run = shared.run_folder("", args.preset, args.task, seed)
         self_motivated.before_policy(run, settings)
         answered = answer_fresh(settings, require(run, "02_sft").path("model"), args.questions)
-        jobs = [(name, method, changes) for name, (method, changes) in POLICIES.items()]
-        jobs += [(name, "ppo", changes) for name, changes in HACKED.items() if seed in args.hacked]
-        for name, method, changes in jobs:
+        found = {name: trained(args.preset, args.task, seed, name) for name in POLICIES}
+        for name, changes in HACKED.items() if seed in args.hacked else ():
             chosen = preset(args.preset, args.task, seed, ppo=changes)
-            if name == OWN:
-                stage = self_motivated.train_policy(run, settings)
-            else:
-                stage = variants.policy(run, chosen, name.replace(", ", "-").replace(" ", "-"), method)
+            found[name] = variants.policy(run, chosen, name.replace(", ", "-").replace(" ", "-"), "ppo"), chosen
+        for name, (stage, chosen) in found.items():
             curves += variants.curve_rows(stage, chosen, name)
             rows += variants.policy_rows(stage, chosen, name, answered)
             print(f"seed {seed}: {name}", flush=True)
