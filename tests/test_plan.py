@@ -330,3 +330,15 @@ def test_the_tables_of_the_docs_are_those_of_the_results():
         row = rf"\| `{preset_}`[^|]* \| {card} \| [^|]* \| {fullest['GB']:.1f} "
         assert re.search(rf"{row}\| {trained} \| {sums[0]} \| {sums[1]} \|", benchmarks), (preset_, card)
         assert re.search(rf"{row}\({fullest['stage']}\) \| {sums[0]} \| {sums[1]} \|", scaling), (preset_, card)
+
+
+def test_values_by_rollouts_are_planned_for():
+    """Four completions from each of 3.5 steps, half as long: eight times the tokens drawn."""
+    head, rollouts = (
+        next(one for one in plan.work(preset("tiny", "coin_flip", ppo={"value": value})) if one.stage == "04_ppo")
+        for value in ("head", "rollouts")
+    )
+    tries = plan.STEPS * preset("tiny").ppo.value_samples
+    assert rollouts.samples == head.samples * (1 + tries)
+    assert rollouts.drawn == pytest.approx(head.drawn * (1 + tries / 2))
+    assert rollouts.trained == head.trained and rollouts.read > head.read and rollouts.scored > head.scored

@@ -134,7 +134,9 @@ def test_a_missing_stage_names_the_notebook_to_run_first(tmp_path):
 
 
 def test_an_unknown_reward_or_method_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"ppo\.reward = 'human' is not allowed: give a sum of learned, checker"):
+    with pytest.raises(
+        ValueError, match=r"ppo\.reward = 'human' is not allowed: give a sum of learned, untrained, checker"
+    ):
         small(ppo=SMALL["ppo"] | {"reward": "human"})
     with pytest.raises(ValueError, match="method 'a2c' is unknown; choose one of: ppo, rloo, grpo"):
         self_motivated.train_policy(tmp_path, small(), method="a2c")

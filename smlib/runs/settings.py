@@ -1,7 +1,6 @@
 """Every number a run depends on, and the named sets of them, which are in presets.yaml:
 
 - `tiny` (the tutorial), `smoke` (for tests), `tiny-lora` (LoRA adapters over one base, as a large model is trained);
-- `smollm2`, a real model of 135 million weights, on a laptop (`make real`);
 - for one GPU `llama2-7b` (80 GB), `llama2-7b-40gb`, `llama2-7b-24gb` (a 4-bit base), and `small` (half a billion
   weights); `rehearsal` is `llama2-7b` in miniature, to be run on a laptop before a GPU is rented;
 - for Self-Explore as its paper has it `mistral-7b`, `llemma-7b` and `deepseek-math-7b`.
@@ -243,10 +242,7 @@ LARGE = tuple(name for name, values in PRESETS.items() if "/" in values.get("bas
 
 
 def default_task(name: str) -> str:
-    """What a preset is for where nothing is said: GSM8K for large models, word problems for SmolLM2, else all generated
-    tasks."""
-    if PRESETS[name].get("base") == "smollm2":
-        return "word_problems"
+    """What a preset is for where nothing is said: GSM8K for large models, else all generated tasks."""
     return "gsm8k" if name in LARGE else "all"
 
 

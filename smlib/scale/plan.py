@@ -218,6 +218,9 @@ def _motivated(settings: Settings, lengths: Lengths, assumed: Assumed, fresh: in
     episodes = ppo.updates * ppo.episodes
     trunks = 2 if ppo.value == "model" else 1  # a pass of the policy, and one of the value
     shared = lengths.question / 4 + lengths.solution  # four completions of a question share its tokens in a row
+    prefixes = episodes * STEPS if ppo.value == "rollouts" else 0
+    tries = prefixes * ppo.value_samples  # completions of half a rationale, on average
+    begun = lengths.question + lengths.solution / 2
     passes = trunks + 1 + (ppo.precision == "bfloat16") * trunks  # reference and value, old log-probabilities, reward
     return [
         Work(
@@ -236,8 +239,10 @@ def _motivated(settings: Settings, lengths: Lengths, assumed: Assumed, fresh: in
             trained=(1 - held_out) * pairs * (lengths.question + 2 * lengths.solution) * settings.reward.epochs,
         ),
         Work(
-            "04_ppo", episodes, episodes / ppo.samples_per_question * lengths.question, episodes * lengths.solution,
-            episodes * shared * passes, episodes * shared * trunks * ppo.epochs,
+            "04_ppo", episodes + tries,
+            episodes / ppo.samples_per_question * lengths.question + prefixes * begun,
+            (episodes + tries / 2) * lengths.solution,
+            episodes * shared * passes + tries * shared, episodes * shared * trunks * ppo.epochs,
         ),
         _evaluation("05_evaluation", settings, lengths, first=True),
     ]  # fmt: skip
