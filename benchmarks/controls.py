@@ -8,12 +8,14 @@ samples at temperature 1 get better while what it believes stays. So base, SFT a
 questions of stage 05 greedily and at several temperatures, with the entropy of what they draw from.
 
 For every seed it takes stages 01 to 04 of the run runs/PRESET-all-seedSEED, makes what is missing of them, and trains
-the other policy in a folder of its own. A stopped run goes on. A row is a share of right answers, or nats per token, of
+the other policy in a folder of its own. A stopped run goes on; delete
+the table to measure anew. A row is a share of right answers, or nats per token, of
 one model at one temperature, with an interval over questions; seed "all" has means over the seeds and their t interval,
 and "A minus B" the paired differences, question by question.
 """
 
 import argparse
+import csv
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,6 +113,16 @@ def over_seeds(rows: Sequence[dict]) -> list[dict]:
     return pooled
 
 
+def measured(table: Path) -> list[dict]:
+    """The rows of the seeds that a table has."""
+    if not table.exists():
+        return []
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["seed"] != "all"]
+    kinds = {"seed": int, "temperature": float, "value": float, "low": float, "high": float, "n": int}
+    return [{name: kinds.get(name, str)(value) for name, value in row.items()} for row in rows]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
@@ -119,8 +131,10 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=0, help="per task (default: those of stage 05)")
     parser.add_argument("--out", type=Path, default=variants.TABLE.with_name("controls.csv"))
     args = parser.parse_args()
-    rows = []
+    rows = measured(args.out)
     for seed in args.seeds:
+        if any(row["seed"] == seed for row in rows):
+            continue
         settings = preset(args.preset, args.task, seed)
         if args.questions:
             settings = preset(args.preset, args.task, seed, evaluation={"questions": args.questions})
@@ -134,7 +148,8 @@ def main() -> None:
             values |= {(method, *key): per_question for key, per_question in found.items()}
             print(f"seed {seed}: {method}", flush=True)
         rows += rows_of(seed, values, tasks)
-        write(rows + over_seeds(rows), COLUMNS, args.out)
+        seeds = len({row["seed"] for row in rows})
+        write(rows + (over_seeds(rows) if seeds > 1 else []), COLUMNS, args.out)
 
 
 if __name__ == "__main__":
