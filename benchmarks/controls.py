@@ -8,10 +8,9 @@ samples at temperature 1 get better while what it believes stays. So base, SFT a
 questions of stage 05 greedily and at several temperatures, with the entropy of what they draw from.
 
 For every seed it takes stages 01 to 04 of the run runs/PRESET-all-seedSEED, makes what is missing of them, and trains
-the other policy in a folder of its own. A stopped run goes on; delete
-the table to measure anew. A row is a share of right answers, or nats per token, of
-one model at one temperature, with an interval over questions; seed "all" has means over the seeds and their t interval,
-and "A minus B" the paired differences, question by question.
+the other policy in a folder of its own. A stopped run goes on; delete the table to measure anew. A row is a share of
+right answers, or nats per token, of one model at one temperature, with an interval over questions; seed "all" has means
+over the seeds and their t interval, and "A minus B" the paired differences, question by question.
 """
 
 import argparse
