@@ -27,7 +27,7 @@ from ablations import write
 from smlib.files.artifacts import require
 from smlib.judging.answers import grade
 from smlib.problems import prompts
-from smlib.problems.datasets import Problem
+from smlib.problems.datasets import TASKS, Problem
 from smlib.reports.evaluation import mean_interval
 from smlib.reports.results import MEAN
 from smlib.runs import questions, self_motivated, shared
@@ -122,6 +122,29 @@ def measured(table: Path) -> list[dict]:
     return [{name: kinds.get(name, str)(value) for name, value in row.items()} for row in rows]
 
 
+def markdown(rows: Sequence[dict], columns: Sequence[tuple[str, str, float]]) -> str:
+    """The table of docs/results.md from the rows over seeds, in percent; columns: head, task, temperature."""
+    found = {(row["method"], row["task"], float(row["temperature"])): row for row in rows if row["seed"] == "all"
+             and row["metric"] == "right"}  # fmt: skip
+    lines = [f"| right answers, % | {' | '.join(head for head, *_ in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    contrasts = [f"{one} minus {other}" for one, other in CONTRASTS]
+    for method in ("base", "SFT", UNTRAINED, LEARNED, *contrasts):
+        sign = "+" if method in contrasts else ""
+        cells = []
+        for _, task, temperature in columns:
+            row = found[method, task, temperature]
+            value, low, high = (100 * float(row[name]) for name in ("value", "low", "high"))
+            cells.append(f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = (  # of docs/results.md
+    [("greedy", MEAN, 0.0), ("temperature 0.5", MEAN, 0.5), ("temperature 1", MEAN, 1.0)],
+    [(f"greedy, {task.replace('_', ' ')}", task, 0.0) for task in TASKS],
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
@@ -130,7 +153,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=0, help="per task (default: those of stage 05)")
     parser.add_argument("--out", type=Path, default=variants.TABLE.with_name("controls.csv"))
     args = parser.parse_args()
-    rows = measured(args.out)
+    rows, pooled = measured(args.out), []
     for seed in args.seeds:
         if any(row["seed"] == seed for row in rows):
             continue
@@ -148,7 +171,10 @@ def main() -> None:
             print(f"seed {seed}: {method}", flush=True)
         rows += rows_of(seed, values, tasks)
         seeds = len({row["seed"] for row in rows})
-        write(rows + (over_seeds(rows) if seeds > 1 else []), COLUMNS, args.out)
+        pooled = over_seeds(rows) if seeds > 1 else []
+        write(rows + pooled, COLUMNS, args.out)
+    for columns in TABLES if pooled and args.task == "all" else ():
+        print(f"\n{markdown(pooled, columns)}")
 
 
 if __name__ == "__main__":
