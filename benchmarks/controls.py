@@ -101,7 +101,9 @@ def rows_of(seed: int | str, values: Values, tasks: dict[str, list[str]]) -> lis
 
 
 def over_seeds(rows: Sequence[dict]) -> list[dict]:
-    """The means over seeds, with t intervals over seeds; n: the seeds."""
+    """The means over seeds, with t intervals over seeds, n of them; nothing for one seed."""
+    if len({row["seed"] for row in rows}) < 2:
+        return []
     groups = defaultdict(list)
     for row in rows:
         groups[tuple(row[name] for name in COLUMNS[1:5])].append(row["value"])
@@ -153,7 +155,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=0, help="per task (default: those of stage 05)")
     parser.add_argument("--out", type=Path, default=variants.TABLE.with_name("controls.csv"))
     args = parser.parse_args()
-    rows, pooled = measured(args.out), []
+    rows = measured(args.out)
     for seed in args.seeds:
         if any(row["seed"] == seed for row in rows):
             continue
@@ -170,11 +172,9 @@ def main() -> None:
             values |= {(method, *key): per_question for key, per_question in found.items()}
             print(f"seed {seed}: {method}", flush=True)
         rows += rows_of(seed, values, tasks)
-        seeds = len({row["seed"] for row in rows})
-        pooled = over_seeds(rows) if seeds > 1 else []
-        write(rows + pooled, COLUMNS, args.out)
-    for columns in TABLES if pooled and args.task == "all" else ():
-        print(f"\n{markdown(pooled, columns)}")
+        write(rows + over_seeds(rows), COLUMNS, args.out)
+    for columns in TABLES if args.task == "all" and over_seeds(rows) else ():
+        print(f"\n{markdown(over_seeds(rows), columns)}")
 
 
 if __name__ == "__main__":

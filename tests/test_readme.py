@@ -1,5 +1,7 @@
 """The README promises commands, files and numbers; here they are held to it."""
 
+import csv
+import importlib.util
 import os
 import re
 import subprocess
@@ -79,3 +81,16 @@ def test_a_python_that_is_too_old_is_refused(tmp_path):
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode != 0
     assert "is not Python 3.11 or newer: install one, then make PYTHON=python3.11 test" in shown.stderr
+
+
+def test_the_tables_of_the_controls_are_those_of_the_results():
+    spec = importlib.util.spec_from_file_location("controls", ROOT / "benchmarks" / "controls.py")
+    controls = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        spec.loader.exec_module(controls)
+    with (ROOT / "results" / "controls.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for columns in controls.TABLES:
+        assert controls.markdown(rows, columns) in page
