@@ -9,8 +9,9 @@ questions of stage 05 greedily and at several temperatures, with the entropy of 
 
 For every seed it takes stages 01 to 04 of the run runs/PRESET-all-seedSEED, makes what is missing of them, and trains
 the other policy in a folder of its own. A stopped run goes on; delete the table to measure anew. A row is a share of
-right answers, or nats per token, of one model at one temperature, with an interval over questions; seed "all" has means
-over the seeds and their t interval, and "A minus B" the paired differences, question by question.
+right answers, or nats per token, of one model at one temperature, with an interval over questions. Seed "all" has means
+over the seeds and their t interval (none for the base, which no seed trains), and "A minus B" the paired differences,
+question by question.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def models_of(seed: int, preset_name: str, task: str) -> dict[str, Path | str]:
 @torch.inference_mode()
 def entropy(engine: NativeEngine, prompt: list[int], completions: list[list[int]], temperature: float) -> float:
     """Nats per token of what the completions [of one prompt] were drawn from."""
-    packed = packing.pack([(prompt, completions)], engine.tokenizer.pad_token_id)
+    packed = packing.pack([(prompt, completions)], engine.tokenizer.pad_token_id, engine.model.device)
     logits = engine.model.get_output_embeddings()(packing.packed_states(engine.model, packed)).float()
     logp = (logits / temperature).log_softmax(-1)
     return float(-(logp.exp() * logp).sum(-1).mean())
@@ -108,8 +109,9 @@ def over_seeds(rows: Sequence[dict]) -> list[dict]:
     for row in rows:
         groups[tuple(row[name] for name in COLUMNS[1:5])].append(row["value"])
     pooled = []
-    for key, values in groups.items():
-        numbers = [round(float(number), 5) for number in (np.mean(values), *mean_interval(values))]
+    for key, values in groups.items():  # of the base the seeds change the samples alone
+        low, high = ("", "") if key[0] == "base" else (round(float(end), 5) for end in mean_interval(values))
+        numbers = round(float(np.mean(values)), 5), low, high
         pooled.append(dict(zip(COLUMNS, ("all", *key, *numbers, len(values)), strict=True)))
     return pooled
 
@@ -135,8 +137,9 @@ def markdown(rows: Sequence[dict], columns: Sequence[tuple[str, str, float]]) ->
         cells = []
         for _, task, temperature in columns:
             row = found[method, task, temperature]
-            value, low, high = (100 * float(row[name]) for name in ("value", "low", "high"))
-            cells.append(f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]")
+            value, *ends = (100 * float(row[name]) for name in ("value", "low", "high") if row[name] != "")
+            interval = f" [{ends[0]:{sign}.1f}, {ends[1]:{sign}.1f}]" if ends else ""
+            cells.append(f"{value:{sign}.1f}{interval}")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

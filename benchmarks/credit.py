@@ -1,12 +1,13 @@
-"""Which step does PPO blame? Of wrong rationales: is the first wrong step the one with the lowest advantage?
+"""Which step does PPO blame? Is the first wrong step of a rationale the one with the lowest advantage?
 
     python benchmarks/credit.py --seeds 0 1 2 3 4
 
-For the policies of benchmarks/policies.py that differ in their value (a head on the policy's trunk, a model that was
-warmed up, the mean of rollouts from each step's end), trained first where they are not yet. Each writes rationales to
-fresh questions of the train split, and works out the advantages as an update does. The step checker says which step is
-the first wrong one; no training sees it. Chance is the mean of 1 / number of steps. Writes results/credit.csv, with
-Wilson's intervals over rationales; explained_variance: of the returns by the values, on the same rationales.
+For the policies of benchmarks/policies.py that differ in their value (a head on the policy's trunk, a value model, the
+mean of rollouts from each step's end), trained first where they are not yet. Each writes rationales to fresh questions
+of the train split, and works out the advantages as an update does. The step checker says which step is the first wrong
+one; no training sees it. Chance is the mean of 1 / number of steps. Writes results/credit.csv, with Wilson's intervals
+over rationales, somewhat narrow as those of one question are alike. explained_variance: of the returns by the values,
+on the same rationales.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from smlib.runs import questions, self_motivated, shared
 from smlib.runs.settings import Settings
 
 COLUMNS = ("policy", "seed", "rationales", "lowest", "low", "high", "chance", "explained_variance")
-NAMES = (policies.OWN, "PPO, value model warmed up", "PPO, values by rollouts")
+NAMES = (policies.OWN, "PPO, value model", "PPO, values by rollouts")
 DRAWN = 9_000_000  # the seed of the rationales, which no update has
 
 
@@ -40,7 +41,7 @@ def credit(stage: Stage, settings: Settings, each: int) -> dict:
     asked = questions.fresh_problems(settings, each)
     problems = [problem for problem in asked for _ in range(plan.samples_per_question)]
     batch, samples = rollouts.rollout(roles.policy, tokenizer, asked, plan, DRAWN)
-    scores = torch.tensor(score_samples(reward, problems, samples))
+    scores = torch.tensor(score_samples(reward, problems, samples), device=batch.mask.device)
     shaped, moments = rollouts.shape_scores(scores, samples, RunningMoments(), plan)
     ref_logp, batch.values = updates.logprobs_and_values(roles, batch, plan.minibatch, reference=True)
     kl = arithmetic.kl_estimate(batch.logp, ref_logp, plan.kl_kind)
@@ -50,7 +51,8 @@ def credit(stage: Stage, settings: Settings, each: int) -> dict:
             roles.policy, tokenizer, reward, batch, problems, samples, scores, moments, plan, DRAWN
         )
         batch.values = found.values
-        advantages, returns = arithmetic.gae_of_steps(rewards, found.values, found.steps, batch.mask, plan.lam)
+        advantages, _ = arithmetic.gae_of_steps(rewards, found.values, found.steps, batch.mask, plan.lam)
+        _, returns = arithmetic.gae_of_steps(rewards, found.values, found.steps, batch.mask, 1.0)
     else:
         advantages, returns = arithmetic.gae(rewards, batch.values, batch.mask, plan.gamma, plan.lam)
     lowest, chances = [], []

@@ -63,7 +63,9 @@ def loop(model, tokenizer, explored, settings, at_once: int, early_exit: bool = 
             found = []
             while len(found) < k and not (early_exit and any(found)):
                 with torch.inference_mode():
-                    output = model.generate(torch.tensor([start]), num_return_sequences=at_once, **drawing)
+                    output = model.generate(
+                        torch.tensor([start], device=model.device), num_return_sequences=at_once, **drawing
+                    )
                 for ids in output[:, len(start) :].tolist():
                     ids = ids[: ids.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in ids else ids
                     text = prompts.cut(encoding.decode(tokenizer, [*one.prefix(step), *ids]))
@@ -124,7 +126,7 @@ def main() -> None:
     few = everything[:: max(1, len(everything) // args.rationales)][: args.rationales]
     looped = few[:: max(1, len(few) // args.looped)][: args.looped] if args.looped else few
 
-    given, k = (model, tokenizer), settings.explore.k
+    given, k, name = (model, tokenizer), settings.explore.k, args.model or settings.base
     ways = {
         "loop, one completion a call": (partial(loop, at_once=1), looped),
         "loop, k completions a call": (partial(loop, at_once=k), looped),
@@ -143,11 +145,11 @@ def main() -> None:
         clock, processor = time.perf_counter() - clock, time.process_time() - processor
         counts = (len(explored), k, sum(pit is not None for pit in pits), len(lengths), sum(lengths))
         times = (round(clock, 2), round(processor, 2), round(1000 * processor / len(explored), 1))
-        rows.append(dict(zip(COLUMNS, (settings.base, what, *counts, *times), strict=True)))
+        rows.append(dict(zip(COLUMNS, (name, what, *counts, *times), strict=True)))
         print(rows[-1], flush=True)
     if args.out.exists():
         with args.out.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row["model"] != settings.base] + rows
+            rows = [row for row in csv.DictReader(file) if row["model"] != name] + rows
     write(rows, COLUMNS, args.out)
 
 

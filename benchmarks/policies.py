@@ -22,13 +22,12 @@ from smlib.runs.shared import answer_fresh
 OWN = "PPO, learned reward"  # what the run itself trains, or has trained
 UNTRAINED = "PPO, untrained reward"
 ROLLOUTS = {"value": "rollouts", "lam": 0.0}
-WARM = {"value": "model", "value_warmup": 5, "lam": 0.95}
 POLICIES = {  # name: method, what differs from the preset's settings of PPO
     OWN: ("ppo", {}),
     UNTRAINED: ("ppo", {"reward": "untrained"}),
     "PPO, checker": ("ppo", {"reward": "checker"}),
     "PPO, values by rollouts": ("ppo", ROLLOUTS),
-    "PPO, value model warmed up": ("ppo", WARM),
+    "PPO, value model": ("ppo", {"value": "model"}),
     "RLOO, learned reward": ("rloo", {}),
     "GRPO, learned reward": ("grpo", {}),
 }
@@ -51,7 +50,7 @@ def trained(preset_name: str, task: str, seed: int, name: str) -> tuple[Stage, S
 
 
 def tune(args: argparse.Namespace) -> list[dict]:
-    """Every method at every setting of GRID, on one seed that no result is from: accuracies on fresh questions."""
+    """The methods named at every setting of GRID, on seeds that no result is from: accuracies on fresh questions."""
     rows = []
     for seed in args.seeds:
         run = shared.run_folder("", args.preset, args.task, seed)

@@ -87,7 +87,7 @@ def curve_rows(stage: Stage, settings: Settings, name: str) -> list[dict]:
         log = list(csv.DictReader(file))
     rows, tokens = [], 0
     for row in log:
-        tokens += int(row["tokens"])
+        tokens += int(row["tokens"]) + int(row.get("value_tokens") or 0)
         numbers = [round(float(row[column]), 4) for column in CURVE_COLUMNS[4:]]
         rows.append(dict(zip(CURVE_COLUMNS, (name, settings.seed, int(row["update"]), tokens, *numbers), strict=True)))
     return rows

@@ -60,7 +60,6 @@ OPTIONS = {name: one.kind for name, one in DRAWING.items()} | {  # what an optio
     "questions": declared.Questions,
     "samples": declared.Samples,
     "shard": declared.Rows,
-    "rounds": declared.Rows,
     "documents": Annotated[int, Field(ge=1, le=10_000_000)],
     "hidden": Annotated[int, Field(ge=32, le=65_536)],
     "layers": Annotated[int, Field(ge=1, le=1_000)],
@@ -129,7 +128,6 @@ def _parser() -> argparse.ArgumentParser:
     stages = "a stage's folder, such as 02_sft or 06_rft (default: 01_sampling to 05_evaluation, in order)"
     stage.add_argument("names", nargs="*", metavar="NAME", help=stages)
     _add_run(stage, "run folder with the stages that come before")
-    _add_rounds(stage)
     policy = command("train-policy", train_policy, "make stage 04 by PPO, RLOO or GRPO")
     _add_run(policy, "run folder with stages 01 to 03")
     policy.add_argument("--method", default="ppo", choices=POLICY_METHODS, help="RLOO and GRPO by TRL (default: ppo)")
@@ -152,16 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_rounds(parser: argparse.ArgumentParser) -> None:
-    meaning = (
-        "of the whole method, N in all (default 1): each begins with the policy of the one before, in RUN/round2, ..."
-    )
-    parser.add_argument("--rounds", default=1, **NUMBER, help=meaning)
-
-
 def _run_options(run: argparse.ArgumentParser) -> None:
     _add_run(run, "run folder")
-    _add_rounds(run)
     again = "execute again from notebook N on (a finished stage is read; delete its folder to redo it)"
     run.add_argument("--from", dest="first", **NUMBER, help=again)
     run.add_argument("--to", dest="last", **NUMBER, help="stop after notebook N")
@@ -390,6 +380,11 @@ def _run_folder(args: argparse.Namespace, asked: dict) -> Path:
 def run_notebooks(args: argparse.Namespace) -> int | None:
     """Execute the notebooks, plan it, or verify what is there."""
     asked = _asked(args)
+    if members := datasets.GROUPS.get(asked["TASK"]):
+        raise UsageError(
+            f"task {asked['TASK']!r} is several datasets, and the notebooks are about one: give --task {members[0]}, "
+            f"or make the stages by `smlib stage --task {asked['TASK']}`"
+        )
     settings = _settings(asked)  # refuses what is not allowed before anything is written
     with of_extra("notebooks"):
         from smlib.notebooks import runner
@@ -414,19 +409,7 @@ def run_notebooks(args: argparse.Namespace) -> int | None:
         runner.publish(out, repository)
     if args.refresh:
         runner.refresh(out, repository / "notebooks")
-    _more_rounds(out, settings, args.rounds)
     print(f"Open {out / 'index.html'}")
-
-
-def _more_rounds(run: Path, settings: Settings, rounds: int) -> None:
-    """The rounds after the first, whose stages are in `run`."""
-    from smlib.runs import self_motivated
-
-    for _ in range(rounds - settings.round):
-        settings = self_motivated.next_round(run, settings)
-        run = run / f"round{settings.round}" if settings.round == 2 else run.with_name(f"round{settings.round}")
-        print(f"round {settings.round}: {run}", flush=True)
-        self_motivated.run(run, settings)
 
 
 def dry_run(settings: Settings) -> str:
@@ -455,8 +438,6 @@ def make_stages(args: argparse.Namespace) -> None:
     stages = self_motivated.STAGES | self_explore.STAGES
     if unknown := [name for name in args.names if name not in stages]:
         raise UsageError(f"stage {unknown[0]!r} is unknown; choose from: {', '.join(stages)}")
-    if args.names and args.rounds > 1:
-        raise UsageError(f"--rounds {args.rounds} makes whole rounds: leave the stages' names out")
     names = [name for name in stages if name in (args.names or self_motivated.STAGES)]
     shared.refuse_processes(names)
     run = _run_folder(args, asked)
@@ -470,8 +451,6 @@ def make_stages(args: argparse.Namespace) -> None:
             if main:
                 rows = ", ".join(f"{count:,} {file}" for file, count in manifest["counts"].items())
                 print(f"{run / name}: {rows}, {manifest['wall_seconds']:.1f} s{state}", flush=True)
-    if args.rounds > 1:
-        _more_rounds(run, settings, args.rounds)
     shared.end_process_group()
 
 

@@ -3,6 +3,7 @@
 import csv
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -171,6 +172,13 @@ def test_a_published_set_has_greedy_rows_only_and_stays_out_of_the_mean():
     assert {r["metric"] for r in rows if r["test_set"] == "coin_flip (published)"} == {"greedy", "greedy_invalid"}
     mean = cell(rows, "sml - sft", "avg_at_2", results.MEAN)
     assert (mean["n"], mean["value"]) == (8, 0.25)
+
+
+def test_sets_of_different_sizes_are_no_mean_of_tasks():
+    run = answered(settings(task="all"))
+    fewer = replace(run, answers=[row for row in run.answers if row["id"] != run.answers[0]["id"]])
+    found = {row["test_set"] for row in results.rows_from_answers(fewer)}
+    assert results.ALL in found and results.MEAN not in found
 
 
 def test_one_task_has_no_mean_of_tasks():

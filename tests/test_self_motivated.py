@@ -317,23 +317,9 @@ def test_the_untrained_reward_is_the_sft_model_s_log_likelihood(with_adapters):
         assert learned(problems, texts) != pytest.approx([0.0] * 4, abs=1e-3)
 
 
-def test_a_second_round_begins_with_the_policy_and_asks_other_questions(finished, tmp_path):
-    settings = self_motivated.next_round(finished, small())
-    assert settings.base == str((finished / "04_ppo" / "model").resolve()) and settings.round == 2
-    for asked in (training_problems, second_problems):
-        assert not {problem.id for problem in asked(small())} & {problem.id for problem in asked(settings)}
-    stage = self_motivated.sample_rationales(tmp_path, settings, progress=False)
-    assert stage.settings["round"] == 2 and "round" not in require(finished, "01_sampling").settings
-    with pytest.raises(StageMismatch, match="round"):
-        self_motivated.sample_rationales(tmp_path, replace(settings, round=3), progress=False)
-
-
-def test_with_adapters_too_a_second_round_goes_from_sampling_to_the_policy(with_adapters, tmp_path):
-    run, settings = with_adapters
-    again = self_motivated.next_round(run, settings)
-    self_motivated.before_policy(tmp_path, again, progress=False)
-    stage = self_motivated.train_policy(tmp_path, again, progress=False)
-    policy = models.load_policy(stage.path("model"))
-    before = models.load_policy(require(run, "04_ppo").path("model"))
-    moved = [not torch.equal(a, b) for a, b in zip(policy.parameters(), before.parameters(), strict=True)]
-    assert any(moved)
+def test_a_question_of_stage_01_is_not_asked_again(finished, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("0[345]_*"))
+    monkeypatch.setattr(self_motivated, "second_problems", training_problems)
+    with pytest.raises(StageError, match=r"01_sampling has asked .*, which is to be a fresh question"):
+        self_motivated.sample_again(run, small(), progress=False)

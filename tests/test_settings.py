@@ -140,7 +140,7 @@ def test_ppo_needs_one_of_each_at_least(name, value):
         (lambda: preset("tiny", seed="1"), "seed = '1' is not allowed"),
         (
             lambda: preset("tiny", temperature=1.0),
-            "setting 'temperature' is unknown; choose one of: base, round, sampl",
+            "setting 'temperature' is unknown; choose one of: base, sampl",
         ),
         (lambda: preset("tiny", tasks=("chess",)), "setting 'tasks' is unknown"),
         (lambda: preset("tiny", ppo={"steps": 1}), "setting 'ppo.steps' is unknown; .*ppo.updates"),

@@ -17,7 +17,7 @@ update that stops early at max_update_kl. What is in the paper and not here: the
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -121,16 +121,16 @@ def collect(training: Training, asked: list[Problem], state: State, seed: int) -
     rewards = token_rewards(shaped, kl, batch.mask, state.kl_coef)
     value_columns = {}
     if settings.value == "rollouts":
-        with unsharded(plain), autocast(settings, training.accelerator.device):
+        with unsharded(plain):
             found = values_by_rollouts(
                 plain.policy, training.tokenizer, training.reward, batch, problems, samples, scores, moments, settings,
                 seed, training.max_batch, training.engine,
             )  # fmt: skip
         batch.values, value_columns = found.values, {"value_tokens": found.tokens}
-        advantages, batch.returns = gae_of_steps(rewards, found.values, found.steps, batch.mask, settings.lam)
+        advantages, _ = gae_of_steps(rewards, found.values, found.steps, batch.mask, settings.lam)
+        _, batch.returns = gae_of_steps(rewards, found.values, found.steps, batch.mask, 1.0)  # for the log alone
     else:
-        advantages, _ = gae(rewards, batch.values, batch.mask, settings.gamma, settings.lam)
-        _, batch.returns = gae(rewards, batch.values, batch.mask, settings.gamma, settings.value_lam)
+        advantages, batch.returns = gae(rewards, batch.values, batch.mask, settings.gamma, settings.lam)
     batch.advantages = whiten(advantages, batch.mask)
 
     seconds = {"rollout_seconds": drawn - started, "score_seconds": time.perf_counter() - drawn}
@@ -168,7 +168,7 @@ def learn(training: Training, experience: Experience, state: State, seed: int) -
     try:
         measured = optimize(
             training.accelerator, training.roles, training.optimizer, experience.batch, settings, shuffle,
-            training.micro_batch, policy_learns=state.update >= settings.value_warmup,
+            training.micro_batch,
         )  # fmt: skip
     except NonFiniteError as error:
         raise with_batch_saved(error, training.out, experience.batch, state) from error
@@ -249,7 +249,7 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     roles, optimizer = _prepare(accelerator, roles, micro_batch, gradient_checkpointing)
     training = Training(accelerator, roles, optimizer, reward, tokenizer, settings, out, micro_batch, max_batch, engine)
-    run = asdict(settings) | {"seed": seed} | ({"engine": engine.name} if engine else {})
+    run = settings.keys() | {"seed": seed} | ({"engine": engine.name} if engine else {})
     state = load_checkpoint(out, roles, optimizer, run) or State(kl_coef=settings.kl_coef)
     if accelerator.is_main_process:
         start_logs(out, state)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from smlib.judging.answers import Reward
 from smlib.learning.exploration import SteppedRationale, split
 from smlib.ppo.arithmetic import RunningMoments, center
-from smlib.ppo.batches import Batch
+from smlib.ppo.batches import Batch, autocast
 from smlib.ppo.rollouts import PolicyEngine, drawer, earned, earned_by_others, reward_scores, rollout_params
 from smlib.ppo.settings import PPOSettings
 from smlib.problems.datasets import Problem
@@ -56,8 +56,14 @@ def values_by_rollouts(
     the value of the bare question.
     """
     others = scores - center(scores, settings.samples_per_question) if settings.center_by_question else 0 * scores
+    engine_or_sampler = drawer(policy, tokenizer, max_batch, engine)
+
+    def draw(*arguments, **options):
+        with autocast(settings, policy.device):  # as the completions were drawn; they were scored without
+            return engine_or_sampler(*arguments, **options)
+
     return prefix_values(
-        drawer(policy, tokenizer, max_batch, engine),
+        draw,
         partial(reward_scores, reward),
         lambda found, drawn, row: earned(found.to(others.device) - others[row], drawn, moments, settings),
         tokenizer, problems, batch.prompts, samples, batch.mask,
@@ -87,7 +93,10 @@ def prefix_values(
     state = process_state()
     mine = list(places)[state.process_index :: state.num_processes]
     drawn = draw([_prompt(*places[key]) for key in mine], k, params, keys=mine) if mine else []
-    whole = [[_joined(tokenizer, *places[key], one) for one in group] for key, group in zip(mine, drawn, strict=True)]
+    limit = params.max_new_tokens
+    whole = [
+        [_joined(tokenizer, *places[key], one, limit) for one in group] for key, group in zip(mine, drawn, strict=True)
+    ]
     asked = [places[key][0].problem for key in mine for _ in range(k)]
     scores = score(asked, [one for group in whole for one in group]) if mine else []
     parts = [scores[start : start + k] for start in range(0, len(scores), k)]
@@ -109,7 +118,8 @@ def _prompt(rationale: SteppedRationale, step: int) -> list[int]:
     return [*rationale.prompt_ids, *rationale.prefix(step)]
 
 
-def _joined(tokenizer, rationale: SteppedRationale, step: int, sample: Sample) -> Sample:
-    """A prefix and its completion as one sample."""
+def _joined(tokenizer, rationale: SteppedRationale, step: int, sample: Sample, limit: int) -> Sample:
+    """A prefix and its completion as one sample, cut where the policy's own would be."""
     ids = (*rationale.prefix(step), *sample.token_ids)
-    return Sample(decode(tokenizer, ids), ids, sample.logprobs, sample.finish_reason)
+    reason = "length" if len(ids) > limit else sample.finish_reason
+    return Sample(decode(tokenizer, ids[:limit]), ids[:limit], sample.logprobs, reason)

@@ -239,7 +239,7 @@ def train(
     _check(method, policy, tokenizer, settings, micro_batch)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    run = {"method": method} | asdict(settings) | {"seed": seed}
+    run = {"method": method} | settings.keys() | {"seed": seed}
     checkpoint, reached = checkpoints.newest(out), state.State(kl_coef=settings.kl_coef)
     if checkpoint:
         saved = checkpoints.read_state(checkpoint, STATE_FILE)

@@ -1,6 +1,6 @@
 """The numbers that PPO, RLOO and GRPO depend on."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from smlib.declared import (
@@ -40,10 +40,10 @@ class PPOSettings(Declared):
     value: Literal["head", "model", "rollouts"] = setting(
         "head",
         "head: a value head on the policy's trunk; model: a separate value model, with LoRA an adapter; rollouts: the "
-        "mean of what value_samples completions from the end of each step earn",
+        "mean of what value_samples completions from the end of each step earn; with lam = 0 a step's advantage is "
+        "what it did to that mean (VinePPO)",
     )
     value_samples: Samples = setting(4, "completions from the end of each step, with value = 'rollouts'")
-    value_warmup: RowsOrZero = setting(0, "updates at the start in which the value learns, and the policy does not")
     updates: Rows = setting(60, "rounds of drawing and learning")
     episodes: Rows = setting(128, "completions per update")
     samples_per_question: Samples = setting(8, "completions of one question: the more, the better centred")
@@ -59,7 +59,6 @@ class PPOSettings(Declared):
     lam: ShareOrZero = setting(
         1.0, "GAE's lambda; below 1 a reward at the end hardly reaches the early steps, unless the value sees them"
     )
-    value_lam: ShareOrZero = setting(1.0, "GAE's lambda of the returns that the value learns")
     clip: Size = setting(0.2, "bound on the change of a token's ratio")
     value_clip: Size = setting(0.2, "bound on the change of a value")
     value_coef: SizeOrZero = setting(0.1, "factor of the value's loss")
@@ -99,13 +98,8 @@ class PPOSettings(Declared):
             )
         if self.value == "rollouts" and self.samples_per_question < 2:
             raise UsageError(
-                "ppo.value = 'rollouts' takes the question's value from its other samples: give "
-                "ppo.samples_per_question of at least 2, or another ppo.value"
-            )
-        if self.value == "rollouts" and self.value_warmup:
-            raise UsageError(
-                f"ppo.value_warmup = {self.value_warmup}, but with ppo.value = 'rollouts' no value learns: give "
-                "ppo.value_warmup = 0, or another ppo.value"
+                f"ppo.samples_per_question = {self.samples_per_question}, but ppo.value = 'rollouts' takes the value "
+                "of a question from its other samples: give at least 2, or another ppo.value"
             )
         if (asked := self.updates * self.questions) > MAX_QUESTIONS:
             raise UsageError(
@@ -116,6 +110,12 @@ class PPOSettings(Declared):
     @property
     def value_learns(self) -> bool:
         return self.value != "rollouts"
+
+    def keys(self) -> dict:
+        """What a training depends on."""
+        return {
+            name: value for name, value in asdict(self).items() if name != "value_samples" or self.value == "rollouts"
+        }
 
     @property
     def questions(self) -> int:

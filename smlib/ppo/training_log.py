@@ -10,6 +10,7 @@ The columns of log.csv, means over the completions of an update where nothing el
     length, tokens                         tokens per completion; of all completions
     cut                                    share of completions that ended at the limit of their length
     engine_gap                             nats per token between engine and policy (with an engine)
+    value_tokens                           tokens drawn from prefixes (with values by rollouts)
     kl_coef                                reward lost per nat
     explained_variance                     share of the returns' variance that the value had predicted (PPO)
     policy_loss, value_loss                means over the minibatches (value_loss: PPO)

@@ -66,7 +66,7 @@ def losses(roles: Roles, batch: Batch, rows: Tensor, settings: PPOSettings) -> t
 
 def optimize(
     accelerator: Accelerator, roles: Roles, optimizer: Optimizer, batch: Batch, settings: PPOSettings,
-    generator: torch.Generator, micro_batch: int = 0, policy_learns: bool = True,
+    generator: torch.Generator, micro_batch: int = 0,
 ) -> dict:  # fmt: skip
     """Epochs of minibatches over one batch; returns the means of MEASURED over the minibatches, and "steps" taken.
 
@@ -76,7 +76,6 @@ def optimize(
     paper does not. Raises NonFiniteError before the weights are touched by what is not finite, and EngineMismatchError
     where the policy is as far away before any step.
 
-    policy_learns: False in the value's warm-up, in which the policy's weights stay as they are.
     micro_batch: completions of a minibatch in one forward and backward pass of a process, 0 = all; gradients add up,
     and everything else is decided for the minibatch.
     """
@@ -102,9 +101,6 @@ def optimize(
                 break
             # the processes' gradients are averaged, so that their sum needs their number
             accelerator.backward(loss / tokens_per_step * accelerator.num_processes)
-            if not policy_learns:
-                for weight in optimizer.param_groups[0]["params"]:
-                    weight.grad = None
             for group in optimizer.param_groups:
                 norm = accelerator.clip_grad_norm_(group["params"], settings.max_grad_norm)
                 if norm is not None and not math.isfinite(norm):  # None: DeepSpeed has clipped and stepped by itself

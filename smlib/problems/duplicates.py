@@ -18,9 +18,9 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 def shared_questions(problems: Iterable[Problem], others: Iterable[Problem]) -> dict[str, str]:
     """id of a problem -> id of the first of the others that asks the same.
 
-    Two questions ask the same if they are equal by `question_key`. Word problems also do with the same numbers, at
-    least one, and SAME_WORDS of their words (Jaccard's index: words in both by words in either). In other datasets one
-    word may be all the difference: the date tomorrow, the date yesterday.
+    Two questions are the same if `question_key` says so. Two word problems are also the same if they have the same
+    numbers (at least one) and share SAME_WORDS of their words (Jaccard's index: words in both by words in either). In
+    other datasets one word may be the whole difference: the date tomorrow, the date yesterday.
     """
     equal: dict[str, str] = {}
     alike: dict[tuple[str, ...], list[tuple[frozenset[str], str]]] = defaultdict(list)

@@ -33,7 +33,8 @@ EXPLORE_METHODS = {
 }  # of 06_evaluation
 EXPLORE_CONTRASTS = (("self_explore", "rft"), ("self_explore", "outcome_dpo"), ("outcome_dpo", "rft"), ("rft", "sft"))
 PUBLISHED = " (published)"  # ends the name of a published test set
-MEAN = "mean of tasks"  # the generated test sets, which have equally many questions, taken together
+# The test sets of the tasks taken together, where they have equally many questions, and where not.
+MEAN, ALL = "mean of tasks", "all questions"
 OUTCOMES = ("right, every step", "right, a step wrong", "wrong", "no answer")
 UNCHECKED = ("right", "wrong", "no answer")  # the outcomes where the step checker does not know the dataset
 COLUMNS = ("preset", "seed", "method", "test_set", "metric", "n", "value", "low", "high")
@@ -107,15 +108,17 @@ def answered(*stages: Stage) -> Answered:
 
 
 def table_of(run: Answered) -> dict[tuple[str, str, str], dict[str, float]]:
-    """(method, test set, metric) -> {question id: value}; the test sets of the tasks together are test set MEAN."""
-    tasks = dict.fromkeys(row["test_set"] for row in run.answers if not is_published(row["test_set"]))
+    """(method, test set, metric) -> {question id: value}; the test sets of the tasks together are test set MEAN, or ALL
+    where they are of different sizes."""
+    tasks = Counter(row["test_set"] for row in run.answers if not is_published(row["test_set"]))
+    together = MEAN if len(set(tasks.values())) == 1 else ALL
     problems = {problem.id: problem for problem in run.problems} if knows(*tasks) else {}
     table = defaultdict(dict)
     for row in run.answers:
         for metric, value in question_values(row, problems.get(row["id"])).items():
             table[row["method"], row["test_set"], metric][row["id"]] = value
             if len(tasks) > 1 and row["test_set"] in tasks:
-                table[row["method"], MEAN, metric][row["id"]] = value
+                table[row["method"], together, metric][row["id"]] = value
     return dict(table)
 
 
@@ -258,7 +261,7 @@ def markdown(rows: list[dict], labels: dict[str, str] = METHODS, pairs: Sequence
     """The README's tables from the rows of `combine` or `rows_from_answers`, in percent: avg@k and greedy on the
     generated test sets, greedy on the published ones. labels: method -> its name; pairs: who is compared with whom."""
     sets = list(dict.fromkeys(row["test_set"] for row in rows))
-    generated = sorted((name for name in sets if not is_published(name)), key=lambda name: name != MEAN)
+    generated = sorted((name for name in sets if not is_published(name)), key=lambda name: name not in (MEAN, ALL))
     published = [name for name in sets if is_published(name)]
     tables = [(f"{_sampled(rows).replace('_at_', '@')}, %", _sampled(rows), generated)] if _sampled(rows) else []
     tables += [("greedy, %", "greedy", generated), ("greedy, published questions, %", "greedy", published)]
@@ -274,7 +277,7 @@ def explore_markdown(rows: list[dict]) -> str:
 
     avg@k, the share of samples that are right in every step too, and greedy, in percent.
     """
-    place = MEAN if any(row["test_set"] == MEAN for row in rows) else rows[0]["test_set"]
+    place = next((row["test_set"] for row in rows if row["test_set"] in (MEAN, ALL)), rows[0]["test_set"])
     metrics = [row["metric"] for row in rows if row["metric"].startswith(("avg_at", "sound_at"))]
     columns = {name.replace("_at_", "@"): (place, name) for name in [*dict.fromkeys(metrics), "greedy"]}
     pairs = (*EXPLORE_CONTRASTS, CONTRASTS[-1])

@@ -11,13 +11,12 @@ from smlib.runs.settings import Settings
 # Generated questions of the train split are drawn from these seeds, far apart, plus the run's own seed; the tiny
 # base read seeds from 1,000,003. Test questions are of another split and the same for every run.
 _FIRST, _SECOND, _PPO, _TEST, _FRESH = 10_000, 20_000, 30_000, 60_000, 50_000
-_ROUND = 100_000  # between the seeds of two rounds
 
 
 def training_problems(settings: Settings) -> list[Problem]:
     """The questions that the base writes rationales for (stage 01), task after task; of a published dataset the first
     of its train split, in an order that the seed decides, or all where it has fewer."""
-    n, seed = settings.sampling.questions, _FIRST + _seed(settings)
+    n, seed = settings.sampling.questions, _FIRST + settings.seed
     return [
         problem
         for task in settings.tasks
@@ -30,7 +29,7 @@ def second_problems(settings: Settings) -> list[Problem]:
 
     Raises ValueError where none of a published train split is left for them.
     """
-    n, used, seed = settings.reward.questions, settings.sampling.questions, _SECOND + _seed(settings)
+    n, used, seed = settings.reward.questions, settings.sampling.questions, _SECOND + settings.seed
     if settings.tasks[0] in TRAIN_SETS:
         questions = _train_split(settings.tasks[0], settings)
         if n and not questions[used:]:
@@ -53,7 +52,7 @@ def ppo_problems(settings: Settings):
         questions = _train_split(settings.tasks[0], settings)
         left = questions[settings.sampling.questions + settings.reward.questions :]
         return _in_rounds(left if len(left) >= each else questions, each, f"ppo/{settings.seed}")
-    pools = [generate(task, each * settings.ppo.updates, _PPO + _seed(settings)) for task in settings.tasks]
+    pools = [generate(task, each * settings.ppo.updates, _PPO + settings.seed) for task in settings.tasks]
     return lambda update: [problem for pool in pools for problem in pool[update * each : (update + 1) * each]]
 
 
@@ -97,7 +96,7 @@ def fresh_problems(settings: Settings, n: int) -> list[Problem]:
                 "sampling.questions, reward.questions or ppo.updates"
             )
     else:
-        pools = [generate(task, 2 * n, _FRESH + _seed(settings)) for task in settings.tasks]
+        pools = [generate(task, 2 * n, _FRESH + settings.seed) for task in settings.tasks]
     return [problem for pool in pools for problem in [p for p in pool if p.id not in seen][:n]]
 
 
@@ -115,14 +114,9 @@ def test_problems(settings: Settings) -> dict[str, list[Problem]]:
     return sets
 
 
-def _seed(settings: Settings) -> int:
-    """Of the questions: those of another round are others."""
-    return settings.seed + _ROUND * (settings.round - 1)
-
-
 def _train_split(task: str, settings: Settings) -> list[Problem]:
-    """The train split of a published dataset, or of a group of them, in an order that seed and round decide."""
-    return _shuffled(train_questions(task)[0], f"{task}/{_seed(settings)}")
+    """The train split of a published dataset, or of a group of them, in an order that the seed decides."""
+    return _shuffled(train_questions(task)[0], f"{task}/{settings.seed}")
 
 
 def train_questions(task: str) -> tuple[list[Problem], dict[str, int]]:
@@ -143,9 +137,11 @@ def _each_once(task: str, split: str) -> dict[str, list[Problem]]:
     found: dict[str, list[Problem]] = {}
     for dataset in GROUPS.get(task, (task,)):
         before = [problem for questions in found.values() for problem in questions]
-        questions = {question_key(problem.question): problem for problem in reversed(load(dataset, split))}
+        questions: dict[str, Problem] = {}
+        for problem in load(dataset, split):
+            questions.setdefault(question_key(problem.question), problem)
         known = shared_questions(questions.values(), before)
-        found[dataset] = [problem for problem in reversed(questions.values()) if problem.id not in known]
+        found[dataset] = [problem for problem in questions.values() if problem.id not in known]
     return found
 
 

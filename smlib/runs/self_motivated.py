@@ -10,7 +10,6 @@ import copy
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -127,6 +126,7 @@ def sample_again(run_dir: Path, settings: Settings, progress: bool = True) -> St
         return stage
     with stage.recording(), load_engine(settings, tuned.path("model")) as engine:
         problems = second_problems(settings)
+        shared.refuse_repeated(problems, require(run_dir, "01_sampling"))
         written = rationales.sample_open(
             to_disk(stage, "open", engine), problems, settings.sampling.samples, sampling_params(settings, "sampling"),
             author="sft", progress="rationales of the SFT model" if progress else None,
@@ -329,13 +329,6 @@ def run(run_dir: Path, settings: Settings, progress: bool = True) -> dict[str, f
         stage(run_dir, settings, progress=progress)
         seconds[name] = time.perf_counter() - started
     return seconds
-
-
-def next_round(run_dir: Path, settings: Settings) -> Settings:
-    """The settings of the round after that in a folder: its policy is the base, which needs no exemplars any more."""
-    base = require(run_dir, "04_ppo").path("model").resolve()
-    sampling = replace(settings.sampling, shots="none")
-    return replace(settings, base=str(base), round=settings.round + 1, sampling=sampling)
 
 
 def before_policy(run_dir: Path, settings: Settings, progress: bool = True) -> None:

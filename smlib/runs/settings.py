@@ -205,7 +205,6 @@ class Settings(Declared):
         meaning="the model that learns: tiny (in this package), smollm2, a folder, a GGUF file or a hub id, best with "
         "@REVISION"
     )
-    round: Rows = setting(1, "2 and more begin with the policy of the round before as base, and ask other questions")
     sampling: SamplingSettings = SamplingSettings()
     ranking: RankingSettings = RankingSettings()
     sft: SFTSettings = SFTSettings()

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from smlib.draws import seed_of
 from smlib.errors import UsageError
 from smlib.files import folders
-from smlib.files.artifacts import Stage
+from smlib.files.artifacts import Stage, StageError
 from smlib.problems.datasets import Problem, pinned_files
 from smlib.reports import evaluation, results
 from smlib.reports.evaluation import Answers
@@ -71,6 +71,16 @@ def recording_together(stage: Stage) -> Iterator[bool]:
 def problems_of(stage: Stage) -> list[Problem]:
     """The questions of a stage that has written them, in their order."""
     return stage.read_rows("problems", Problem)
+
+
+def refuse_repeated(problems: list[Problem], before: Stage) -> None:
+    """Raise StageError where a question is asked that an earlier stage has asked: that was made by other rules."""
+    asked = {problem.id for problem in problems_of(before)}
+    if again := next((problem.id for problem in problems if problem.id in asked), None):
+        raise StageError(
+            f"{before.folder} has asked {again}, which is to be a fresh question: it was made by a version that took "
+            "other questions. Start a run in another folder, or delete this one's stages"
+        )
 
 
 def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
@@ -179,15 +189,14 @@ def stage_keys(settings: Settings, *groups: str) -> dict:
     common = {"preset": settings.preset, "tasks": settings.tasks, "seed": settings.seed, "base": settings.base}
     if digest := models.weights_sha256(settings.base):  # other weights under the same name make another run
         common["base_sha256"] = digest
-    if settings.round > 1:
-        common["round"] = settings.round
     if settings.lora.rank:
         common["lora"] = asdict(settings.lora)
     if settings.sampling.prompt != "plain":  # every stage asks so
         common["prompt"] = settings.sampling.prompt
     if (dtype := held_dtype(settings)) != "float32":  # the rest of the group changes no result
         common["dtype"] = dtype
-    return common | {group: asdict(getattr(settings, group)) for group in groups}
+    values = {group: getattr(settings, group) for group in groups}
+    return common | {group: one.keys() if group == "ppo" else asdict(one) for group, one in values.items()}
 
 
 def engine_key(settings: Settings, who: str = "engine") -> dict:

@@ -210,6 +210,16 @@ def ppo_plan(settings: Settings, prompt: int) -> PPO:
     )
 
 
+def _ppo_phases(config: LlamaConfig, settings: Settings, prompt: int) -> dict[str, dict[str, float]]:
+    """`phases`, and with values by rollouts that of drawing from prefixes, whose longest has a whole completion."""
+    plan, found = ppo_plan(settings, prompt), phases(config, ppo_plan(settings, prompt))
+    if settings.ppo.value == "rollouts":
+        rows, longest = min(settings.hardware.max_batch, MAX_BATCH), prompt + plan.completion
+        longer = replace(plan, prompt=longest, samples=settings.ppo.value_samples, max_batch=rows, joins=True)
+        found["prefixes"] = phases(config, longer)["rollout"]
+    return found
+
+
 def _dtype(settings: Settings, samples: bool = False) -> Dtype:
     """As `shared.held_dtype`, but "auto" counts as float32, which takes more."""
     dtype = settings.hardware.dtype if samples or settings.lora.rank else "float32"
@@ -612,7 +622,7 @@ def stages(config: LlamaConfig, settings: Settings, *, prompt: int, shown: int) 
         "02_sft": tuned,
         "03_second_sampling": draw(sizes.samples, prompt),
         "03_reward_model": _fullest([learned, tested]),
-        "04_ppo": _fullest(phases(config, ppo_plan(settings, prompt)).values()),
+        "04_ppo": _fullest(_ppo_phases(config, settings, prompt).values()),
         "05_evaluation": _fullest([*answers(**exemplars), judged]),
         "06_solutions": draw(settings.explore.samples, prompt),
         "06_rft": tuned,
