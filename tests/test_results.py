@@ -177,7 +177,7 @@ def test_a_published_set_has_greedy_rows_only_and_stays_out_of_the_mean():
 def test_sets_of_different_sizes_are_no_mean_of_tasks():
     run = answered(settings(task="all"))
     fewer = replace(run, answers=[row for row in run.answers if row["id"] != run.answers[0]["id"]])
-    found = {row["test_set"] for row in results.rows_from_answers(fewer)}
+    found = {test_set for _, test_set, _ in results.table_of(fewer)}
     assert results.ALL in found and results.MEAN not in found
 
 
