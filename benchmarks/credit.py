@@ -51,8 +51,7 @@ def credit(stage: Stage, settings: Settings, each: int) -> dict:
             roles.policy, tokenizer, reward, batch, problems, samples, scores, moments, plan, DRAWN
         )
         batch.values = found.values
-        advantages, _ = arithmetic.gae_of_steps(rewards, found.values, found.steps, batch.mask, plan.lam)
-        _, returns = arithmetic.gae_of_steps(rewards, found.values, found.steps, batch.mask, 1.0)
+        advantages, returns = found.advantages(rewards, batch.mask, plan.lam)
     else:
         advantages, returns = arithmetic.gae(rewards, batch.values, batch.mask, plan.gamma, plan.lam)
     lowest, chances = [], []

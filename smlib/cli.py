@@ -596,10 +596,11 @@ def show_data(args: argparse.Namespace) -> int:
         failed += len(problems)
         reasons = [f"cannot be used: {reason}" for reason in dict.fromkeys(problems)]
         print(f"{dataset:19}" + "   ".join(counts + reasons))
-    for task, members in datasets.GROUPS.items() if not args.datasets and not failed else ():
-        kept, left_out = train_questions(task)
-        why = ", ".join(f"{count} {why}" for why, count in left_out.items())
-        print(f"{task:19}train {len(kept):,} of {', '.join(members)}; left out: {why}")
+    if not args.datasets and not failed:
+        for task, members in datasets.GROUPS.items():
+            kept, left_out = train_questions(task)
+            why = ", ".join(f"{count} {why}" for why, count in left_out.items())
+            print(f"{task:19}train {len(kept):,} of {', '.join(members)}; left out: {why}")
     return min(failed, 1)
 
 

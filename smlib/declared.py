@@ -8,7 +8,7 @@ pydantic checks, strictly: no text and no bool passes for a number. A value has 
 a whole number is declared and 2.0 where a fraction is, so that a stage has one fingerprint.
 """
 
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
@@ -75,6 +75,10 @@ class Declared:
         for name, one in described(type(self)).items():
             value = checked(f"setting {group}.{name}".replace(" .", " "), getattr(self, name), one.kind, one.default)
             object.__setattr__(self, name, value)
+
+    def keys(self) -> dict:
+        """What a result depends on, by name: all fields, where a group does not say otherwise."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,7 @@ def gae_of_steps(rewards: Tensor, values: Tensor, steps: Tensor, mask: Tensor, l
 
     steps: the number of each token's step, ascending from 0; values: that of the prefix before the step, the same for
     all its tokens. Each token of a step has the step's advantage, and lam = 0 is what the step did to the value
-    (VinePPO, 2410.01679). All rewards of a step count for each of its
-    tokens, including the tokens after the reward.
+    (VinePPO, 2410.01679). All rewards of a step count for each of its tokens, including the tokens after the reward.
     """
     most = int(steps.max()) + 1
     places = steps.where(mask, most)  # what is not real goes to a last column, which is cut off

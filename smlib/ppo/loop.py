@@ -32,7 +32,6 @@ from smlib.ppo.arithmetic import (
     RunningMoments,
     explained_variance,
     gae,
-    gae_of_steps,
     kl_estimate,
     learning_rate_scale,
     token_rewards,
@@ -127,8 +126,7 @@ def collect(training: Training, asked: list[Problem], state: State, seed: int) -
                 seed, training.max_batch, training.engine,
             )  # fmt: skip
         batch.values, value_columns = found.values, {"value_tokens": found.tokens}
-        advantages, _ = gae_of_steps(rewards, found.values, found.steps, batch.mask, settings.lam)
-        _, batch.returns = gae_of_steps(rewards, found.values, found.steps, batch.mask, 1.0)  # for the log alone
+        advantages, batch.returns = found.advantages(rewards, batch.mask, settings.lam)
     else:
         advantages, batch.returns = gae(rewards, batch.values, batch.mask, settings.gamma, settings.lam)
     batch.advantages = whiten(advantages, batch.mask)

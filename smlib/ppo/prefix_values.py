@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smlib.judging.answers import Reward
 from smlib.learning.exploration import SteppedRationale, split
-from smlib.ppo.arithmetic import RunningMoments, center
+from smlib.ppo.arithmetic import RunningMoments, center, gae_of_steps
 from smlib.ppo.batches import Batch, autocast
 from smlib.ppo.rollouts import PolicyEngine, drawer, earned, earned_by_others, reward_scores, rollout_params
 from smlib.ppo.settings import PPOSettings
@@ -42,6 +42,12 @@ class PrefixValues:
     values: Tensor
     steps: Tensor
     tokens: int
+
+    def advantages(self, rewards: Tensor, mask: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+        """Advantages of the steps, and the returns that the values foretell, those of lam = 1: all [B, T]."""
+        advantages, _ = gae_of_steps(rewards, self.values, self.steps, mask, lam)
+        _, returns = gae_of_steps(rewards, self.values, self.steps, mask, 1.0)
+        return advantages, returns
 
 
 def values_by_rollouts(

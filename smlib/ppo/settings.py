@@ -1,6 +1,6 @@
 """The numbers that PPO, RLOO and GRPO depend on."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from smlib.declared import (
@@ -112,10 +112,9 @@ class PPOSettings(Declared):
         return self.value != "rollouts"
 
     def keys(self) -> dict:
-        """What a training depends on."""
-        return {
-            name: value for name, value in asdict(self).items() if name != "value_samples" or self.value == "rollouts"
-        }
+        """All, but value_samples where nothing asks for them."""
+        unused = () if self.value == "rollouts" else ("value_samples",)
+        return {name: value for name, value in super().keys().items() if name not in unused}
 
     @property
     def questions(self) -> int:

@@ -1,6 +1,7 @@
 """Which questions a run asks in which stage: none twice, and none of the test split before the evaluation."""
 
 import random
+from itertools import chain
 
 from smlib.errors import UsageError
 from smlib.problems.datasets import GROUPS, PUBLISHED, TASKS, TRAIN_SETS, Problem, generate, load, question_key
@@ -109,7 +110,7 @@ def test_problems(settings: Settings) -> dict[str, list[Problem]]:
         if task not in TRAIN_SETS:
             sets[task] = generate(task, n, _TEST, split="test")
             continue
-        for dataset, questions in _each_once(task, "test").items():
+        for dataset, questions in _each_once(_loaded(task, "test")).items():
             sets[dataset] = _shuffled(questions, dataset)[:n]
     return sets
 
@@ -124,23 +125,27 @@ def train_questions(task: str) -> tuple[list[Problem], dict[str, int]]:
 
     Left out is what the test split of any of them asks too (`duplicates.shared_questions`), and what was asked before.
     """
-    tests = [problem for dataset in GROUPS.get(task, (task,)) for problem in load(dataset, "test")]
-    everything = sum(len(load(dataset, "train")) for dataset in GROUPS.get(task, (task,)))
-    once = [problem for questions in _each_once(task, "train").values() for problem in questions]
-    tested = shared_questions(once, tests)
+    everything, tests = _loaded(task, "train"), _loaded(task, "test")
+    once = list(chain(*_each_once(everything).values()))
+    tested = shared_questions(once, chain(*tests.values()))
     left = [problem for problem in once if problem.id not in tested]
-    return left, {"asked in a test split": len(tested), "asked before": everything - len(once)}
+    repeated = sum(map(len, everything.values())) - len(once)
+    return left, {"asked in a test split": len(tested), "asked before": repeated}
 
 
-def _each_once(task: str, split: str) -> dict[str, list[Problem]]:
-    """dataset -> its questions: those of one task, each once, in the first dataset that asks it."""
+def _loaded(task: str, split: str) -> dict[str, list[Problem]]:
+    """dataset -> its questions, of a published dataset or of a group of them."""
+    return {dataset: load(dataset, split) for dataset in GROUPS.get(task, (task,))}
+
+
+def _each_once(datasets: dict[str, list[Problem]]) -> dict[str, list[Problem]]:
+    """The same, with each question once, in the first dataset that asks it."""
     found: dict[str, list[Problem]] = {}
-    for dataset in GROUPS.get(task, (task,)):
-        before = [problem for questions in found.values() for problem in questions]
+    for dataset, problems in datasets.items():
         questions: dict[str, Problem] = {}
-        for problem in load(dataset, split):
+        for problem in problems:
             questions.setdefault(question_key(problem.question), problem)
-        known = shared_questions(questions.values(), before)
+        known = shared_questions(questions.values(), chain(*found.values()))
         found[dataset] = [problem for problem in questions.values() if problem.id not in known]
     return found
 

@@ -195,8 +195,7 @@ def stage_keys(settings: Settings, *groups: str) -> dict:
         common["prompt"] = settings.sampling.prompt
     if (dtype := held_dtype(settings)) != "float32":  # the rest of the group changes no result
         common["dtype"] = dtype
-    values = {group: getattr(settings, group) for group in groups}
-    return common | {group: one.keys() if group == "ppo" else asdict(one) for group, one in values.items()}
+    return common | {group: getattr(settings, group).keys() for group in groups}
 
 
 def engine_key(settings: Settings, who: str = "engine") -> dict:

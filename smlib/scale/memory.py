@@ -212,7 +212,8 @@ def ppo_plan(settings: Settings, prompt: int) -> PPO:
 
 def _ppo_phases(config: LlamaConfig, settings: Settings, prompt: int) -> dict[str, dict[str, float]]:
     """`phases`, and with values by rollouts that of drawing from prefixes, whose longest has a whole completion."""
-    plan, found = ppo_plan(settings, prompt), phases(config, ppo_plan(settings, prompt))
+    plan = ppo_plan(settings, prompt)
+    found = phases(config, plan)
     if settings.ppo.value == "rollouts":
         rows, longest = min(settings.hardware.max_batch, MAX_BATCH), prompt + plan.completion
         longer = replace(plan, prompt=longest, samples=settings.ppo.value_samples, max_batch=rows, joins=True)
