@@ -1,5 +1,6 @@
 """What all tests share: no network, no GPU, no threads that fight over two cores, no time limit on properties."""
 
+import gc
 import os
 import signal
 
@@ -23,6 +24,13 @@ def pytest_collection_modifyitems(items):
     """The runs of all notebooks, then other files with slow tests: what workers begin last is to be short."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path not in slow, item.path.stem != "test_notebook_runs"))
+
+
+def pytest_collection_finish():
+    """What the tests import lives as long as they do. Python looks through all of it for garbage whenever a stage frees
+    its model, for half a second each time, unless it is told not to."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

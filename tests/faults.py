@@ -9,6 +9,7 @@ The process that forks computes nothing itself, so that its children may use tor
 """
 
 import csv
+import gc
 import json
 import os
 import random
@@ -213,6 +214,7 @@ def until_done(run: Path, first: dict, second: dict, rounds: int) -> list[list[t
 
 
 if __name__ == "__main__":
+    gc.freeze()  # else every child looks through all that is imported, whenever a stage frees its model
     what, folder, mode, *rest = sys.argv[1:]
     run, stages = (
         Path(folder),

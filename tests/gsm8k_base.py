@@ -42,7 +42,7 @@ def solutions(problem: Problem) -> list[str]:
     return [" " + "\n".join([*lines, prompts.answer_sentence(problem, answer)]) for lines, answer in told]
 
 
-def make_base(settings: Settings, folder: Path, epochs: int = 30) -> str:
+def make_base(settings: Settings, folder: Path, epochs: int = 18) -> str:
     """Write the base into a folder, whose name is returned; it knows the questions of all stages, the test's too."""
     torch.manual_seed(0)
     asked, tokenizer, model = questions.ppo_problems(settings), models.load_tokenizer(), models.load_policy()

@@ -81,16 +81,17 @@ def test_a_file_cut_short_is_one_sentence_and_leaves_nothing(tmp_path, length):
 
 FEW = {
     "sampling": {
-        "questions": 5, "samples": 8, "conditioned_questions": 3, "conditioned_samples": 2, "shots": "smlib",
-        "temperature": 0.8, "max_new_tokens": 40,
+        "questions": 5, "samples": 8, "conditioned_questions": 1, "conditioned_samples": 1, "shots": "smlib",
+        "temperature": 0.8, "max_new_tokens": 30,
     },
-    "sft": {"batch": 4, "learning_rate": 5e-5, "epochs": 3.0},
-    "reward": {"questions": 1, "batch": 4, "epochs": 1.0, "learning_rate": 2e-5},
+    "sft": {"batch": 4, "learning_rate": 5e-4, "epochs": 2.0},
+    "reward": {"questions": 1, "batch": 4, "epochs": 1.0, "learning_rate": 1e-4},
     "ppo": {
-        "updates": 1, "warmup_updates": 0, "episodes": 8, "samples_per_question": 4, "minibatch": 4,
-        "max_new_tokens": 32, "learning_rate": 1e-6,
+        "updates": 1, "warmup_updates": 0, "episodes": 4, "samples_per_question": 2, "minibatch": 4,
+        "max_new_tokens": 16, "learning_rate": 1e-5,
     },
-    "explore": {"samples": 8, "k": 2, "temperature": 1.0, "max_per_question": 2},
+    "explore": {"samples": 12, "k": 2, "temperature": 0.8, "max_per_question": 1},
+    "lora": {"rank": 4},
 }  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def test_a_real_model_goes_through_stages_01_to_04_and_exploration(smollm2, tmp_
         stage(run, settings, progress=False)
     tokenizer = shared.load_tokenizer(settings)
     rows = require(run, "01_sampling").read_rows("rationales")
-    assert len(rows) == 5 * 8 + 3 * 2 * 2
+    assert len(rows) == 5 * 8 + 1 * 1 * 2
     for row in rows + require(run, "06_solutions").read_rows("solutions"):
         assert encoding.decode(tokenizer, row["token_ids"]) == row["text"]
         assert "\nQ:" not in row["text"]

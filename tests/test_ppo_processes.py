@@ -34,13 +34,16 @@ def assert_close(one, other):
 
 SMALL = ["model:ddp", "adapters:ddp", "head:fsdp"]
 LARGE = ["large:ddp", "large, grouped:ddp", "large, grouped:fsdp"]  # bfloat16, in micro batches
+BEGUN = "adapters:fsdp"  # by one process, which was killed
 
 
 @pytest.fixture(scope="module")
 def trained_by_two(tmp_path_factory):
     """All of them, in one start of two processes: to start them takes longer than to train."""
     out = tmp_path_factory.mktemp("two")
-    in_two_processes(SCRIPT, out, *SMALL, *LARGE)
+    with pytest.raises(Killed):
+        run(out / BEGUN, kind="adapters", reward=dies_at(2, Killed), checkpoint_every=2)
+    in_two_processes(SCRIPT, out, *SMALL, *LARGE, BEGUN)
     return out
 
 
@@ -52,13 +55,9 @@ def test_two_processes_train_as_one(tmp_path, trained_by_two, case):
     assert len(logs[0]) == len(logs[1]) == 1 + QUICK.updates
 
 
-def test_what_one_process_began_two_can_finish_sharded(tmp_path):
+def test_what_one_process_began_two_can_finish_sharded(tmp_path, trained_by_two):
     run(tmp_path / "one", kind="adapters")
-    case = "adapters:fsdp"
-    with pytest.raises(Killed):
-        run(tmp_path / case, kind="adapters", reward=dies_at(2, Killed), checkpoint_every=2)
-    in_two_processes(SCRIPT, tmp_path, case)
-    assert_close(tmp_path / "one", tmp_path / case)
+    assert_close(tmp_path / "one", trained_by_two / BEGUN)
 
 
 def test_the_steps_are_large_enough_to_tell(tmp_path):

@@ -202,9 +202,8 @@ def test_the_pit_report_is_of_wrong_rationales_of_every_dataset(finished):
 
 def test_a_pit_report_takes_an_even_choice(finished, tmp_path, monkeypatch):
     run = branch(finished, tmp_path / "run", ["01_sampling", "06_selection", "06_rft"])
-    monkeypatch.setattr(self_explore, "REPORTED", 2)
     monkeypatch.setattr(self_explore, "KS", (1,))
-    [row] = self_explore.report_pits(run, small(), progress=False).read_rows("report")
+    [row] = self_explore.report_pits(run, small(explore={"reported": 2}), progress=False).read_rows("report")
     assert row["rationales"] == 2
 
 

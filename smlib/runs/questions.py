@@ -1,6 +1,7 @@
 """Which questions a run asks in which stage: none twice, and none of the test split before the evaluation."""
 
 import random
+from functools import lru_cache
 from itertools import chain
 
 from smlib.errors import UsageError
@@ -12,6 +13,8 @@ from smlib.runs.settings import Settings
 # Generated questions of the train split are drawn from these seeds, far apart, plus the run's own seed; the tiny
 # base read seeds from 1,000,003. Test questions are of another split and the same for every run.
 _FIRST, _SECOND, _PPO, _TEST, _FRESH = 10_000, 20_000, 30_000, 60_000, 50_000
+
+_Datasets = tuple[tuple[str, tuple[Problem, ...]], ...]  # names and questions
 
 
 def training_problems(settings: Settings) -> list[Problem]:
@@ -126,19 +129,25 @@ def train_questions(task: str) -> tuple[list[Problem], dict[str, int]]:
     Left out is what the test split of any of them asks too (`duplicates.shared_questions`), and what was asked before.
     """
     everything, tests = _loaded(task, "train"), _loaded(task, "test")
-    once = list(chain(*_each_once(everything).values()))
-    tested = shared_questions(once, chain(*tests.values()))
+    once, tested = _once_and_tested(tuple(everything.items()), tuple(tests.items()))
     left = [problem for problem in once if problem.id not in tested]
     repeated = sum(map(len, everything.values())) - len(once)
     return left, {"asked in a test split": len(tested), "asked before": repeated}
 
 
-def _loaded(task: str, split: str) -> dict[str, list[Problem]]:
+@lru_cache(maxsize=2)  # every stage asks, and to compare GSM8K's questions takes a quarter of a second
+def _once_and_tested(train: _Datasets, test: _Datasets) -> tuple[list[Problem], frozenset[str]]:
+    """The questions of the train splits, each once, and the ids of those that a test split asks."""
+    once = list(chain(*_each_once(dict(train)).values()))
+    return once, frozenset(shared_questions(once, chain(*dict(test).values())))
+
+
+def _loaded(task: str, split: str) -> dict[str, tuple[Problem, ...]]:
     """dataset -> its questions, of a published dataset or of a group of them."""
-    return {dataset: load(dataset, split) for dataset in GROUPS.get(task, (task,))}
+    return {dataset: tuple(load(dataset, split)) for dataset in GROUPS.get(task, (task,))}
 
 
-def _each_once(datasets: dict[str, list[Problem]]) -> dict[str, list[Problem]]:
+def _each_once(datasets: dict[str, tuple[Problem, ...]]) -> dict[str, list[Problem]]:
     """The same, with each question once, in the first dataset that asks it."""
     found: dict[str, list[Problem]] = {}
     for dataset, problems in datasets.items():

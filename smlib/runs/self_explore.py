@@ -30,7 +30,7 @@ from smlib.runs.settings import Settings
 from smlib.sampling.engines import Engine
 
 _FOLDERS = {"rft": "06_rft", "outcome_dpo": "06_outcome_dpo", "self_explore": "06_step_dpo"}
-KS, REPORTED = (1, 2, 4, 8, 16), 40  # of the pit report: its k, and rationales of a dataset at most
+KS = (1, 2, 4, 8, 16)  # of the pit report
 SHARD = 512  # outcome pairs explored together: what a killed run loses
 
 
@@ -149,13 +149,14 @@ def _explore_shard(
 def report_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
     """06_pit_report: how often the first pit of k completions is the first wrong step (`pits.pit_report`).
 
-    Writes report.jsonl: per dataset a row for every k of KS; an even choice of at most REPORTED of the outcome pairs'
-    wrong rationales, each prefix completed twice as often as the greatest k. A dataset without any wrong step has none,
-    nor has a published one, whose steps nothing can check.
+    Writes report.jsonl: per dataset a row for every k of KS; an even choice of at most explore.reported of the outcome
+    pairs' wrong rationales, each prefix completed twice as often as the greatest k. A dataset without any wrong step
+    has none, nor has a published one, whose steps nothing can check.
     """
     asked, selected = require(run_dir, "01_sampling"), require(run_dir, "06_selection")
     tuned = require(run_dir, "06_rft")
-    keys = _keys(settings, temperature=settings.explore.temperature) | {"ks": KS, "reported": REPORTED}
+    most = settings.explore.reported
+    keys = _keys(settings, temperature=settings.explore.temperature) | {"ks": KS, "reported": most}
     read = {asked: ["problems.jsonl"], selected: ["pairs.jsonl"], tuned: ["model"]}
     stage = Stage(run_dir, "06_pit_report", keys | shared.engine_key(settings), read)
     if stage.done:
@@ -167,7 +168,7 @@ def report_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Sta
         everything = wrong_rationales(tokenizer, problems, selected.read_rows("pairs", Pair))
         for task in (task for task in settings.tasks if task in TASKS):
             mine = [one for one in everything if one.problem.dataset == task and pits.wrong_step(tokenizer, one)]
-            mine = [mine[place * len(mine) // REPORTED] for place in range(REPORTED)] if len(mine) > REPORTED else mine
+            mine = [mine[place * len(mine) // most] for place in range(most)] if len(mine) > most else mine
             shown |= {task: mine} if mine else {}
         if shown:
             params = shared.sampling_params(settings, "explore")

@@ -120,6 +120,7 @@ class ExploreSettings(Declared):
     max_per_question: Samples = setting(8, "RFT solutions, and outcome pairs")
     k: Samples = setting(4, "completions of a prefix; it is a pit if none of them is right")
     choice: Completion = setting("shortest", "which of the right completions before the pit is the chosen side")
+    reported: Samples = setting(40, "wrong rationales of each task that the pit report looks at, at most")
 
 
 @dataclass(frozen=True)
