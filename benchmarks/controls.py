@@ -12,6 +12,10 @@ the other policy in a folder of its own. A stopped run goes on; delete the table
 right answers, or nats per token, of one model at one temperature, with an interval over questions. Seed "all" has means
 over the seeds and their t interval (none for the base, which no seed trains), and "A minus B" the paired differences,
 question by question.
+
+A policy that is surer of itself has less entropy at the same temperature. So the rows "right at SML's entropy" compare
+at equal entropy: the accuracy of every model where its samples have the entropy of SML's at that temperature, read off
+the line between the temperatures that were measured (mean of tasks, seed by seed).
 """
 
 import argparse
@@ -41,6 +45,7 @@ COLUMNS = ("seed", "method", "task", "temperature", "metric", "value", "low", "h
 TEMPERATURES = {0.0: 1, 0.25: 4, 0.5: 4, 0.75: 4, 1.0: 8}  # temperature -> samples of a question
 UNTRAINED, LEARNED = "SML, untrained reward", "SML"
 CONTRASTS = (("SFT", "base"), (LEARNED, "SFT"), (UNTRAINED, "SFT"), (LEARNED, UNTRAINED))
+EQUAL = "right at SML's entropy"
 Values = dict[tuple[str, float, str], dict[str, float]]  # (method, temperature, metric) -> question id -> value
 
 
@@ -116,27 +121,48 @@ def over_seeds(rows: Sequence[dict]) -> list[dict]:
     return pooled
 
 
+def at_equal_entropy(rows: Sequence[dict]) -> list[dict]:
+    """Of every seed the share of right answers that each method has at the entropy of SML, and every contrast."""
+    curves = defaultdict(dict)  # seed, method, metric -> temperature -> mean of tasks
+    for row in (row for row in rows if row["task"] == MEAN and " minus " not in row["method"]):
+        curves[row["seed"], row["method"], row["metric"]][row["temperature"]] = row["value"]
+    found = []
+    for seed in dict.fromkeys(seed for seed, *_ in curves):
+        methods = [method for one, method, metric in curves if (one, metric) == (seed, "right")]
+        for temperature, level in curves[seed, LEARNED, "entropy"].items():
+            values = {}
+            for method in methods:
+                right = curves[seed, method, "right"]
+                entropies = [curves[seed, method, "entropy"].get(one, 0.0) for one in right]  # greedy has none
+                values[method] = float(np.interp(level, entropies, list(right.values())))
+            values |= {f"{a} minus {b}": values[a] - values[b] for a, b in CONTRASTS if {a, b} <= values.keys()}
+            for method, value in values.items():
+                cells = (seed, method, MEAN, temperature, EQUAL, round(value, 5), "", "", "")
+                found.append(dict(zip(COLUMNS, cells, strict=True)))
+    return found
+
+
 def measured(table: Path) -> list[dict]:
     """The rows of the seeds that a table has."""
     if not table.exists():
         return []
     with table.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["seed"] != "all"]
+        rows = [row for row in csv.DictReader(file) if row["seed"] != "all" and row["metric"] != EQUAL]
     kinds = {"seed": int, "temperature": float, "value": float, "low": float, "high": float, "n": int}
     return [{name: kinds.get(name, str)(value) for name, value in row.items()} for row in rows]
 
 
-def markdown(rows: Sequence[dict], columns: Sequence[tuple[str, str, float]]) -> str:
-    """The table of docs/results.md from the rows over seeds, in percent; columns: head, task, temperature."""
-    found = {(row["method"], row["task"], float(row["temperature"])): row for row in rows if row["seed"] == "all"
-             and row["metric"] == "right"}  # fmt: skip
+def markdown(rows: Sequence[dict], columns: Sequence[tuple[str, str, float, str]]) -> str:
+    """The table of docs/results.md from the rows over seeds, in percent; columns: head, task, temperature, metric."""
+    names = ("method", "task", "metric")
+    found = {(*(row[name] for name in names), float(row["temperature"])): row for row in rows if row["seed"] == "all"}
     lines = [f"| right answers, % | {' | '.join(head for head, *_ in columns)} |", "|---" * (len(columns) + 1) + "|"]
     contrasts = [f"{one} minus {other}" for one, other in CONTRASTS]
     for method in ("base", "SFT", UNTRAINED, LEARNED, *contrasts):
         sign = "+" if method in contrasts else ""
         cells = []
-        for _, task, temperature in columns:
-            row = found[method, task, temperature]
+        for _, task, temperature, metric in columns:
+            row = found[method, task, metric, temperature]
             value, *ends = (100 * float(row[name]) for name in ("value", "low", "high") if row[name] != "")
             interval = f" [{ends[0]:{sign}.1f}, {ends[1]:{sign}.1f}]" if ends else ""
             cells.append(f"{value:{sign}.1f}{interval}")
@@ -145,8 +171,9 @@ def markdown(rows: Sequence[dict], columns: Sequence[tuple[str, str, float]]) ->
 
 
 TABLES = (  # of docs/results.md
-    [("greedy", MEAN, 0.0), ("temperature 0.5", MEAN, 0.5), ("temperature 1", MEAN, 1.0)],
-    [(f"greedy, {task.replace('_', ' ')}", task, 0.0) for task in TASKS],
+    [("greedy", MEAN, 0.0, "right"), ("temperature 0.5", MEAN, 0.5, "right"), ("temperature 1", MEAN, 1.0, "right")],
+    [(f"at SML's entropy, temperature {temperature:g}", MEAN, temperature, EQUAL) for temperature in (0.5, 1.0)],
+    [(f"greedy, {task.replace('_', ' ')}", task, 0.0, "right") for task in TASKS],
 )
 
 
@@ -175,9 +202,12 @@ def main() -> None:
             values |= {(method, *key): per_question for key, per_question in found.items()}
             print(f"seed {seed}: {method}", flush=True)
         rows += rows_of(seed, values, tasks)
-        write(rows + over_seeds(rows), COLUMNS, args.out)
-    for columns in TABLES if args.task == "all" and over_seeds(rows) else ():
-        print(f"\n{markdown(over_seeds(rows), columns)}")
+        write(rows, COLUMNS, args.out)
+    equal = at_equal_entropy(rows)
+    pooled = over_seeds(rows + equal)
+    write(rows + equal + pooled, COLUMNS, args.out)
+    for columns in TABLES if args.task == "all" and pooled else ():
+        print(f"\n{markdown(pooled, columns)}")
 
 
 if __name__ == "__main__":

@@ -380,11 +380,6 @@ def _run_folder(args: argparse.Namespace, asked: dict) -> Path:
 def run_notebooks(args: argparse.Namespace) -> int | None:
     """Execute the notebooks, plan it, or verify what is there."""
     asked = _asked(args)
-    if members := datasets.GROUPS.get(asked["TASK"]):
-        raise UsageError(
-            f"task {asked['TASK']!r} is several datasets, and the notebooks are about one: give --task {members[0]}, "
-            f"or make the stages by `smlib stage --task {asked['TASK']}`"
-        )
     settings = _settings(asked)  # refuses what is not allowed before anything is written
     with of_extra("notebooks"):
         from smlib.notebooks import runner

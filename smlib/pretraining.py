@@ -174,6 +174,7 @@ def document(problem: Problem, others: list[Problem], conditioned: bool, rng: ra
 
 
 # Of 20 documents so many are of each task: the harder a task is to read, the more.
+ASKED = 200  # questions of each task for the accuracy on a base's card
 _MIX = {"coin_flip": 4, "last_letters": 5, "shuffled_objects": 5, "chain_arithmetic": 6}
 
 
@@ -316,10 +317,10 @@ def train(model: LlamaForCausalLM, batches: list[tuple[torch.Tensor, torch.Tenso
 
 
 def accuracy_by_task(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, dict[str, float]]:
-    """Greedy and sampled accuracy of a base on 200 questions per task of the train split, for its card."""
+    """Greedy and sampled accuracy of a base on ASKED questions per task of the train split, for its card."""
     accuracy, params = {}, SamplingParams(temperature=0.8, max_new_tokens=128, seed=0)
     for task in TASKS:
-        rows = evaluate(NativeEngine(model, tokenizer), generate(task, 200, seed=2_000_003), 8, params)
+        rows = evaluate(NativeEngine(model, tokenizer), generate(task, ASKED, seed=2_000_003), 8, params)
         numbers = summarise(rows)
         names = {"greedy": "greedy", "sampled at T = 0.8": "avg_at_k", "pass@8 at T = 0.8": "pass_at_k"}
         accuracy[task] = {name: round(numbers[key]["value"], 3) for name, key in names.items()}

@@ -23,7 +23,7 @@ STAGES = (
     "05_evaluation", "06_solutions", "06_selection", "06_rft", "06_exploration", "06_pit_report", "06_step_dpo",
     "06_outcome_dpo", "06_evaluation",
 )  # fmt: skip
-SOME = {"02_ranking": 7, "02_sft": 6, "04_ppo": 11, "06_exploration": 9}  # in the short form: every so many operations
+SOME = {"02_ranking": 7, "02_sft": 9, "04_ppo": 16, "06_exploration": 13}  # in the short form: every so many operations
 
 
 def faults(*arguments):

@@ -142,7 +142,8 @@ def test_a_completions_tokens_weigh_one_a_questions_a_tenth_and_pads_nothing():
 
 @pytest.fixture
 def short_corpus(monkeypatch):
-    """`main` learns its tokenizer from 8,000 documents; here from 200."""
+    """`main` learns its tokenizer from 8,000 documents, here from 200, and asks 200 questions per task, here 4."""
+    monkeypatch.setattr(pretraining, "ASKED", 4)
     whole = pretraining.corpus
     monkeypatch.setattr(pretraining, "corpus", lambda documents, seed: whole(min(documents, 200), seed))
 

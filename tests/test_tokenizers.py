@@ -41,7 +41,7 @@ def make_base(kind, folder, style):
                 told = [*steps("gsm8k", a, b, total), prompts.answer_sentence(problem, str(total))]
                 tail = encoding.encode_completion(tokenizer, blank + "\n".join(told))
                 documents.append(encoding.encode_question(tokenizer, problem, given=given) + tail)
-    learn(model, documents, 75)
+    learn(model, documents, 100)
     model.save_pretrained(folder)
     return str(folder)
 

@@ -47,7 +47,7 @@ from smlib.declared import (
 )
 from smlib.errors import UsageError
 from smlib.ppo.settings import PPOSettings
-from smlib.problems.datasets import TASKS, TRAIN_SETS
+from smlib.problems.datasets import GROUPS, TASKS, TRAIN_SETS
 from smlib.problems.prompts import SOURCES
 from smlib.sampling.limits import MAX_BATCH, PREFIX_TOKENS
 
@@ -216,6 +216,11 @@ class Settings(Declared):
     dpo: DPOSettings = DPOSettings()
     lora: LoraSettings = LoraSettings()
     hardware: HardwareSettings = HardwareSettings()
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Where its questions are from: its tasks, or the datasets of a group."""
+        return tuple(name for task in self.tasks for name in GROUPS.get(task, (task,)))
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,8 +1,10 @@
 """What the stages of both systems share: their keys, how they load models, and how several processes record one."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -226,18 +228,27 @@ def evaluation_keys(settings: Settings, published: dict[str, list[Problem]]) -> 
 def evaluate(
     settings: Settings, paths: dict[str, str | Path], sets: dict[str, list[Problem]], progress: bool
 ) -> list[Answers]:
-    """The answers of every method's model to every test set, in this order; on published sets only greedy ones."""
+    """The answers of every method's model to every test set, in this order; on published sets only greedy ones.
+
+    Sets are asked together: a batch that is full is faster than one that waits for its last row, set after set.
+    """
     rows, labels = [], results.METHODS | results.EXPLORE_METHODS
+    groups = defaultdict(list)  # samples of a question -> test sets
+    for name in sets:
+        groups[0 if results.is_published(name) else settings.evaluation.samples].append(name)
     for method, path in paths.items():
+        found = {}
         with load_engine(settings, path) as engine:
-            for name, problems in sets.items():
-                answered = evaluation.evaluate(
-                    engine, problems, 0 if results.is_published(name) else settings.evaluation.samples,
+            for samples, names in groups.items():
+                label = f"{labels[method]}, {', '.join(names[:2]) + ', ...' * (len(names) > 2)}"
+                answered = iter(evaluation.evaluate(
+                    engine, [problem for name in names for problem in sets[name]], samples,
                     sampling_params(settings, "evaluation"),
                     shots=settings.sampling.shots if method == "base" else "none",
-                    progress=f"{labels[method]}, {name}" if progress else None,
-                )  # fmt: skip
-                rows += [{"method": method, "test_set": name} | row for row in answered]
+                    progress=label if progress else None,
+                ))  # fmt: skip
+                found |= {name: list(islice(answered, len(sets[name]))) for name in names}
+        rows += [{"method": method, "test_set": name} | row for name in sets for row in found[name]]
     return rows
 
 
