@@ -34,9 +34,9 @@ from smlib.judging.answers import grade
 from smlib.problems import prompts
 from smlib.problems.datasets import TASKS, Problem
 from smlib.reports.evaluation import mean_interval
-from smlib.reports.results import MEAN
+from smlib.reports.results import ALL, MEAN
 from smlib.runs import questions, self_motivated, shared
-from smlib.runs.settings import preset
+from smlib.runs.settings import Settings, preset
 from smlib.sampling import encoding, packing
 from smlib.sampling.engines import NativeEngine
 from smlib.sampling.params import SamplingParams
@@ -44,20 +44,26 @@ from smlib.sampling.params import SamplingParams
 COLUMNS = ("seed", "method", "task", "temperature", "metric", "value", "low", "high", "n")
 TEMPERATURES = {0.0: 1, 0.25: 4, 0.5: 4, 0.75: 4, 1.0: 8}  # temperature -> samples of a question
 UNTRAINED, LEARNED = "SML, untrained reward", "SML"
+METHODS = ("base", "SFT", UNTRAINED, LEARNED)
 CONTRASTS = (("SFT", "base"), (LEARNED, "SFT"), (UNTRAINED, "SFT"), (LEARNED, UNTRAINED))
 EQUAL = "right at SML's entropy"
 Values = dict[tuple[str, float, str], dict[str, float]]  # (method, temperature, metric) -> question id -> value
 
 
-def models_of(seed: int, preset_name: str, task: str) -> dict[str, Path | str]:
-    """Method -> the folder of its model."""
+def model_of(method: str, seed: int, preset_name: str, task: str) -> Path | str:
+    """The folder of a method's model, which is trained first where it is missing."""
     settings, run = preset(preset_name, task, seed), shared.run_folder("", preset_name, task, seed)
+    if method == "base":
+        return settings.base
+    if method == "SFT":
+        for stage in ("01_sampling", "02_ranking", "02_sft"):
+            self_motivated.STAGES[stage](run, settings)
+        return require(run, "02_sft").path("model")
     self_motivated.before_policy(run, settings)
-    learned = self_motivated.train_policy(run, settings)
+    if method == LEARNED:
+        return self_motivated.train_policy(run, settings).path("model")
     other = preset(preset_name, task, seed, ppo={"reward": "untrained"})
-    untrained = variants.policy(run, other, "PPO-untrained-reward", "ppo")
-    tuned = require(run, "02_sft").path("model")
-    return {"base": settings.base, "SFT": tuned, UNTRAINED: untrained.path("model"), LEARNED: learned.path("model")}
+    return variants.policy(run, other, "PPO-untrained-reward", "ppo").path("model")
 
 
 @torch.inference_mode()
@@ -69,17 +75,23 @@ def entropy(engine: NativeEngine, prompt: list[int], completions: list[list[int]
     return float(-(logp.exp() * logp).sum(-1).mean())
 
 
-def answer(engine: NativeEngine, problems: Sequence[Problem], settings) -> dict[tuple[float, str], dict[str, float]]:
-    """(temperature, metric) -> question id -> the share of its samples that are right, or their entropy."""
-    asked = [encoding.encode_question(engine.tokenizer, problem) for problem in problems]
+def answer(
+    engine: NativeEngine, problems: Sequence[Problem], settings: Settings, shots: str, temperatures: Sequence[float]
+) -> dict[tuple[float, str], dict[str, float]]:
+    """(temperature, metric) -> question id -> the share of its samples that are right, or their entropy, which is left
+    out after exemplars: to read them again takes longer than to draw."""
+    asked = [encoding.encode_question(engine.tokenizer, problem, shots=shots) for problem in problems]
     found = defaultdict(dict)
-    for temperature, n in TEMPERATURES.items():
+    for temperature in temperatures:
         params = SamplingParams(temperature, settings.sampling.max_new_tokens, settings.seed)
-        drawn = engine.sample_ids(asked, n, params, keys=[problem.id for problem in problems])
+        drawn = engine.sample_ids(
+            asked, TEMPERATURES.get(temperature, 4), params.stopping_at(prompts.stop(shots)),
+            keys=[problem.id for problem in problems], progress=f"T = {temperature}",
+        )  # fmt: skip
         for problem, prompt, samples in zip(problems, asked, drawn, strict=True):
             right = [grade(problem, prompts.cut(one.text)).correct for one in samples]
             found[temperature, "right"][problem.id] = float(np.mean(right))
-            if temperature:
+            if temperature and shots == "none":
                 completions = [list(one.token_ids) for one in samples]
                 found[temperature, "entropy"][problem.id] = entropy(engine, prompt, completions, temperature)
     return dict(found)
@@ -95,7 +107,7 @@ def rows_of(seed: int | str, values: Values, tasks: dict[str, list[str]]) -> lis
         }
         for one, other in CONTRASTS
         if {one, other} <= methods
-        for temperature in TEMPERATURES
+        for temperature in dict.fromkeys(temperature for _, temperature, _ in values)
     }
     rows = []
     for (method, temperature, metric), found in shown.items():
@@ -124,12 +136,13 @@ def over_seeds(rows: Sequence[dict]) -> list[dict]:
 def at_equal_entropy(rows: Sequence[dict]) -> list[dict]:
     """Of every seed the share of right answers that each method has at the entropy of SML, and every contrast."""
     curves = defaultdict(dict)  # seed, method, metric -> temperature -> mean of tasks
-    for row in (row for row in rows if row["task"] == MEAN and " minus " not in row["method"]):
+    together = MEAN if any(row["task"] == MEAN for row in rows) else ALL
+    for row in (row for row in rows if row["task"] == together and " minus " not in row["method"]):
         curves[row["seed"], row["method"], row["metric"]][row["temperature"]] = row["value"]
     found = []
     for seed in dict.fromkeys(seed for seed, *_ in curves):
-        methods = [method for one, method, metric in curves if (one, metric) == (seed, "right")]
-        for temperature, level in curves[seed, LEARNED, "entropy"].items():
+        methods = [method for one, method, metric in curves if (one, metric) == (seed, "entropy")]
+        for temperature, level in curves.get((seed, LEARNED, "entropy"), {}).items():
             values = {}
             for method in methods:
                 right = curves[seed, method, "right"]
@@ -137,7 +150,7 @@ def at_equal_entropy(rows: Sequence[dict]) -> list[dict]:
                 values[method] = float(np.interp(level, entropies, list(right.values())))
             values |= {f"{a} minus {b}": values[a] - values[b] for a, b in CONTRASTS if {a, b} <= values.keys()}
             for method, value in values.items():
-                cells = (seed, method, MEAN, temperature, EQUAL, round(value, 5), "", "", "")
+                cells = (seed, method, together, temperature, EQUAL, round(value, 5), "", "", "")
                 found.append(dict(zip(COLUMNS, cells, strict=True)))
     return found
 
@@ -158,7 +171,7 @@ def markdown(rows: Sequence[dict], columns: Sequence[tuple[str, str, float, str]
     found = {(*(row[name] for name in names), float(row["temperature"])): row for row in rows if row["seed"] == "all"}
     lines = [f"| right answers, % | {' | '.join(head for head, *_ in columns)} |", "|---" * (len(columns) + 1) + "|"]
     contrasts = [f"{one} minus {other}" for one, other in CONTRASTS]
-    for method in ("base", "SFT", UNTRAINED, LEARNED, *contrasts):
+    for method in (*METHODS, *contrasts):
         sign = "+" if method in contrasts else ""
         cells = []
         for _, task, temperature, metric in columns:
@@ -182,6 +195,8 @@ def main() -> None:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--task", default="all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[*TEMPERATURES])
     parser.add_argument("--questions", type=int, default=0, help="per task (default: those of stage 05)")
     parser.add_argument("--out", type=Path, default=variants.TABLE.with_name("controls.csv"))
     args = parser.parse_args()
@@ -194,11 +209,16 @@ def main() -> None:
             settings = preset(args.preset, args.task, seed, evaluation={"questions": args.questions})
         sets = questions.test_problems(settings)
         tasks = {task: [problem.id for problem in problems] for task, problems in sets.items()}
-        tasks |= {MEAN: [name for names in tasks.values() for name in names]}
+        together = MEAN if len({len(names) for names in tasks.values()}) == 1 else ALL
+        tasks |= {together: [name for names in tasks.values() for name in names]}
         values = {}
-        for method, path in models_of(seed, args.preset, args.task).items():
+        asked = [problem for problems in sets.values() for problem in problems]
+        for method in args.methods:
+            path, shots = model_of(method, seed, args.preset, args.task), "none"
+            if method == "base":
+                shots = settings.sampling.shots
             with shared.load_engine(settings, path) as engine:
-                found = answer(engine, [problem for problems in sets.values() for problem in problems], settings)
+                found = answer(engine, asked, settings, shots, args.temperatures)
             values |= {(method, *key): per_question for key, per_question in found.items()}
             print(f"seed {seed}: {method}", flush=True)
         rows += rows_of(seed, values, tasks)

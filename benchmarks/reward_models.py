@@ -50,7 +50,7 @@ from smlib.sampling import models
 COLUMNS = ("seed", "reward", "pairs", "task", "metric", "value", "low", "high", "n")
 UNTRAINED, OWN = "untrained", "reward model"
 RANKED, SOUND, BEST = "pairs ranked right", "sound above lucky", "best of 8"
-SAMPLES, SCALAR_RATE, PER_QUESTION = 8, 1e-3, 1.5  # PER_QUESTION: pairs that a question gives at least, on the mean
+SAMPLES, SCALAR_RATE, PER_QUESTION = 8, 5e-4, 1.5  # PER_QUESTION: pairs that a question gives at least, on the mean
 Score = Callable[[Sequence[Problem], Sequence[Sequence[int]]], list[float]]
 
 
@@ -123,6 +123,7 @@ def own_pairs(settings: Settings, most: int, folder: Path) -> tuple[list[Problem
     with shared.load_engine(settings, folder) as engine:
         params = shared.sampling_params(settings, "sampling")
         written = rationales.sample_open(engine, problems, SAMPLES, params, author="sft", progress="pairs")
+        written = rationales.reanswer(engine, problems, written, seed=settings.seed)
     ranked, _ = ranking.rank(written, settings.ranking.max_per_side)
     made = ranking.pairs(ranked, settings.ranking.max_pairs_per_question, settings.seed)
     made = [pair for pair in made if not pair.held_out]
@@ -175,6 +176,23 @@ def scalar_head(
         return found
 
     return score
+
+
+def markdown(rows: Sequence[dict]) -> str:
+    """The table of docs/results.md: what training adds, by task, from the rows over seeds."""
+    found = {(row["metric"], row["task"], row["reward"]): row for row in rows
+             if row["seed"] == "all" and int(row["pairs"]) == 0}  # fmt: skip
+    names = {UNTRAINED: "untrained", OWN: "trained", f"{OWN} minus {UNTRAINED}": "difference"}
+    heads = [f"{metric}: untrained | trained | difference" for metric in (RANKED, BEST)]
+    lines = [f"| % | {' | '.join(heads)} |"]
+    lines.append("|---" * (1 + 2 * len(names)) + "|")
+    for task in dict.fromkeys(task for _, task, _ in found):
+        cells = []
+        for metric, (reward, name) in product((RANKED, BEST), names.items()):
+            value, low, high = (100 * float(found[metric, task, reward][part]) for part in ("value", "low", "high"))
+            cells.append(f"{value:+.1f} [{low:+.1f}, {high:+.1f}]" if name == "difference" else f"{value:.1f}")
+        lines.append(f"| {' | '.join([task.replace('_', ' '), *cells])} |")
+    return "\n".join(lines)
 
 
 def measured(table: Path) -> list[dict]:
@@ -230,6 +248,8 @@ def main() -> None:
             continue
         rows = [row for row in rows if row["seed"] != seed or row["pairs"] not in wanted] + measure(seed, args)
         write(rows + over_seeds(rows), COLUMNS, args.out)
+    if len({row["seed"] for row in rows}) > 1:
+        print(markdown(over_seeds(rows)))
 
 
 if __name__ == "__main__":

@@ -84,17 +84,26 @@ def test_a_python_that_is_too_old_is_refused(tmp_path):
     assert "is not Python 3.11 or newer: install one, then make PYTHON=python3.11 test" in shown.stderr
 
 
-def test_the_tables_of_the_controls_are_those_of_the_results(readme):
-    spec = importlib.util.spec_from_file_location("controls", ROOT / "benchmarks" / "controls.py")
-    controls = importlib.util.module_from_spec(spec)
+def benchmark(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
-        spec.loader.exec_module(controls)
-    with (ROOT / "results" / "controls.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        spec.loader.exec_module(module)
+    with (ROOT / "results" / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        return module, list(csv.DictReader(file))
+
+
+def test_the_tables_of_the_controls_are_those_of_the_results(readme):
+    controls, rows = benchmark("controls")
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for columns in controls.TABLES:
         assert controls.markdown(rows, columns) in page
     greedy = controls.markdown(rows, [("greedy", controls.MEAN, 0.0, "right")])
     rank = greedy.splitlines()[-1].split(" | ")[1].strip(" |")
     assert f"The rank adds {rank} points to greedy answers" in " ".join(readme.split())
+
+
+def test_the_table_of_the_reward_models_is_that_of_the_results():
+    reward_models, rows = benchmark("reward_models")
+    assert reward_models.markdown(rows) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
