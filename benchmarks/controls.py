@@ -57,7 +57,7 @@ def model_of(method: str, seed: int, preset_name: str, task: str) -> Path | str:
         return settings.base
     if method == "SFT":
         for stage in ("01_sampling", "02_ranking", "02_sft"):
-            self_motivated.STAGES[stage](run, settings)
+            self_motivated.STAGES[stage](run, settings, progress=True)
         return require(run, "02_sft").path("model")
     self_motivated.before_policy(run, settings)
     if method == LEARNED:

@@ -176,7 +176,7 @@ def _add_changes(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--task", choices=("all", *TASKS, *TRAIN_SETS), metavar="TASK",
-        help=f"{tasks} (default: gsm8k of the large presets, else all)",
+        help=f"{tasks} (default: word_problems of smollm2, gsm8k of the large presets, else all)",
     )  # fmt: skip
     parser.add_argument(
         "--model", help="in place of the preset's: smollm2, a folder, a GGUF file, or a hub id, best with @REVISION"

@@ -1,6 +1,7 @@
 """Every number a run depends on, and the named sets of them, which are in presets.yaml:
 
 - `tiny` (the tutorial), `smoke` (for tests), `tiny-lora` (LoRA adapters over one base, as a large model is trained);
+- `smollm2` (a real model of 135 million weights on published word problems, on a laptop);
 - for one GPU `llama2-7b` (80 GB), `llama2-7b-40gb`, `llama2-7b-24gb` (a 4-bit base), and `small` (half a billion
   weights); `rehearsal` is `llama2-7b` in miniature, to be run on a laptop before a GPU is rented;
 - for Self-Explore as its paper has it `mistral-7b`, `llemma-7b` and `deepseek-math-7b`.
@@ -247,8 +248,8 @@ LARGE = tuple(name for name, values in PRESETS.items() if "/" in values.get("bas
 
 
 def default_task(name: str) -> str:
-    """What a preset is for where nothing is said: GSM8K for large models, else all generated tasks."""
-    return "gsm8k" if name in LARGE else "all"
+    """What a preset is for where nothing is said: published questions for models that can read, else all generated."""
+    return "word_problems" if name == "smollm2" else "gsm8k" if name in LARGE else "all"
 
 
 def preset(name: str, task: str = "all", seed: int = 0, **overrides) -> Settings:
