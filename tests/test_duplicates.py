@@ -95,3 +95,11 @@ def test_the_easy_end_of_gsm8k_has_at_most_two_calculations():
     easy, whole = load("gsm8k_easy", "test"), {one.question: one for one in load("gsm8k", "test")}
     assert len(easy) == 440 and all(one.question in whole for one in easy)
     assert all(one.id == whole[one.question].id.replace("gsm8k", "gsm8k_easy") for one in easy)
+
+
+@published
+def test_a_group_has_fresh_questions_of_every_dataset():
+    settings = preset("tiny", "word_problems", sampling={"questions": 400}, reward={"questions": 300})
+    fresh = questions.fresh_problems(settings, 3)
+    assert [problem.dataset for problem in fresh] == [name for name in GROUPS["word_problems"] for _ in range(3)]
+    assert settings.datasets == GROUPS["word_problems"] and preset("tiny", "svamp").datasets == ("svamp",)

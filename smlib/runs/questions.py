@@ -85,7 +85,7 @@ def _in_rounds(pool: list[Problem], each: int, name: str):
 
 
 def fresh_problems(settings: Settings, n: int) -> list[Problem]:
-    """n questions per task, of the train split and in none of the run's stages: to look at a model on the way.
+    """n questions per dataset, of the train split and in none of the run's stages: to look at a model on the way.
 
     Of a published train split as many of the n as are left; raises ValueError where none is.
     """
@@ -93,10 +93,11 @@ def fresh_problems(settings: Settings, n: int) -> list[Problem]:
     seen = {problem.id for update in range(settings.ppo.updates) for problem in asked(update)}
     seen |= {problem.id for problem in training_problems(settings) + second_problems(settings)}
     if settings.tasks[0] in TRAIN_SETS:
-        pools = [_train_split(settings.tasks[0], settings)]
-        if all(problem.id in seen for problem in pools[0]):
+        everything = _train_split(settings.tasks[0], settings)
+        pools = [[one for one in everything if one.dataset == dataset] for dataset in settings.datasets]
+        if all(problem.id in seen for problem in everything):
             raise UsageError(
-                f"the run's stages use all {len(pools[0]):,} train questions of {settings.tasks[0]}: lower "
+                f"the run's stages use all {len(everything):,} train questions of {settings.tasks[0]}: lower "
                 "sampling.questions, reward.questions or ppo.updates"
             )
     else:
