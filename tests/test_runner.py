@@ -399,7 +399,7 @@ def test_the_command_line_refuses_in_one_line(capsys):
     said = "error: --seed = -1 is not allowed: give a whole number from 0 to 4,294,967,295\n"
     assert capsys.readouterr().err == said
     for option, value, message in [
-        ("--preset", "huge", "invalid choice: 'huge' (choose from 'tiny', 'smoke', 'tiny-lora', 'llama2-7b', "),
+        ("--preset", "huge", "invalid choice: 'huge' (choose from 'tiny', 'smoke', 'tiny-lora', 'smollm2', "),
         ("--task", "chess", "invalid choice: 'chess' (choose from 'all', 'coin_flip', 'last_letters', "),
         ("--set", "UPDATES", "is not NAME=VALUE"),
         ("--set", "SEED=3", "has an option of its own"),
