@@ -1,6 +1,6 @@
 """What does the rank add? SML beside the same PPO with a reward that has learned no rank; writes results/controls.csv.
 
-    python benchmarks/controls.py --seeds 0 1 2 3 4
+    python benchmarks/controls.py --questions 100 --seeds 0 1 2 3 4
 
 Both start from the SFT model and differ in the reward alone: the reward model after its training on the rank, or before
 it, when it is the SFT model itself and prefers what that finds likely. Any such reward sharpens the policy, so that its
@@ -78,8 +78,8 @@ def entropy(engine: NativeEngine, prompt: list[int], completions: list[list[int]
 def answer(
     engine: NativeEngine, problems: Sequence[Problem], settings: Settings, shots: str, temperatures: Sequence[float]
 ) -> dict[tuple[float, str], dict[str, float]]:
-    """(temperature, metric) -> question id -> the share of its samples that are right, or their entropy, which is left
-    out after exemplars: to read them again takes longer than to draw."""
+    """(temperature, metric) -> question id -> the share of its samples that are right, or their entropy. With
+    exemplars in the prompt no entropy is measured, as reading the samples again takes longer than drawing them."""
     asked = [encoding.encode_question(engine.tokenizer, problem, shots=shots) for problem in problems]
     found = defaultdict(dict)
     for temperature in temperatures:
@@ -134,7 +134,7 @@ def over_seeds(rows: Sequence[dict]) -> list[dict]:
 
 
 def at_equal_entropy(rows: Sequence[dict]) -> list[dict]:
-    """Of every seed the share of right answers that each method has at the entropy of SML, and every contrast."""
+    """For every seed: each method's share of right answers at SML's entropy, and every contrast."""
     curves = defaultdict(dict)  # seed, method, metric -> temperature -> mean of tasks
     together = MEAN if any(row["task"] == MEAN for row in rows) else ALL
     for row in (row for row in rows if row["task"] == together and " minus " not in row["method"]):

@@ -4,11 +4,12 @@
     python benchmarks/reward_models.py --seeds 0 1 --pairs 2000 5000 20000
 
 For every seed the SFT model of the run runs/PRESET-all-seedSEED answers fresh questions of the train split, eight times
-each. Judged are the SFT model's own likelihood (the reward before its training: what a reward model has to beat), the
-run's reward model, and with --pairs, for every number of pairs of other samples of the SFT model, two reward models of
-the same start: a likelihood that is bent by the pairs, as in stage 03, and a scalar head on the last token, as the
-paper and most of the field have it, trained by TRL's own RewardTrainer with one pass at SCALAR_RATE (the best of four
-rates on the fresh questions of seed 10, 5,000 pairs; the likelihood keeps the rate of stage 03).
+each. It judges the SFT model's own likelihood (the reward before training, which a reward model has to beat) and the
+run's reward model. With --pairs it also trains, for every number of pairs of other samples of the SFT model, two
+reward models from the SFT model: a likelihood trained on the pairs, as in stage 03, and a scalar head on the last
+token, as the paper and most of the field have it, by TRL's own RewardTrainer. Both take one pass; the head's
+SCALAR_RATE is the best of four rates on the fresh questions of seed 10 after 5,000 pairs, the likelihood keeps the
+rate of stage 03.
 
 Metrics, in shares with intervals over questions: "pairs ranked right", of a question's distinct right and wrong
 answers; "sound above lucky", of right answers whose steps are all right and others (the step checker tells, and nothing

@@ -104,15 +104,18 @@ def test_the_tables_of_the_controls_are_those_of_the_results(readme):
     told = " ".join(readme.split())
     assert f"The rank adds {rank} points to greedy answers" in told
     equal = controls.markdown(rows, [("equal", controls.MEAN, 1.0, controls.EQUAL)]).splitlines()
-    control, more = (line.split(" | ")[1].strip(" |") for line in equal[-2:])
-    assert f"the control is {control} points above SFT and SML another {more}." in told
+    control, more = (line.split(" | ")[1].strip(" |").replace("+", "") for line in equal[-2:])
+    assert f"the control is {control} points above SFT, and SML is {more} above it." in told
 
 
 def test_the_real_model_s_gain_is_that_of_the_results(readme):
     with (ROOT / "results" / "smollm2.csv").open(newline="", encoding="utf-8") as file:
         rows = {(row["method"], row["task"]): row for row in csv.DictReader(file)}
     value, low, high = (100 * float(rows["SFT minus base", "all questions"][name]) for name in ("value", "low", "high"))
-    assert f"{value:+.1f} [{low:+.1f}, {high:+.1f}] points on published word problems, not" in " ".join(readme.split())
+    base, tuned = (f"{100 * float(rows[name, 'all questions']['value']):.1f} %" for name in ("base", "SFT"))
+    told = " ".join(readme.split())
+    assert f"The difference, {value:+.1f} [{low:+.1f}, {high:+.1f}] points, is not significant." in told and low < 0
+    assert f"are {tuned} right; the base's, with eight exemplars, are {base}." in told
 
 
 def test_the_table_of_the_reward_models_is_that_of_the_results():
