@@ -196,6 +196,19 @@ def markdown(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+def by_pairs(rows: Sequence[dict]) -> str:
+    """The second table of docs/results.md: likelihood and scalar head after as many pairs, means over seeds."""
+    found = {(row["reward"], int(row["pairs"]), row["metric"]): 100 * float(row["value"]) for row in rows
+             if row["seed"] == "all" and row["task"] == ALL}  # fmt: skip
+    names = ("likelihood", "scalar head")
+    lines = [f"| %, all questions | {' | '.join(f'{metric}: {names[0]} | {names[1]}' for metric in (RANKED, BEST))} |"]
+    lines.append("|---" * (1 + 2 * len(names)) + "|")
+    for pairs in sorted({pairs for name, pairs, _ in found if name in names}):
+        cells = [f"{found[name, pairs, metric]:.1f}" for metric in (RANKED, BEST) for name in names]
+        lines.append(f"| {' | '.join([f'{pairs:,} pairs', *cells])} |")
+    return "\n".join(lines)
+
+
 def measured(table: Path) -> list[dict]:
     """The rows of the seeds that a table has."""
     if not table.exists():
@@ -250,7 +263,7 @@ def main() -> None:
         rows = [row for row in rows if row["seed"] != seed or row["pairs"] not in wanted] + measure(seed, args)
         write(rows + over_seeds(rows), COLUMNS, args.out)
     if len({row["seed"] for row in rows}) > 1:
-        print(markdown(over_seeds(rows)))
+        print(markdown(over_seeds(rows)), by_pairs(over_seeds(rows)), sep="\n\n")
 
 
 if __name__ == "__main__":

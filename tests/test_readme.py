@@ -120,4 +120,5 @@ def test_the_real_model_s_gain_is_that_of_the_results(readme):
 
 def test_the_table_of_the_reward_models_is_that_of_the_results():
     reward_models, rows = benchmark("reward_models")
-    assert reward_models.markdown(rows) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert reward_models.markdown(rows) in page and reward_models.by_pairs(rows) in page
