@@ -42,6 +42,7 @@ from smlib.sampling.engines import NativeEngine
 from smlib.sampling.params import SamplingParams
 
 COLUMNS = ("seed", "method", "task", "temperature", "metric", "value", "low", "high", "n")
+KINDS = {"seed": int, "temperature": float, "value": float, "low": float, "high": float, "n": int}
 TEMPERATURES = {0.0: 1, 0.25: 4, 0.5: 4, 0.75: 4, 1.0: 8}  # temperature -> samples of a question
 UNTRAINED, LEARNED = "SML, untrained reward", "SML"
 METHODS = ("base", "SFT", UNTRAINED, LEARNED)
@@ -118,18 +119,20 @@ def rows_of(seed: int | str, values: Values, tasks: dict[str, list[str]]) -> lis
     return rows
 
 
-def over_seeds(rows: Sequence[dict]) -> list[dict]:
-    """The means over seeds, with t intervals over seeds, n of them; nothing for one seed."""
-    if len({row["seed"] for row in rows}) < 2:
-        return []
+def over_seeds(rows: Sequence[dict], columns: Sequence[str] = COLUMNS) -> list[dict]:
+    """The means over seeds, with t intervals over seeds, n of them; nothing of what has one seed.
+
+    columns: "seed", four that name what was measured, "value", "low", "high", "n".
+    """
     groups = defaultdict(list)
     for row in rows:
-        groups[tuple(row[name] for name in COLUMNS[1:5])].append(row["value"])
+        groups[tuple(row[name] for name in columns[1:5])].append(row["value"])
     pooled = []
-    for key, values in groups.items():  # of the base the seeds change the samples alone
-        low, high = ("", "") if key[0] == "base" else (round(float(end), 5) for end in mean_interval(values))
-        numbers = round(float(np.mean(values)), 5), low, high
-        pooled.append(dict(zip(COLUMNS, ("all", *key, *numbers, len(values)), strict=True)))
+    for key, values in groups.items():
+        if len(values) > 1:  # of the base the seeds change the samples alone
+            low, high = ("", "") if key[0] == "base" else (round(float(end), 5) for end in mean_interval(values))
+            numbers = round(float(np.mean(values)), 5), low, high
+            pooled.append(dict(zip(columns, ("all", *key, *numbers, len(values)), strict=True)))
     return pooled
 
 
@@ -155,13 +158,12 @@ def at_equal_entropy(rows: Sequence[dict]) -> list[dict]:
     return found
 
 
-def measured(table: Path) -> list[dict]:
-    """The rows of the seeds that a table has."""
+def measured(table: Path, kinds: dict[str, type]) -> list[dict]:
+    """The rows of the seeds that a table has; kinds: of the columns that are no texts."""
     if not table.exists():
         return []
     with table.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["seed"] != "all" and row["metric"] != EQUAL]
-    kinds = {"seed": int, "temperature": float, "value": float, "low": float, "high": float, "n": int}
     return [{name: kinds.get(name, str)(value) for name, value in row.items()} for row in rows]
 
 
@@ -200,7 +202,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=0, help="per task (default: those of stage 05)")
     parser.add_argument("--out", type=Path, default=variants.TABLE.with_name("controls.csv"))
     args = parser.parse_args()
-    rows = measured(args.out)
+    rows = measured(args.out, KINDS)
     for seed in args.seeds:
         if any(row["seed"] == seed for row in rows):
             continue

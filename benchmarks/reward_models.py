@@ -19,13 +19,13 @@ measure anew.
 """
 
 import argparse
-import csv
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 
+import controls
 import numpy as np
 import torch
 import variants
@@ -49,6 +49,7 @@ from smlib.runs.settings import Settings, preset
 from smlib.sampling import models
 
 COLUMNS = ("seed", "reward", "pairs", "task", "metric", "value", "low", "high", "n")
+KINDS = {"seed": int, "pairs": int, "value": float, "low": float, "high": float, "n": int}
 UNTRAINED, OWN = "untrained", "reward model"
 RANKED, SOUND, BEST = "pairs ranked right", "sound above lucky", "best of 8"
 SAMPLES, SCALAR_RATE, PER_QUESTION = 8, 5e-4, 1.5  # PER_QUESTION: pairs that a question gives at least, on the mean
@@ -102,19 +103,6 @@ def rows_of(seed: int, judgements: dict[tuple[str, int], dict[str, dict[str, flo
                     cells = (seed, reward, pairs, task, metric, *numbers, len(kept))
                     rows.append(dict(zip(COLUMNS, cells, strict=True)))
     return rows
-
-
-def over_seeds(rows: Sequence[dict]) -> list[dict]:
-    """Means over seeds with t intervals, n of them; nothing of what has one seed."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[tuple(row[name] for name in COLUMNS[1:5])].append(row["value"])
-    pooled = []
-    for key, values in groups.items():
-        if len(values) > 1:
-            numbers = [round(float(x), 5) for x in (np.mean(values), *evaluation.mean_interval(values))]
-            pooled.append(dict(zip(COLUMNS, ("all", *key, *numbers, len(values)), strict=True)))
-    return pooled
 
 
 def own_pairs(settings: Settings, most: int, folder: Path) -> tuple[list[Problem], list[Pair]]:
@@ -209,16 +197,6 @@ def by_pairs(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def measured(table: Path) -> list[dict]:
-    """The rows of the seeds that a table has."""
-    if not table.exists():
-        return []
-    kinds = {"seed": int, "pairs": int, "value": float, "low": float, "high": float, "n": int}
-    with table.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["seed"] != "all"]
-    return [{name: kinds.get(name, str)(value) for name, value in row.items()} for row in rows]
-
-
 def measure(seed: int, args: argparse.Namespace) -> list[dict]:
     """All rows of a seed."""
     settings, run = preset(args.preset, "all", seed), shared.run_folder("", args.preset, "all", seed)
@@ -255,15 +233,16 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=200, help="per task (default 200)")
     parser.add_argument("--out", type=Path, default=variants.TABLE.with_name("reward_models.csv"))
     args = parser.parse_args()
-    rows = measured(args.out)
+    rows = controls.measured(args.out, KINDS)
     for seed in args.seeds:
         wanted = {0, *args.pairs}
         if wanted <= {row["pairs"] for row in rows if row["seed"] == seed}:
             continue
         rows = [row for row in rows if row["seed"] != seed or row["pairs"] not in wanted] + measure(seed, args)
-        write(rows + over_seeds(rows), COLUMNS, args.out)
+        write(rows + controls.over_seeds(rows, COLUMNS), COLUMNS, args.out)
     if len({row["seed"] for row in rows}) > 1:
-        print(markdown(over_seeds(rows)), by_pairs(over_seeds(rows)), sep="\n\n")
+        pooled = controls.over_seeds(rows, COLUMNS)
+        print(markdown(pooled), by_pairs(pooled), sep="\n\n")
 
 
 if __name__ == "__main__":

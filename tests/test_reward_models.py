@@ -1,5 +1,6 @@
 """benchmarks/reward_models.py: what is counted of a score, and what is pooled."""
 
+import controls
 import pytest
 import reward_models
 from reward_models import BEST, RANKED, SOUND
@@ -51,5 +52,9 @@ def test_gains_are_paired_and_seeds_pooled():
     gains = [row for row in rows if row["reward"] == "reward model minus untrained" and row["task"] == "coin_flip"]
     assert [row["value"] for row in gains] == pytest.approx([0.1, 0.3])
     assert gains[0]["low"] == pytest.approx(gains[0]["high"]) == pytest.approx(0.1)  # the same for every question
-    pooled = [row for row in reward_models.over_seeds(rows) if row["reward"] == "reward model minus untrained"]
+    pooled = [
+        row
+        for row in controls.over_seeds(rows, reward_models.COLUMNS)
+        if row["reward"] == "reward model minus untrained"
+    ]
     assert {row["seed"] for row in pooled} == {"all"} and {row["value"] for row in pooled} == {0.2}
