@@ -1,6 +1,8 @@
 """What does the rank add? SML beside the same PPO with a reward that has learned no rank; writes results/controls.csv.
 
     python benchmarks/controls.py --questions 100 --seeds 0 1 2 3 4
+    python benchmarks/controls.py --preset smollm2 --task word_problems --methods base SFT --temperatures 0 \
+        --out results/smollm2.csv
 
 Both start from the SFT model and differ in the reward alone: the reward model after its training on the rank, or before
 it, when it is the SFT model itself and prefers what that finds likely. Any such reward sharpens the policy, so that its

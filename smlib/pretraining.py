@@ -173,8 +173,9 @@ def document(problem: Problem, others: list[Problem], conditioned: bool, rng: ra
     return prompt, f" {steps}\n{prompts.answer_sentence(problem, answer)}"
 
 
-# Of 20 documents so many are of each task: the harder a task is to read, the more.
 ASKED = 200  # questions of each task for the accuracy on a base's card
+
+# Of 20 documents so many are of each task: the harder a task is to read, the more.
 _MIX = {"coin_flip": 4, "last_letters": 5, "shuffled_objects": 5, "chain_arithmetic": 6}
 
 
