@@ -12,17 +12,12 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
+from smlib.notebooks.exercises import folded
 from smlib.problems.datasets import TASKS
 
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-HEADINGS = [
-    "In this notebook you will",
-    "What could go wrong",
-    "In this notebook you have",
-    "Exercises",
-    "Next",
-]
+HEADINGS = ["What we found", "What could go wrong", "Harder exercises", "Next"]
 LOCAL_PATH = re.compile(r"(?<![\w.])/(?:home|Users|root|work|tmp|private|opt|mnt|var|usr)/\w+|[A-Z]:\\\\Users")
 
 
@@ -63,6 +58,36 @@ def test_the_headings_of_the_template_come_in_order(notebook):
     found = re.findall(r"^#{2,4} +(.+?) *$", text, re.MULTILINE)
     places = [[heading.startswith(wanted) for heading in found].index(True) for wanted in HEADINGS]
     assert places == sorted(places)
+
+
+def prose(notebook):
+    return "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+def test_it_is_an_hour_s_reading(notebook):
+    assert len(re.sub(r"```.*?```", "", prose(notebook), flags=re.S).split()) <= 2_200
+
+
+def test_every_section_and_notebook_it_names_is_there(notebook):
+    numbers = {match[1] for match in re.finditer(r"^#{2,3} (\d+(?:\.\d+)?)\.? ", prose(notebook), re.M)}
+    own = re.sub(r"[Ss]ections? [\d.]+ of (?:\[?notebook)[^.;,)]*|notebook \d\d,? section \d+", "", prose(notebook))
+    assert {match[1] for match in re.finditer(r"\b[Ss]ections? (\d+)", own)} <= numbers
+    stems = {path.stem[:2] for path in PATHS}
+    assert {match[1] for match in re.finditer(r"\b[Nn]otebooks? (\d\d)\b", prose(notebook))} <= stems
+
+
+def test_what_is_asked_is_answered(notebook):
+    """A question under a figure that nobody answers is no lesson."""
+    assert "What to look at" not in prose(notebook)
+    texts = [output.data.get("text/markdown", "") for output in outputs(notebook) if "data" in output]
+    pictures = sum("image/png" in output.get("data", {}) for output in outputs(notebook))
+    seen = sum(text.startswith("**What we see.**") for text in texts)
+    assert seen >= pictures - 2, "all but the diagram of the method and the result shown first"
+
+
+def test_no_wall_of_the_library_s_source_is_printed(notebook):
+    printed = [output.data["text/plain"] for output in outputs(notebook) if "text/latex" in output.get("data", {})]
+    assert all(len(text.splitlines()) <= 40 for text in printed)
 
 
 def test_its_parameters_are_literals_and_none_is_injected(notebook):
@@ -115,7 +140,7 @@ def test_its_metadata_is_the_same_on_every_machine(notebook):
     assert notebook.metadata.kernelspec.name == "python3"
     assert set(notebook.metadata) <= {"kernelspec", "language_info"}
     for cell in notebook.cells:
-        assert set(cell.metadata) <= {"tags"}
+        assert cell.metadata == (folded(cell.metadata.get("tags", [])) if cell.cell_type == "code" else {})
 
 
 def test_some_outputs_are_checked(notebook):

@@ -26,6 +26,11 @@ def notebooks_folder() -> Path:
     return (checkout() or Path(__file__).parents[1] / "course") / "notebooks"
 
 
+def results_folder() -> Path:
+    """The folder of the tables that ship with the notebooks, beside theirs."""
+    return notebooks_folder().parent / "results"
+
+
 class CacheError(UserError, OSError):
     """There is no folder to keep what is fetched or made once."""
 

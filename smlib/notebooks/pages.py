@@ -25,6 +25,7 @@ from papermill.execute import ERROR_MARKER_TAG
 from pygments.formatters import HtmlFormatter
 
 from smlib.files.atomic import write_text
+from smlib.notebooks.exercises import FOLDED
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 TABLES = {"table", "caption", "colgroup", "col", "thead", "tbody", "tfoot", "tr", "th", "td"}
@@ -117,7 +118,9 @@ def _prose(cell) -> str:
 
 
 def _code(cell) -> str:
-    source = Highlight2HTML()(cell.source)
+    source, tags = Highlight2HTML()(cell.source), cell.metadata.get("tags", [])
+    if FOLDED in tags:
+        source = f"<details><summary>{'Solution' if 'solution' in tags else 'Code'}</summary>{source}</details>"
     outputs = "\n".join(f'<div class="output">{_output(output)}</div>' for output in cell.outputs)
     count = f'<div class="count">[{cell.execution_count or " "}]</div>'
     return f'<section class="code">{count}{source}{outputs}</section>'

@@ -27,7 +27,7 @@ from smlib import declared
 from smlib.errors import UsageError, UserError
 from smlib.files.artifacts import MANIFEST, StageError, code_version, require
 from smlib.files.atomic import DamagedError, explain, load_json, locked, replacing, sha256, write_text
-from smlib.notebooks import pages
+from smlib.notebooks import exercises, pages
 from smlib.notebooks.execution import RunError, Watch, clock, execute
 from smlib.runs.settings import PRESETS, Tasks
 
@@ -355,6 +355,7 @@ def refresh(out: Path, notebooks_dir: Path) -> None:
         local = {str(out): defaults.get("RUN_DIR", ""), str(notebooks_dir.parent): ".."}
         with replacing(path) as tmp:
             nbformat.write(_cleaned(notebook, local), tmp)
+    exercises.write_all(notebooks_dir)
 
 
 def _cleaned(notebook, local: dict):
@@ -363,7 +364,7 @@ def _cleaned(notebook, local: dict):
     count = 0
     for cell in cells:
         tags = cell.metadata.get("tags", [])
-        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        cell.metadata = nbformat.from_dict(exercises.folded(tags))
         if cell.cell_type == "code":
             count += 1
             cell.execution_count = count

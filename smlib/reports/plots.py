@@ -33,18 +33,18 @@ COLOURS = {
 METHOD_COLOURS = {
     "base": COLOURS["grey"],
     "sft": COLOURS["sky"],
-    "rft": COLOURS["blue"],
+    "sml": COLOURS["blue"],
+    "rft": COLOURS["purple"],
     "outcome_dpo": COLOURS["orange"],
-    "self_explore": COLOURS["green"],
-    "sml": COLOURS["red"],
+    "self_explore": "#332288",
 }
 OUTCOME_COLOURS = {
-    "right, every step": COLOURS["blue"],
-    "right, a step wrong": COLOURS["sky"],
-    "right": COLOURS["blue"],
+    "right, every step": COLOURS["green"],
+    "right, a step wrong": "#F0E442",
+    "right": COLOURS["green"],
     "wrong": COLOURS["red"],
-    "no answer": COLOURS["grey"],
-}  # of `results.outcome`
+    "no answer": "#D0D0D0",
+}  # of `results.outcome`; none is a method's
 STAGES = (
     ("01", "sample", "the model writes rationales,\ngiven right and wrong answers,\nand given none"),
     ("02", "rank", "right above wrong;\nSFT on the right ones"),

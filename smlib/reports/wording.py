@@ -1,0 +1,27 @@
+"""Sentences that a notebook makes from its numbers, so that no text claims what the run does not show."""
+
+from smlib.errors import of_extra
+
+with of_extra("notebooks"):
+    from IPython.display import Markdown, display
+
+
+def see(text: str) -> None:
+    """What a figure or table shows, in a paragraph below it."""
+    display(Markdown(f"**What we see.** {text}"))
+
+
+def found(*findings: str) -> None:
+    """What a notebook found, one line each."""
+    display(Markdown("\n".join(f"- {one}" for one in findings)))
+
+
+def with_interval(value: float, low: float, high: float, signed: bool = False) -> str:
+    """A number with its interval: "86.6 [85.2, 87.9]", or signed "+7.7 [+4.1, +11.2]"."""
+    sign = "+" if signed else ""
+    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def clear(low: float, high: float) -> bool:
+    """Whether an interval of a difference leaves out zero."""
+    return low > 0 or high < 0
