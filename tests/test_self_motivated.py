@@ -76,6 +76,18 @@ def test_training_second_sampling_ppo_and_test_questions_never_meet():
         assert not worded & {problem.question for problem in group}
 
 
+@pytest.mark.parametrize("seed", [9, 10])  # with these a generator writes a question of stage 01 again
+def test_no_question_is_asked_again_where_two_seeds_write_the_same(seed):
+    settings = preset("tiny", "all", seed)
+    first, second = questions.training_problems(settings), questions.second_problems(settings)
+    asked = questions.ppo_problems(settings)
+    third = [problem for update in range(settings.ppo.updates) for problem in asked(update)]
+    fresh = questions.fresh_problems(settings, 50)
+    ids = [problem.id for problem in first + second + third + fresh]
+    assert len(ids) == len(set(ids))
+    assert len(second) == len(settings.tasks) * settings.reward.questions
+
+
 def test_ppo_draws_fresh_questions_from_every_task_in_every_update():
     settings = small(ppo={"updates": 5, "episodes": 32, "samples_per_question": 4})
     asked = questions.ppo_problems(settings)

@@ -42,7 +42,17 @@ def second_problems(settings: Settings) -> list[Problem]:
                 f"sampling.questions = {used:,}, so that stage 03 has fresh ones"
             )
         return questions[used : used + n]
-    return [problem for task in settings.tasks for problem in generate(task, n, seed)]
+    seen = {problem.id for problem in training_problems(settings)}
+    return [problem for task in settings.tasks for problem in _unseen(task, n, seed, seen)]
+
+
+def _unseen(task: str, n: int, seed: int, seen: set[str]) -> list[Problem]:
+    """The first n generated questions without those seen: a task of few names writes some question under two seeds."""
+    count, new = n, []
+    while len(new) < n:
+        new = [problem for problem in generate(task, count, seed) if problem.id not in seen][:n]
+        count += n - len(new)
+    return new
 
 
 def ppo_problems(settings: Settings):
@@ -56,7 +66,9 @@ def ppo_problems(settings: Settings):
         questions = _train_split(settings.tasks[0], settings)
         left = questions[settings.sampling.questions + settings.reward.questions :]
         return _in_rounds(left if len(left) >= each else questions, each, f"ppo/{settings.seed}")
-    pools = [generate(task, each * settings.ppo.updates, _PPO + settings.seed) for task in settings.tasks]
+    seen = {problem.id for problem in training_problems(settings) + second_problems(settings)}
+    count, seed = each * settings.ppo.updates, _PPO + settings.seed
+    pools = [_unseen(task, count, seed, seen) for task in settings.tasks]
     return lambda update: [problem for pool in pools for problem in pool[update * each : (update + 1) * each]]
 
 
@@ -101,7 +113,7 @@ def fresh_problems(settings: Settings, n: int) -> list[Problem]:
                 "sampling.questions, reward.questions or ppo.updates"
             )
     else:
-        pools = [generate(task, 2 * n, _FRESH + settings.seed) for task in settings.tasks]
+        pools = [_unseen(task, n, _FRESH + settings.seed, seen) for task in settings.tasks]
     return [problem for pool in pools for problem in [p for p in pool if p.id not in seen][:n]]
 
 
