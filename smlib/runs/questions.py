@@ -117,6 +117,19 @@ def fresh_problems(settings: Settings, n: int) -> list[Problem]:
     return [problem for pool in pools for problem in [p for p in pool if p.id not in seen][:n]]
 
 
+def followed(settings: Settings) -> dict[str, Problem]:
+    """Dataset -> the question of it that all notebooks follow: of eight fresh ones the longest, which takes most steps.
+
+    A dataset of a group without fresh questions has none.
+    """
+    longest: dict[str, Problem] = {}
+    for problem in fresh_problems(settings, 8):
+        best = longest.setdefault(problem.dataset, problem)
+        if len(problem.question) > len(best.question):
+            longest[problem.dataset] = problem
+    return longest
+
+
 def test_problems(settings: Settings) -> dict[str, list[Problem]]:
     """Test set -> its questions, equal for all seeds of training: one set per task, generated or of the test split; of
     a group of datasets one set per dataset, and what two of them share is asked in the first."""
