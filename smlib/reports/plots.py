@@ -45,19 +45,35 @@ OUTCOME_COLOURS = {
     "wrong": COLOURS["red"],
     "no answer": "#D0D0D0",
 }  # of `results.outcome`; none is a method's
+# Of each stage: its name, its model, whether that trains, its data, and what the arrows from data to model and from
+# model to data stand for ("" where there is none).
 STAGES = (
-    ("01", "sample", "the model writes rationales,\ngiven right and wrong answers,\nand given none"),
-    ("02", "rank", "right above wrong;\nSFT on the right ones"),
-    ("03", "reward model", "learns the rank\nfrom pairs"),
-    ("04", "PPO", "the policy follows\nthe learned reward"),
-    ("05", "evaluate", "fresh questions,\npublished test sets"),
+    ("01 sampling", "base", False, "rationales, open and\ngiven right or wrong\nanswers", "", "writes"),
+    ("02 ranking, SFT", "SFT model", True, "the rank: right (r+)\nabove wrong (r−)", "learns r+", ""),
+    (
+        "03 reward model",
+        "reward model",
+        True,
+        "pairs: of the base, and\nof the SFT model, which\nwrites again",
+        "learns",
+        "",
+    ),
+    (
+        "04 PPO",
+        "policy",
+        True,
+        "rollouts, scored by the\nreward model, held near\nthe SFT model (reference)",
+        "learns",
+        "writes",
+    ),
+    ("05 evaluation", "base, SFT, SML", False, "answers to fresh\nquestions and\npublished test sets", "", "write"),
 )
 SELF_EXPLORE = (
-    ("sample", "the model solves every\ntraining question\nmany times"),
-    ("select", "different right solutions:\nRFT of the base;\nwrong ones beside them"),
-    ("explore", "the model goes on from\nevery step of a wrong one:\nwhere is the first pit?"),
-    ("step DPO", "the pit step against\na way on from before it\nthat is right"),
-    ("evaluate", "beside SFT, RFT,\noutcome DPO and SML"),
+    ("sample", "base", False, "many solutions of every\ntraining question", "", "writes"),
+    ("select", "RFT model", True, "different right\nsolutions; wrong ones\nbeside them", "learns", ""),
+    ("explore", "RFT model", False, "completions from every\nstep of a wrong one:\nthe first pit", "", "writes"),
+    ("step DPO", "policy", True, "step-level pairs: the\npit against a right\nway on before it", "learns", ""),
+    ("evaluate", "all models", False, "answers, beside SFT,\nRFT, outcome DPO\nand SML", "", "write"),
 )
 
 
@@ -85,40 +101,63 @@ def style() -> None:
 
 def pipeline(lit: str | None = None) -> Figure:
     """Self-motivated Learning in one figure; `lit` ("01" ... "05") is the notebook's stage, None lights them all."""
-    if lit is not None and lit not in [number for number, _, _ in STAGES]:
-        raise ValueError(f"no stage {lit!r}; allowed: {', '.join(number for number, _, _ in STAGES)}, or None")
-    return _boxes([(f"{number} {name}", what, lit in (None, number)) for number, name, what in STAGES])
+    if lit is not None and lit not in [name[:2] for name, *_ in STAGES]:
+        raise ValueError(f"no stage {lit!r}; allowed: {', '.join(name[:2] for name, *_ in STAGES)}, or None")
+    return _diagram(
+        STAGES, [lit in (None, name[:2]) for name, *_ in STAGES], copies=((0, 1), (1, 2), (1, 3)), scores=(2, 3)
+    )
 
 
 def self_explore() -> Figure:
     """Self-Explore in one figure; all of it is notebook 06."""
-    return _boxes([(name, what, True) for name, what in SELF_EXPLORE])
+    return _diagram(SELF_EXPLORE, [True] * len(SELF_EXPLORE), copies=((0, 1), (1, 3)))
 
 
-def _boxes(stages: Sequence[tuple[str, str, bool]]) -> Figure:
-    """Boxes with arrows from each to the next: (name, what it does, whether it is lit)."""
-    figure, axes = plt.subplots(figsize=(11, 1.9))
-    axes.set(xlim=(0, 11), ylim=(0, 1.9))
+def _diagram(
+    stages: Sequence[tuple],
+    lit: Sequence[bool],
+    copies: Sequence[tuple[int, int]],
+    scores: tuple[int, int] | None = None,
+) -> Figure:
+    """Models above, data below, stages in columns.
+
+    copies: (from, to), where a model starts as a copy of another; scores: whose model scores whose data.
+    """
+    figure, axes = plt.subplots(figsize=(11, 3.1))
+    axes.set(xlim=(0, 11), ylim=(0, 3.1))
     axes.axis("off")
-    for index, (name, what, on) in enumerate(stages):
-        left = 0.1 + 2.2 * index
-        box = FancyBboxPatch(
-            (left, 0.25),
-            1.8,
-            1.4,
-            boxstyle="round,pad=0.05",
-            facecolor="#DCEBF5" if on else "#F4F4F4",
-            edgecolor=COLOURS["blue"] if on else "#BBBBBB",
-            linewidth=1.8 if on else 1,
-        )
-        axes.add_patch(box)
-        ink = "black" if on else "#777777"
-        axes.text(left + 0.9, 1.36, name, ha="center", va="center", weight="bold", color=ink)
-        axes.text(left + 0.9, 0.72, what, ha="center", va="center", fontsize=8, color=ink)
-        if index + 1 < len(stages):
-            arrow = {"arrowstyle": "-|>", "color": "#555555", "linewidth": 1.4}
-            axes.annotate("", xy=(left + 2.13, 0.95), xytext=(left + 1.87, 0.95), arrowprops=arrow)
+    for index, ((name, model, trains, data, learns, writes), on) in enumerate(zip(stages, lit, strict=True)):
+        middle, ink = 1.1 + 2.2 * index, "black" if on else "#8A8A8A"
+        axes.add_patch(plt.Rectangle((middle - 1.06, 0.02), 2.12, 3.0, color="#EAF3FA" if on else "#F7F7F7"))
+        axes.text(middle, 2.86, name, ha="center", va="center", weight="bold", color=ink)
+        edge = (COLOURS["blue"] if trains else COLOURS["grey"]) if on else "#BBBBBB"
+        box = {"facecolor": "white", "edgecolor": edge, "linewidth": 2 if trains else 1.2}
+        axes.add_patch(FancyBboxPatch((middle - 0.78, 1.62), 1.56, 0.5, boxstyle="round,pad=0.05", **box))
+        state = "trains" if trains else "frozen"
+        axes.text(middle, 1.87, f"{model}\n({state})", ha="center", va="center", fontsize=9, color=ink)
+        axes.text(middle, 0.5, data, ha="center", va="center", fontsize=8, color=ink)
+        for shift, word, (start, end) in ((-0.3, learns, (0.9, 1.53)), (0.3, writes, (1.53, 0.9))):
+            if word:
+                _arrow(axes, (middle + shift, start), (middle + shift, end), edge)
+                side = "right" if shift < 0 else "left"
+                axes.text(middle + 1.25 * shift, 1.2, word, ha=side, va="center", fontsize=8, color=ink)
+    for start, end in copies:
+        left, right = (1.1 + 2.2 * index for index in (start, end))
+        bend = f"arc3,rad={-0.16 if end - start > 1 else 0}"
+        height, gap = (2.19, 0.3) if end - start > 1 else (1.87, 0.85)
+        _arrow(axes, (left + gap, height), (right - gap, height), COLOURS["grey"], linestyle="--", connectionstyle=bend)
+    for index in range(2 if scores else 3):  # data that the next stage takes over
+        _arrow(axes, (2.03 + 2.2 * index, 0.5), (2.4 + 2.2 * index, 0.5), COLOURS["grey"])
+    if scores:
+        left, right = (1.1 + 2.2 * index for index in scores)
+        _arrow(axes, (left + 0.7, 1.53), (right - 0.85, 0.85), COLOURS["grey"])
+        axes.text(left + 0.95, 1.42, "scores", fontsize=8, color="#555555")
+    axes.text(0.12, 2.45, "dashed: starts as a copy", fontsize=7.5, color="#777777")
     return figure
+
+
+def _arrow(axes, start: tuple[float, float], end: tuple[float, float], colour: str, **look) -> None:
+    axes.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.3, **look})
 
 
 def source(*functions: Callable) -> None:
