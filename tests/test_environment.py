@@ -54,6 +54,12 @@ def test_what_the_package_asks_for_is_in_the_lock():
     assert locked["torch"] == "2.13.0"
 
 
+def test_the_browser_s_pins_have_those_of_its_extra():
+    lines = (ROOT / "requirements-browser.lock").read_text().splitlines()
+    found = pins(line for line in lines if not line.startswith("#"))
+    assert found.items() >= pins(PROJECT["optional-dependencies"]["browser"]).items()
+
+
 def test_the_real_model_s_pins_are_those_of_its_extra():
     lines = [line.split(" --hash")[0] for line in (ROOT / "requirements-real.lock").read_text().splitlines()]
     found = pins(line for line in lines if not line.startswith("#"))
@@ -63,7 +69,7 @@ def test_the_real_model_s_pins_are_those_of_its_extra():
 
 DISTRIBUTIONS = {"bs4": "beautifulsoup4", "yaml": "PyYAML"}  # of modules that have another name
 EXTRAS = {
-    "notebooks": ["smlib/notebooks", "smlib/reports/plots.py"],
+    "notebooks": ["smlib/notebooks", "smlib/reports/plots.py", "smlib/reports/wording.py"],
     "ray": ["ray_engine.py", "ray_workers.py", "ray_s"],
 }
 

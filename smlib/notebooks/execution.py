@@ -25,8 +25,8 @@ KERNEL_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # its threads and a fork in the same process warn and may hang
     "TQDM_DISABLE": "1",  # progress bars would make every run's notebooks differ; the runner shows its own
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    # tqdm, where there are no widgets; TRL, beside a vLLM that it was not tested with and that it does not use here
-    "PYTHONWARNINGS": "ignore:IProgress not found,ignore:TRL currently supports vLLM",
+    # of TRL, beside a vLLM that it was not tested with and that it does not use here
+    "PYTHONWARNINGS": "ignore:TRL currently supports vLLM",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
