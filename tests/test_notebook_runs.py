@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 from gsm8k_base import make_base
+from test_browse import held
 
+from smlib.files.artifacts import require
 from smlib.notebooks.execution import Watch, execute
 from smlib.notebooks.runner import parameters, read_notebook, verify
 from smlib.problems.steps import ONLY_GENERATED
@@ -68,6 +70,19 @@ def test_the_smoke_pipeline_runs_from_end_to_end(smoke):
     assert {path.stem for path in (out / "notebooks").glob("*.ipynb")} == set(cells) == set(COMMITTED)
     assert list((out / "results").glob("*.csv")) and list((out / "figures").glob("*.png"))
     assert verify(out) == 0  # every notebook in timings.json, every file as it was written
+
+
+def test_its_answers_become_a_page_that_the_index_links(smoke):
+    out, _ = smoke
+    command = [sys.executable, "-m", "smlib", "browse", str(out)]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    found = held((out / "browse.html").read_text(encoding="utf-8"))
+    asked = {(row["test_set"], row["id"]) for row in require(out, "05_evaluation").read_rows("answers")}
+    assert {(one["task"], one["id"]) for one in found["questions"]} == asked
+    assert {len(one["answers"]) for one in found["questions"] if one["task"] == "coin_flip"} == {6}
+    assert len(found["pits"]) == len(require(out, "06_exploration").read_rows("pairs"))
+    assert 'href="browse.html"' in (out / "index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", COMMITTED)

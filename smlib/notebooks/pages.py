@@ -48,9 +48,9 @@ def page(notebook, title: str) -> str:
     cells, stopped = [], ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown" and ERROR_MARKER_TAG not in cell.metadata.get("tags", []):
-            cells.append(f'<section class="prose">{_prose(cell)}</section>')
+            cells.append(f'<section class="prose">{prose(cell)}</section>')
         elif cell.cell_type == "code" and (cell.source or cell.outputs):
-            cells.append(_code(cell))
+            cells.append(code_cell(cell))
             if any(output.output_type == "error" for output in cell.outputs):
                 stopped = (
                     f'<p class="stopped">Stopped by an error in <a href="#error">In [{cell.execution_count}]</a>.</p>'
@@ -58,16 +58,16 @@ def page(notebook, title: str) -> str:
     return document(title, "\n".join([stopped, *cells]))
 
 
-def document(title: str, body: str) -> str:
-    """A whole HTML file around `body`, which is HTML; `title` is text."""
+def document(title: str, body: str, style: str = "", policy: str = "") -> str:
+    """A whole HTML file around `body`, which is HTML; `title` is text. style, policy: what it has besides POLICY's."""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="referrer" content="no-referrer">
 <title>{escape(title)}</title>
 <style>
-{_style()}</style></head>
+{_style()}{style}</style></head>
 <body><main>
 {body}
 </main></body></html>
@@ -112,12 +112,14 @@ class _Prose(IPythonRenderer):
         return super().image(text, url, title) if held else escape(text)
 
 
-def _prose(cell) -> str:
+def prose(cell) -> str:
+    """HTML of a Markdown cell."""
     renderer = _Prose(attachments=cell.get("attachments", {}), allow_harmful_protocols=False)
     return MarkdownWithMath(renderer).render(cell.source)
 
 
-def _code(cell) -> str:
+def code_cell(cell) -> str:
+    """HTML of a code cell and its outputs."""
     source, tags = Highlight2HTML()(cell.source), cell.metadata.get("tags", [])
     if FOLDED in tags:
         source = f"<details><summary>{'Solution' if 'solution' in tags else 'Code'}</summary>{source}</details>"

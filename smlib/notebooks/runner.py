@@ -325,17 +325,34 @@ def _write_index(out: Path, values: dict, timings: dict) -> None:
 <p>{asked}<br>smlib {html.escape(code_version())}</p>
 <table><tr><th>notebook</th><th>time</th><th>peak memory</th></tr>
 {chr(10).join(rows)}
-<tr><th>together</th><th>{total}</th><th></th></tr></table>"""
+<tr><th>together</th><th>{total}</th><th></th></tr></table>
+<p>{_answers(out)}</p>"""
     write_text(out / "index.html", pages.document(out.name, body))
 
 
+def _answers(out: Path) -> str:
+    """Where to look at the run's answers."""
+    if (out / "browse.html").exists():
+        return '<a href="browse.html">All answers, question by question</a>'
+    return f"<code>smlib browse {html.escape(str(out))}</code> writes a page of all answers, question by question."
+
+
+def link_answers(out: Path) -> None:
+    """Write index.html anew, with what has come since; in a run without notebooks there is none."""
+    if (out / "index.html").exists():
+        _write_index(out, load_json(out / "run.json", _RunFile) or {}, _read_timings(out))
+
+
 def publish(out: Path, root: Path) -> None:
-    """Copy a run's figures/*.png and results/*.csv to the folders of the same name in the repository."""
+    """Copy a run's figures/*.png and results/*.csv to the folders of the same name in the repository, and write what
+    each notebook took to results/run_times.csv."""
     for folder, pattern in (("figures", "*.png"), ("results", "*.csv")):
         (root / folder).mkdir(exist_ok=True)
         for path in sorted((out / folder).glob(pattern)):
             with replacing(root / folder / path.name) as tmp:
                 shutil.copyfile(path, tmp)
+    lines = [f"{name},{entry['seconds']},{entry['peak_mib']}" for name, entry in _read_timings(out).items()]
+    write_text(root / "results" / "run_times.csv", "\n".join(["notebook,seconds,peak_mib", *lines]) + "\n")
 
 
 def refresh(out: Path, notebooks_dir: Path) -> None:
