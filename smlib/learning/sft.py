@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on r+ by TRL's SFTTrainer: the warm-up of the method, and the RFT/STaR baseline."""
+"""Supervised fine-tuning on r+ by TRL's SFTTrainer: the warm-up of the method."""
 
 import tempfile
 from collections.abc import Sequence
