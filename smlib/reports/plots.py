@@ -255,25 +255,3 @@ def token_strip(axes, tokens: Sequence[str], values: Sequence[float], limit: flo
     axes.set(xlim=(-0.6, max(widest, 40) + 0.6), ylim=(row + 1.15, -0.15), aspect=1.7)
     axes.axis("off")
     return shades
-
-
-def ablations(rows) -> Figure:
-    """results/ablations.csv (a DataFrame): one panel per question, one point with its interval per seed."""
-    found = list(dict.fromkeys(rows["metric"]))
-    panels = {
-        "Held-out pairs ranked right (%)": [name for name in found if name.startswith("held-out")],
-        "Right answers (%)": [name for name in found if name.startswith(("best of", "mean of"))],
-    }
-    figure, every = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), squeeze=False)
-    for axes, (title, metrics) in zip(every[0], panels.items(), strict=True):
-        values = list(dict.fromkeys(rows.loc[rows["metric"].isin(metrics), "value"]))
-        for index, metric in enumerate(metrics):
-            one = rows[rows["metric"] == metric]
-            seeds = one.groupby("value", sort=False).cumcount()
-            steps = (index - (len(metrics) - 1) / 2) * 0.36 + (seeds - seeds.max() / 2) * 0.09
-            error = 100 * np.array([one["score"] - one["low"], one["high"] - one["score"]])
-            places = [values.index(value) for value in one["value"]] + steps
-            axes.errorbar(100 * one["score"], places, xerr=error, fmt="o", markersize=4, elinewidth=1, label=metric)
-        axes.set(yticks=range(len(values)), yticklabels=values, xlabel=title, ylim=(len(values) - 0.4, -0.6))
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8)
-    return figure
