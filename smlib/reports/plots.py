@@ -69,7 +69,7 @@ STAGES = (
     ("05 evaluation", "base, SFT, SML", False, "answers to fresh\nquestions and\npublished test sets", "", "write"),
 )
 SELF_EXPLORE = (
-    ("sample", "base", False, "many solutions of every\ntraining question", "", "writes"),
+    ("sample", "SFT model", False, "many solutions of every\ntraining question", "", "writes"),
     ("select", "RFT model", True, "different right\nsolutions; wrong ones\nbeside them", "learns", ""),
     ("explore", "RFT model", False, "completions from every\nstep of a wrong one:\nthe first pit", "", "writes"),
     ("step DPO", "policy", True, "step-level pairs: the\npit against a right\nway on before it", "learns", ""),
@@ -110,7 +110,7 @@ def pipeline(lit: str | None = None) -> Figure:
 
 def self_explore() -> Figure:
     """Self-Explore in one figure; all of it is notebook 06."""
-    return _diagram(SELF_EXPLORE, [True] * len(SELF_EXPLORE), copies=((0, 1), (1, 3)))
+    return _diagram(SELF_EXPLORE, [True] * len(SELF_EXPLORE), copies=((1, 2), (1, 3)))
 
 
 def _diagram(
