@@ -165,11 +165,15 @@ def test_an_exercise_is_solved_by_typing(browser, lab):
     rows = "".join(here[place]["source"]).splitlines()
     row = next(at for at, text in enumerate(rows) if "raise NotImplementedError" in text)
     run(browser, first)
-    go = """const notebook = window.jupyterapp.shell.currentWidget.content;
-        notebook.activeCellIndex = arguments[0]; notebook.mode = 'edit'; notebook.activeCell.editor.focus();
-        const [line, start, end] = arguments.slice(1);
+    notebook = "const notebook = window.jupyterapp.shell.currentWidget.content;"
+    browser.execute_script(
+        f"{notebook} notebook.activeCellIndex = arguments[0]; notebook.scrollToItem(arguments[0]);", place
+    )
+    _wait(lambda: browser.execute_script(f"{notebook} return Boolean(notebook.activeCell.editor);"), 30)
+    go = """notebook.mode = 'edit'; notebook.activeCell.editor.focus();
+        const [line, start, end] = arguments;
         notebook.activeCell.editor.setSelection({start: {line, column: start}, end: {line, column: end}});"""
-    browser.execute_script(go, place, row, len(rows[row]) - len(rows[row].lstrip()), len(rows[row]))
+    browser.execute_script(notebook + go, row, len(rows[row]) - len(rows[row].lstrip()), len(rows[row]))
     keys = webdriver.Keys
     webdriver.ActionChains(browser).send_keys(line).perform()
     shot(browser, "exercise_typed")
