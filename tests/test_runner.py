@@ -528,15 +528,19 @@ def test_parameters_are_the_literals_of_the_tagged_cell():
     assert parameters(new_notebook(cells=cells[:1])) == {}
 
 
-def test_publish_copies_figures_and_results_and_nothing_else(tmp_path):
+def test_publish_copies_figures_and_results_and_writes_what_the_notebooks_took(tmp_path):
     files = ["figures/curve.png", "figures/curve.pdf", "results/accuracy.csv", "results/notes.txt"]
     for file in files:
         (tmp_path / "run" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / file).write_text(file)
+    took = {"source": "a", "parameters": {}, "seconds": 1.5, "peak_mib": 700, "cells": 3, "stages": [], "files": {}}
+    (tmp_path / "run" / "timings.json").write_text(json.dumps({"00_start": took}))
     publish(tmp_path / "run", tmp_path)
     assert (tmp_path / "results" / "accuracy.csv").read_text() == "results/accuracy.csv"
     assert os.listdir(tmp_path / "figures") == ["curve.png"]
-    assert os.listdir(tmp_path / "results") == ["accuracy.csv"]
+    assert sorted(os.listdir(tmp_path / "results")) == ["accuracy.csv", "run_times.csv"]
+    times = (tmp_path / "results" / "run_times.csv").read_text()
+    assert times == "notebook,seconds,peak_mib\n00_start,1.5,700\n"
 
 
 def test_refresh_puts_back_notebooks_as_if_executed_in_place(notebooks, out):
