@@ -26,10 +26,10 @@ def in_two_processes(*arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def assert_close(one, other):
+def assert_close(one, other, least=1e-5):
     ours, theirs = (load_file(out / f"checkpoint-{QUICK.updates:06d}" / "weights.safetensors") for out in (one, other))
     assert ours.keys() == theirs.keys()
-    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < least
 
 
 SMALL = ["model:ddp", "adapters:ddp", "head:fsdp"]
@@ -50,7 +50,8 @@ def trained_by_two(tmp_path_factory):
 @pytest.mark.parametrize("case", SMALL + LARGE)
 def test_two_processes_train_as_one(tmp_path, trained_by_two, case):
     ppo_in_processes.train(case.split(":")[0], tmp_path / "one")
-    assert_close(tmp_path / "one", trained_by_two / case)
+    # Half of a batch is multiplied by other kernels than the whole: on some processors bfloat16 rounds otherwise then.
+    assert_close(tmp_path / "one", trained_by_two / case, 1e-3 if case in LARGE else 1e-5)
     logs = [(out / "log.csv").read_text().splitlines() for out in (tmp_path / "one", trained_by_two / case)]
     assert len(logs[0]) == len(logs[1]) == 1 + QUICK.updates
 
