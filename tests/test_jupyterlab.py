@@ -138,18 +138,8 @@ def complaints(browser) -> list[str]:
 @pytest.mark.parametrize("name", ["00_start_here", "02_ranking"])
 def test_all_cells_run(browser, lab, folder, name):
     if name.startswith("02"):  # the stage before it
-        command_line = [
-            sys.executable,
-            "-m",
-            "smlib",
-            "stage",
-            "01_sampling",
-            "--preset",
-            "smoke",
-            "--out",
-            str(folder / "run"),
-        ]
-        subprocess.run(command_line, check=True, capture_output=True)
+        stage = [sys.executable, "-m", "smlib", "stage", "01_sampling"]
+        subprocess.run([*stage, "--preset", "smoke", "--out", folder / "run"], check=True, capture_output=True)
     opened(browser, lab, f"{name}.ipynb")
     command(browser, "notebook:run-all-cells")
     code = [cell for cell in cells(browser) if cell["cell_type"] == "code"]

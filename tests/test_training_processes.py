@@ -47,7 +47,7 @@ def test_two_processes_train_as_one(tmp_path, trained_by_two, name, kind):
     run(name, kind, tmp_path / "one")
     trained = [tmp_path / "one", trained_by_two / name / kind]
     # Half of a batch is multiplied by other kernels than the whole: with adapters this adds up to 2e-5 on some CPUs.
-    assert difference(*(out / "weights.safetensors" for out in trained)) < 1e-4
+    assert difference(*(out / "weights.safetensors" for out in trained)) < (1e-4 if kind == "adapters" else 1e-5)
     losses = [json.loads((out / "loss.json").read_text()) for out in trained]
     assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], abs=1e-5)  # steps 1, 10 and 20
 

@@ -106,15 +106,16 @@ def fresh_problems(settings: Settings, n: int) -> list[Problem]:
     seen |= {problem.id for problem in training_problems(settings) + second_problems(settings)}
     if settings.tasks[0] in TRAIN_SETS:
         everything = _train_split(settings.tasks[0], settings)
-        pools = [[one for one in everything if one.dataset == dataset] for dataset in settings.datasets]
-        if all(problem.id in seen for problem in everything):
+        left = [one for one in everything if one.id not in seen]
+        if not left:
             raise UsageError(
                 f"the run's stages use all {len(everything):,} train questions of {settings.tasks[0]}: lower "
                 "sampling.questions, reward.questions or ppo.updates"
             )
+        pools = [[one for one in left if one.dataset == dataset] for dataset in settings.datasets]
     else:
         pools = [_unseen(task, n, _FRESH + settings.seed, seen) for task in settings.tasks]
-    return [problem for pool in pools for problem in [p for p in pool if p.id not in seen][:n]]
+    return [problem for pool in pools for problem in pool[:n]]
 
 
 def followed(settings: Settings) -> dict[str, Problem]:
