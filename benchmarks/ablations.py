@@ -2,8 +2,8 @@
 
     python benchmarks/ablations.py --seeds 0 1 2
 
-For every seed it takes the finished run runs/PRESET-all-seedSEED (`make run`), and in folders of their own trains
-a reward model for each choice of pairs. A stopped run goes on.
+For every seed it takes the finished run runs/PRESET-all-seedSEED (`make run`), and trains a reward model for each
+choice of pairs, in a folder of its own. Run the same command again to resume.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--task", default="all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--questions", type=int, default=100, help="fresh questions per task (default 100)")
-    parser.add_argument("--runs", default="", help="one run folder, in place of runs/PRESET-TASK-seedSEED")
+    parser.add_argument("--runs", default="", help="run folder, instead of runs/PRESET-TASK-seedSEED")
     parser.add_argument("--out", type=Path, default=variants.TABLE)
     args = parser.parse_args()
     rows = []

@@ -1,23 +1,23 @@
 """What does the rank add? SML beside the same PPO with a reward that has learned no rank; writes results/controls.csv.
 
     python benchmarks/controls.py --questions 100 --seeds 0 1 2 3 4
-    python benchmarks/controls.py --preset smollm2 --task word_problems --methods base SFT --temperatures 0 \
+    python benchmarks/controls.py --preset smollm2 --task word_problems --methods base SFT --temperatures 0 \\
         --out results/smollm2.csv
 
-Both start from the SFT model and differ in the reward alone: the reward model after its training on the rank, or before
-it, when it is the SFT model itself and prefers what that finds likely. Any such reward sharpens the policy, so that its
-samples at temperature 1 get better while what it believes stays. So base, SFT and both policies answer the test
-questions of stage 05 greedily and at several temperatures, with the entropy of what they draw from.
+Both start from the SFT model and differ only in the reward: the reward model after its training on the rank, or before
+it, when it is the SFT model itself and prefers what that model finds likely. Any such reward sharpens the policy: its
+samples at temperature 1 get better, although its likeliest answers do not change. So base, SFT and both policies answer
+the test questions of stage 05 greedily and at several temperatures, and the entropy of each is measured too.
 
-For every seed it takes stages 01 to 04 of the run runs/PRESET-all-seedSEED, makes what is missing of them, and trains
-the other policy in a folder of its own. A stopped run goes on; delete the table to measure anew. A row is a share of
-right answers, or nats per token, of one model at one temperature, with an interval over questions. Seed "all" has means
-over the seeds and their t interval (none for the base, which no seed trains), and "A minus B" the paired differences,
-question by question.
+For every seed it takes stages 01 to 04 of the run runs/PRESET-all-seedSEED, makes those that are missing, and trains
+the other policy in a folder of its own. Run the same command again to resume; delete the table to measure again. A row
+is a share of right answers, or nats per token, of one model at one temperature, with an interval over questions. Seed
+"all" has means over the seeds with their t intervals (none for the base, which no seed trains). "A minus B" has the
+paired differences, question by question.
 
 A policy that is surer of itself has less entropy at the same temperature. So the rows "right at SML's entropy" compare
-at equal entropy: the accuracy of every model where its samples have the entropy of SML's at that temperature, read off
-the line between the temperatures that were measured (mean of tasks, seed by seed).
+at equal entropy: the accuracy of every model where its samples have the entropy of SML's at that temperature,
+interpolated between the measured temperatures (mean of tasks, seed by seed).
 """
 
 import argparse
@@ -100,7 +100,9 @@ def answer(
     return dict(found)
 
 
-def rows_of(seed: int | str, values: Values, tasks: dict[str, list[str]]) -> list[dict]:
+def rows_of(
+    seed: int | str, values: Values, tasks: dict[str, list[str]], contrasts: Sequence[tuple[str, str]] = CONTRASTS
+) -> list[dict]:
     """Of one seed: a row for every method, task, temperature and metric, and for every contrast."""
     methods = {method for method, *_ in values}
     shown = {(method, *rest): found for (method, *rest), found in values.items()} | {
@@ -108,7 +110,7 @@ def rows_of(seed: int | str, values: Values, tasks: dict[str, list[str]]) -> lis
             name: value - values[other, temperature, "right"][name]
             for name, value in values[one, temperature, "right"].items()
         }
-        for one, other in CONTRASTS
+        for one, other in contrasts
         if {one, other} <= methods
         for temperature in dict.fromkeys(temperature for _, temperature, _ in values)
     }
@@ -201,7 +203,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[*TEMPERATURES])
-    parser.add_argument("--questions", type=int, default=0, help="per task (default: those of stage 05)")
+    parser.add_argument("--questions", type=int, default=0, help="questions per task (default: as in stage 05)")
     parser.add_argument("--out", type=Path, default=variants.TABLE.with_name("controls.csv"))
     args = parser.parse_args()
     rows = measured(args.out, KINDS)

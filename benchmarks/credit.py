@@ -2,12 +2,12 @@
 
     python benchmarks/credit.py --seeds 0 1 2 3 4
 
-For the policies of benchmarks/policies.py that differ in their value (a head on the policy's trunk, a value model, the
-mean of rollouts from each step's end), trained first where they are not yet. Each writes rationales to fresh questions
-of the train split, and works out the advantages as an update does. The step checker says which step is the first wrong
-one; no training sees it. Chance is the mean of 1 / number of steps. Writes results/credit.csv, with Wilson's intervals
-over rationales, somewhat narrow as those of one question are alike. explained_variance: of the returns by the values,
-on the same rationales.
+It takes the policies of benchmarks/policies.py that differ in their value (a head on the policy's trunk, a value model,
+the mean of rollouts from each step's end), and trains those that are missing. Each policy writes rationales for fresh
+questions of the train split, and the advantages are computed as in an update. The step checker finds the first wrong
+step; no training uses it. Chance is the mean of 1 / number of steps. Writes results/credit.csv, with Wilson intervals
+over rationales, which are somewhat too narrow, since rationales of one question are alike. explained_variance is that
+of the returns by the values, on the same rationales.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--task", default="all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--questions", type=int, default=40, help="per task (default 40)")
+    parser.add_argument("--questions", type=int, default=40, help="questions per task (default 40)")
     parser.add_argument("--out", type=Path, default=variants.TABLE.with_name("credit.csv"))
     args = parser.parse_args()
     rows = []

@@ -1,19 +1,19 @@
-"""What the search for first pits costs, ours beside a plain nested loop; writes results/exploration.csv.
+"""What the search for first pits costs, by our code and by a plain nested loop; writes results/exploration.csv.
 
     python benchmarks/exploration.py [--run runs/tiny-all-seed0] [--rationales 60]
-    python benchmarks/exploration.py --model runs/smollm2-word_problems-seed0/02_sft/model --dataset gsm8k \
+    python benchmarks/exploration.py --model runs/smollm2-word_problems-seed0/02_sft/model --dataset gsm8k \\
         --preset smollm2 --rationales 100 --looped 5
 
-The RFT model of a run with stages 06 explores wrong rationales of that run (an even choice of them), or the model of
-another folder those that it writes to a dataset's train questions, k completions of a prefix, at the temperature of the
-preset's settings:
-- the loop over rationales, prefixes and completions, each of them one call of `model.generate`;
+The RFT model of a run with stages 06 explores wrong rationales of that run, evenly spaced. With --model, the model in a
+folder explores wrong rationales that it writes for a dataset's train questions. Each prefix gets k completions, at the
+temperature of the preset. Compared are:
+- the loop over rationales, prefixes and completions, one call of `model.generate` for each completion;
 - the loop over rationales and prefixes, with k completions in one call;
 - the first loop with an early exit: it leaves a prefix that recovers, and a rationale at its pit;
 - all prefixes batched through our sampler, k completions each (`exploration.explore_all`);
 - the same with an early exit (`exploration.explore`), and both again on all rationales of the run.
-All judge by the same judge. The seconds of the processor stand beside those of the clock, for a machine that has other
-work to do. A loop draws for every rationale; the batched ones draw once for prefixes that are equal.
+All use the same judge. The table has processor seconds beside wall-clock seconds, for a machine that has other work to
+do. A loop samples for every rationale; the batched ways sample once for prefixes that are equal.
 """
 
 import argparse
@@ -114,11 +114,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--task", default="all")
-    parser.add_argument("--run", default="", help="a run folder, in place of runs/PRESET-TASK-seed0")
-    parser.add_argument("--model", default="", help="a folder with a model, in place of a run")
-    parser.add_argument("--dataset", default="gsm8k", help="whose questions that model answers")
-    parser.add_argument("--rationales", type=int, default=60, help="that are explored (default 60)")
-    parser.add_argument("--looped", type=int, default=0, help="of them by the loops (default: all)")
+    parser.add_argument("--run", default="", help="run folder, instead of runs/PRESET-TASK-seed0")
+    parser.add_argument("--model", default="", help="folder with a model, instead of a run")
+    parser.add_argument("--dataset", default="gsm8k", help="dataset for --model (default gsm8k)")
+    parser.add_argument("--rationales", type=int, default=60, help="rationales to explore (default 60)")
+    parser.add_argument("--looped", type=int, default=0, help="how many of them for the loops (default: all)")
     parser.add_argument("--out", type=Path, default=TABLE)
     args = parser.parse_args()
     settings = preset(args.preset, args.task if not args.model else args.dataset)

@@ -4,21 +4,21 @@
     PYTHONPATH=. python benchmarks/gpu_7b.py --shape small --out FOLDER    # a minute on one CPU core, to test this file
 
 The weights are random (speed and memory do not depend on them), so nothing is downloaded, and one card of 80 GB will
-do. It takes transformers and peft; the sections sft, reward and dpo take trl and datasets too, nf4 takes bitsandbytes,
-and each of them says so in a row where they are missing. A machine that has torch but no network gets the others as
-wheels in a folder:
+do. It needs transformers and peft; the sections sft, reward and dpo also need trl and datasets, and nf4 needs
+bitsandbytes. A section whose library is missing says so in its row. For a machine that has torch but no network, bring
+the others as wheels in a folder:
 
     python -m pip install --no-index --no-deps --target site-packages WHEELS/*.whl
     PYTHONUNBUFFERED=1 PYTHONPATH=site-packages:. python benchmarks/gpu_7b.py --out "$OUT"
 
-The table is written anew after every section, so that a run that is killed leaves what it had. A section that fails
-leaves a row that says why, and the next one runs; one that would not end in time is not begun. Only a whole run of
+The table is written again after every section, so that a killed run leaves what it measured. A section that fails
+leaves a row that says why, and the next one runs; one that would not end in time is not started. Only a complete run of
 shape 7b writes to results/.
 
 The columns: section, what, value, unit, computed, ratio = value / computed, note. (section, what, unit) names a row.
-Computed is, of GiB, what smlib.scale.memory expects; of a speed or a time, the bound: the time that the arithmetic
-takes at the speed of a large matrix product, or that the bytes which must be read take at the speed of a large copy,
-both measured in the same run. The ratio of a speed is then the share of the bound.
+For GiB, computed is what smlib.scale.memory expects. For a speed or a time, it is the bound: the time that the
+arithmetic takes at the speed of a large matrix product, or that reading the necessary bytes takes at the speed of a
+large copy, both measured in the same run. The ratio of a speed is then the share of the bound.
 
 Operations are counted of the P weights in matrices, not of attention, which is below 2 % at these lengths: a forward
 pass takes 2 P per token, a backward pass through frozen weights 2 P (no gradients of theirs), and 2 P more where
@@ -722,9 +722,9 @@ SECTIONS = {  # in the order of their worth; with seconds on a card of 80 GB
 def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=JOBS, default="7b")
-    parser.add_argument("--out", type=Path, help="a folder for the table, besides results/")
-    parser.add_argument("--minutes", type=float, default=8.5, help="that it may take (default 8.5)")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="some sections, after the facts")
+    parser.add_argument("--out", type=Path, help="folder for the table, besides results/")
+    parser.add_argument("--minutes", type=float, default=8.5, help="time limit in minutes (default 8.5)")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="only these sections, after the facts")
     args = parser.parse_args(arguments)
     whole = args.shape == "7b" and not args.only
     folders = [folder for folder in (RESULTS if whole else None, args.out) if folder]

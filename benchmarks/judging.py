@@ -1,4 +1,4 @@
-"""Our judge beside published verdicts, on what real models wrote: results/judging.csv and docs/judging.md.
+"""Our judge beside published verdicts, on outputs of real models; writes results/judging.csv and docs/judging.md.
 
     python benchmarks/judging.py FOLDER
 

@@ -1,14 +1,16 @@
-"""PPO, RLOO and GRPO from the same start, with as many completions each; and a policy that cheats.
+"""PPO, RLOO and GRPO from the same start, with equally many completions; and a policy that cheats.
 
     python benchmarks/policies.py --seeds 0 1 2 3 4
 
 Writes results/policies.csv (accuracy on fresh questions of the train split, and the gain over the SFT model) and
 results/policy_curves.csv (every update of every training). For every seed it takes stages 01 to 03 of the run
-runs/PRESET-all-seedSEED, makes what is missing of them, and trains in folders of their own. A stopped run goes on.
+runs/PRESET-all-seedSEED, makes those that are missing, and trains each policy in a folder of its own. Run the same
+command again to resume.
 """
 
 import argparse
 import csv
+from itertools import product
 from pathlib import Path
 
 import variants
@@ -31,8 +33,12 @@ POLICIES = {  # name: method, what differs from the preset's settings of PPO
     "RLOO, learned reward": ("rloo", {}),
     "GRPO, learned reward": ("grpo", {}),
 }
-GRID = tuple({"learning_rate": rate, "kl_coef": kl} for rate in (2.5e-4, 5e-4) for kl in (0.02, 0.08))
-TUNING_COLUMNS = ("policy", "seed", "learning_rate", "kl_coef", "greedy", "avg", "kl", "explained_variance", "seconds")
+TUNED = ("PPO, learned reward", "RLOO, learned reward", "GRPO, learned reward")
+GRID = tuple(
+    {"learning_rate": rate, "kl_coef": kl, "max_grad_norm": norm}
+    for norm, rate, kl in product((1.0, 0.02), (2.5e-4, 5e-4), (0.02, 0.08))
+)
+TUNING_COLUMNS = ("policy", "seed", "learning_rate", "kl_coef", "max_grad_norm", "greedy", "avg@8", "kl")
 # A reward that is easy to please without solving anything, first at no price for leaving the reference, then at one.
 BRIEF = "learned - 5*words"
 HASTY = {"reward": BRIEF, "updates": 30, "learning_rate": 5e-4}
@@ -46,7 +52,7 @@ def trained(preset_name: str, task: str, seed: int, name: str) -> tuple[Stage, S
     self_motivated.before_policy(run, preset(preset_name, task, seed))
     if name == OWN:
         return self_motivated.train_policy(run, settings), settings
-    return variants.policy(run, settings, name.replace(", ", "-").replace(" ", "-"), method), settings
+    return variants.policy(run, settings, folder_name(name), method), settings
 
 
 def tune(args: argparse.Namespace) -> list[dict]:
@@ -55,30 +61,30 @@ def tune(args: argparse.Namespace) -> list[dict]:
     for seed in args.seeds:
         run = shared.run_folder("", args.preset, args.task, seed)
         self_motivated.before_policy(run, preset(args.preset, args.task, seed))
-        for name, (method, changes) in POLICIES.items():
-            for setting in GRID if name in args.tune else ():
-                settings = preset(args.preset, args.task, seed, ppo=changes | setting)
-                label = f"{name}-{setting['learning_rate']:g}-{setting['kl_coef']:g}".replace(", ", "-").replace(
-                    " ", "-"
-                )
-                stage = variants.policy(run, settings, label, method)
-                with stage.path("training/log.csv").open(encoding="utf-8") as file:
-                    log = list(csv.DictReader(file))
-                answered = answer_fresh(settings, stage.path("model"), args.questions)
-                greedy, avg = (sum(values) / len(values) for values in variants.accuracies(answered).values())
-                last = [float(row.get("explained_variance") or "nan") for row in log[-10:]]
-                numbers = (greedy, avg, float(log[-1]["kl"]), sum(last) / len(last), stage.manifest["wall_seconds"])
-                rows.append(
-                    dict(
-                        zip(
-                            TUNING_COLUMNS,
-                            (name, seed, *setting.values(), *(round(x, 4) for x in numbers)),
-                            strict=True,
-                        )
-                    )
-                )
-                print(rows[-1], flush=True)
+        for name, setting in product(args.policies or TUNED, GRID):
+            method, changes = POLICIES[name]
+            settings = preset(args.preset, args.task, seed, ppo=changes | setting)
+            stage = variants.policy(run, settings, "-".join([folder_name(name), *map(str, setting.values())]), method)
+            with stage.path("training/log.csv").open(encoding="utf-8") as file:
+                last = list(csv.DictReader(file))[-10:]
+            answered = answer_fresh(settings, stage.path("model"), args.questions)
+            greedy, avg = (sum(values) / len(values) for values in variants.accuracies(answered).values())
+            kl = sum(float(row["kl"]) for row in last) / len(last)
+            numbers = (round(number, 4) for number in (greedy, avg, kl))
+            rows.append(dict(zip(TUNING_COLUMNS, (name, seed, *setting.values(), *numbers), strict=True)))
+            print(rows[-1], flush=True)
     return rows
+
+
+def folder_name(policy: str) -> str:
+    return policy.replace(", ", "-").replace(" ", "-")
+
+
+def merged(table: Path, rows: list[dict], policy: str) -> list[dict]:
+    """The rows of a table with these in place of those of their seeds and policies; policy: that column."""
+    new = {(str(row["seed"]), row[policy]) for row in rows}
+    with table.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if (row["seed"], row[policy]) not in new] + rows
 
 
 def main() -> None:
@@ -89,7 +95,8 @@ def main() -> None:
     parser.add_argument("--hacked", type=int, nargs="*", default=[0], help="seeds of the cheating policy (default 0)")
     parser.add_argument("--questions", type=int, default=100, help="fresh questions per task (default 100)")
     parser.add_argument("--out", type=Path, default=variants.TABLE.parent)
-    parser.add_argument("--tune", nargs="+", choices=POLICIES, default=[], metavar="NAME", help="try settings instead")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=[], metavar="NAME", help="only these")
+    parser.add_argument("--tune", action="store_true", help="instead try settings, of those that are compared")
     args = parser.parse_args()
     if args.tune:
         write(tune(args), TUNING_COLUMNS, args.out / "policy_tuning.csv")
@@ -100,16 +107,19 @@ def main() -> None:
         run = shared.run_folder("", args.preset, args.task, seed)
         self_motivated.before_policy(run, settings)
         answered = answer_fresh(settings, require(run, "02_sft").path("model"), args.questions)
-        found = {name: trained(args.preset, args.task, seed, name) for name in POLICIES}
-        for name, changes in HACKED.items() if seed in args.hacked else ():
+        found = {name: trained(args.preset, args.task, seed, name) for name in args.policies or POLICIES}
+        for name, changes in HACKED.items() if seed in args.hacked and not args.policies else ():
             chosen = preset(args.preset, args.task, seed, ppo=changes)
-            found[name] = variants.policy(run, chosen, name.replace(", ", "-").replace(" ", "-"), "ppo"), chosen
+            found[name] = variants.policy(run, chosen, folder_name(name), "ppo"), chosen
         for name, (stage, chosen) in found.items():
             curves += variants.curve_rows(stage, chosen, name)
             rows += variants.policy_rows(stage, chosen, name, answered)
             print(f"seed {seed}: {name}", flush=True)
-        write(rows, variants.COLUMNS, args.out / "policies.csv")
-        write(curves, variants.CURVE_COLUMNS, args.out / "policy_curves.csv")
+        for table, columns, new, policy in (
+            ("policies.csv", variants.COLUMNS, rows, "value"),
+            ("policy_curves.csv", variants.CURVE_COLUMNS, curves, "policy"),
+        ):
+            write(merged(args.out / table, new, policy), columns, args.out / table)
 
 
 if __name__ == "__main__":

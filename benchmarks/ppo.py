@@ -1,4 +1,4 @@
-"""Seconds per PPO update of smlib beside TRL 1.12's PPOTrainer, and where they go; writes results/ppo_speed.csv.
+"""Seconds per PPO update of smlib beside TRL 1.12's PPOTrainer, and by phase; writes results/ppo_speed.csv.
 
     python benchmarks/ppo.py [--trl .venv-trl/bin/python] [--model FOLDER] [--updates 5] [--quick]
 
@@ -8,15 +8,16 @@ the tiny base's or FOLDER's (such as a run's SFT model); value and reward have a
 the last token. TRL's environment is that of benchmarks/peers/trl_ppo.py; it runs with several
 local_rollout_forward_batch_size, and the fastest is compared.
 
-Every contestant runs in a process of its own, alone: 2 updates to warm up, then those that count, and one more, which
-is not counted since the end of training is in it. Shown are medians and the range. The learning rate is so small that
-the policy, and with it the length of what it writes, stays what it is. All draw from the same model, so lengths are of
-one distribution, but not equal: the fair ratio is that of the time per drawn token, ends counted and padding not.
+Every contestant runs alone in its own process: 2 updates to warm up, then those that are measured, and one more, which
+is not counted because it includes the end of training. The table shows medians and the range. The learning rate is so
+small that the policy does not change, nor does the length of its completions. All sample from the same model, so their
+lengths have one distribution but are not equal: the fair ratio is the time per sampled token, with end tokens and
+without padding.
 
-The bound is the arithmetic that an update cannot do without, padding apart, over the speed of one large matrix product
-in the same run. Counted are multiply and add of the linear layers, of causal attention and of the vocabulary's logits
-at the tokens drawn; a backward pass is two forward passes. A pass reads a prompt once for its 8 samples; a last
-line says how much more reading it for each of them would be, sampling apart.
+The bound is the arithmetic that an update cannot avoid, without padding, over the speed of one large matrix product
+in the same run. It counts multiplications and additions of the linear layers, of causal attention and of the
+vocabulary's logits at the sampled tokens; a backward pass is two forward passes. A pass reads a prompt once for its 8
+samples; the last line says how much more it would be to read it for each of them, sampling apart.
 """
 
 import argparse
@@ -401,10 +402,10 @@ def write(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trl", metavar="PYTHON", help="Python of an environment with trl 1.12")
-    parser.add_argument("--model", metavar="FOLDER", default="tiny", help="the model of all roles (default: tiny)")
-    parser.add_argument("--updates", type=int, default=5, help="updates that count (default: 5)")
-    parser.add_argument("--quick", action="store_true", help="one counted update; writes no table")
+    parser.add_argument("--trl", metavar="PYTHON", help="Python interpreter that has trl 1.12")
+    parser.add_argument("--model", metavar="FOLDER", default="tiny", help="model for all roles (default: tiny)")
+    parser.add_argument("--updates", type=int, default=5, help="updates to measure (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="measure one update; writes no table")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:

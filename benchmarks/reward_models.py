@@ -5,17 +5,16 @@
 
 For every seed the SFT model of the run runs/PRESET-all-seedSEED answers fresh questions of the train split, eight times
 each. It judges the SFT model's own likelihood (the reward before training, which a reward model has to beat) and the
-run's reward model. With --pairs it also trains, for every number of pairs of other samples of the SFT model, two
-reward models from the SFT model: a likelihood trained on the pairs, as in stage 03, and a scalar head on the last
-token, as the paper and most of the field have it, by TRL's own RewardTrainer. Both take one pass; the head's
-SCALAR_RATE is the best of four rates on the fresh questions of seed 10 after 5,000 pairs, the likelihood keeps the
-rate of stage 03.
+run's reward model. With --pairs it also trains two reward models from the SFT model for each of these numbers, on that
+many pairs of other samples of the SFT model: a likelihood, as in stage 03, and a scalar head on the last token, as in
+the paper and most of the field, with TRL's own RewardTrainer. Both take one pass; the head's SCALAR_RATE is the best of
+four rates on the fresh questions of seed 10 after 5,000 pairs, and the likelihood keeps the rate of stage 03.
 
-Metrics, in shares with intervals over questions: "pairs ranked right", of a question's distinct right and wrong
-answers; "sound above lucky", of right answers whose steps are all right and others (the step checker tells, and nothing
-learns from it); "best of 8". A row "A minus B" has the paired differences. Seed "all" has means over the seeds with
-their t intervals. A seed's rows are written when they are complete, and kept by the next call; delete the table to
-measure anew.
+Metrics, in shares with intervals over questions: "pairs ranked right", of pairs of a question's distinct right and
+wrong answers; "sound above lucky", of pairs of right answers, one with all steps right and one with a wrong step (by
+the step checker; no training uses it); "best of 8". A row "A minus B" has the paired differences. Seed "all" has means
+over the seeds with their t intervals. A seed's rows are written when they are complete, and the next call keeps them;
+delete the table to measure again.
 """
 
 import argparse
@@ -229,8 +228,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--pairs", type=int, nargs="*", default=[], help="of the SFT model, for reward models of them")
-    parser.add_argument("--questions", type=int, default=200, help="per task (default 200)")
+    parser.add_argument("--pairs", type=int, nargs="*", default=[], help="numbers of pairs to train on (default: none)")
+    parser.add_argument("--questions", type=int, default=200, help="questions per task (default 200)")
     parser.add_argument("--out", type=Path, default=variants.TABLE.with_name("reward_models.csv"))
     args = parser.parse_args()
     rows = controls.measured(args.out, KINDS)

@@ -17,9 +17,10 @@ says the mean:
 Tokens up to and with the end of a rationale count, padding after it does not. Every contestant runs in a process of its
 own, alone, after a warm-up; on tiny the rounds alternate and the best of two is shown.
 
-Then for the native engine: how much of the time the matrix products alone would take, with one thread and with all; on
-tiny also samples per question (1, 4, 16, 64) and number of questions (100 to 10,000, through smlib.sampling.shards,
-with the peak memory of the process); on SmolLM2 the reward model's scoring of what was drawn.
+Then for the native engine: how much of the time the matrix products alone would take, with one thread and with all; how
+many rows to draw at once (`max_batch`); on tiny also samples per question (1, 4, 16, 64) and number of questions (100
+to 10,000, through smlib.sampling.shards, with the peak memory of the process); on SmolLM2 the reward model's scoring of
+what was drawn, and a rollout of PPO, 8 completions to each of 16 questions without exemplars.
 """
 
 import argparse
@@ -42,6 +43,7 @@ CASES = {
     "smollm2-8-shot": ("smollm2", "wei", 356, (16, 64)),
     "smollm2-zero-shot": ("smollm2", "none", 356, (32, 128)),
 }
+ROWS = (64, 128, 256, 512)  # values of max_batch
 VLLM = {  # its engine in this process, compiled, on all cores
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "4",
@@ -175,6 +177,19 @@ def scored(case: str, count: int, samples: int) -> dict:
     return summary(list(map(len, rationales)), time.perf_counter() - started)
 
 
+def rolled_out(case: str) -> dict:
+    """A rollout of PPO, as an update begins with one: its tokens, and seconds."""
+    from smlib.ppo import rollouts
+    from smlib.ppo.settings import PPOSettings
+
+    (model, tokenizer), settings = policy(case), PPOSettings()
+    problems = questions(case, settings.questions)
+    rollouts.rollout(model, tokenizer, problems[:2], settings, seed=1)  # warm-up
+    started = time.perf_counter()
+    _, samples = rollouts.rollout(model, tokenizer, problems, settings, seed=0)
+    return summary([len(one.token_ids) for one in samples], time.perf_counter() - started)
+
+
 def measure(job: dict) -> dict:
     """One job in this process: lengths, seconds, peak memory."""
     import torch
@@ -188,13 +203,16 @@ def measure(job: dict) -> dict:
         return {"tokens_per_second": round(bound(case))}
     if kind == "score":
         return scored(case, job["questions"], samples)
+    if kind == "rollout":
+        return rolled_out(case)
     if kind == "bulk":
         started = time.perf_counter()
         lengths = in_bulk(case, job["questions"], samples, job["folder"])
         return summary(lengths, time.perf_counter() - started) | {"setting": f"peak {peak_mib():.0f} MiB"}
     problems = questions(case, job["questions"])
     if kind in ("native", "vllm"):
-        engine = make_engine(kind, CASES[case][0], dtype=dtype(case))
+        options = {"max_batch": job["max_batch"]} if "max_batch" in job else {}
+        engine = make_engine(kind, CASES[case][0], dtype=dtype(case), **options)
         draw = lambda some, n: [len(one.token_ids) for group in by_engine(engine, case, some, n) for one in group]  # noqa: E731
     else:
         model, tokenizer = policy(case)
@@ -227,8 +245,9 @@ def alone(what: str, case: str, engine: str, python: str = sys.executable, **job
     if done.returncode:
         raise SystemExit(f"{job} failed:\n{done.stderr[-3000:]}")
     row = job | json.loads(done.stdout.splitlines()[-1])
-    if "batch" in row or "threads" in row:
-        row["setting"] = f"batch {row['batch']}" if "batch" in row else f"threads {row['threads']}"
+    for name in ("batch", "max_batch", "threads"):
+        if name in row:
+            row["setting"] = f"{name} {row[name]}"
     print(*(row.get(name, "-") for name in COLUMNS), flush=True)
     return row
 
@@ -249,13 +268,18 @@ def compare(case: str, count: int, vllm: str | None) -> list[dict]:
 
 
 def shares(case: str, count: int) -> list[dict]:
-    """The native engine and the bound, with one thread and with all; on SmolLM2 fewer questions, and scoring."""
+    """The native engine and the bound, with one thread and with all, and by rows; on SmolLM2 fewer questions, and what
+    else the method draws or reads."""
     few = count if case == "tiny" else min(count, 64)
     rows = []
     for threads in sorted({1, os.cpu_count()}):
         rows.append(alone("threads", case, "native", questions=few, threads=threads))
         rows.append(alone("threads", case, "bound", threads=threads))
-    return rows + ([alone("scoring", case, "score", questions=few)] if case != "tiny" else [])
+    rows += [alone("rows", case, "native", questions=few, max_batch=most) for most in ROWS]
+    if case == "tiny":
+        return rows
+    rows.append(alone("scoring", case, "score", questions=few))
+    return rows + ([alone("PPO", case, "rollout")] if CASES[case][1] == "none" else [])
 
 
 def grow(largest: int) -> list[dict]:
@@ -284,10 +308,10 @@ def write(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vllm", metavar="PYTHON", help="Python of an environment with vLLM")
+    parser.add_argument("--vllm", metavar="PYTHON", help="Python interpreter that has vLLM")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all")
-    parser.add_argument("--questions", type=int, metavar="N", help="of each case (default: all of them)")
-    parser.add_argument("--quick", action="store_true", help="a tenth of everything; writes no table")
+    parser.add_argument("--questions", type=int, metavar="N", help="questions of each case (default: all)")
+    parser.add_argument("--quick", action="store_true", help="run a tenth of each case; writes no table")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:

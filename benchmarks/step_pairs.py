@@ -1,4 +1,4 @@
-"""Self-Explore beside outcome DPO: where does the difference come from, and what if both may draw as much?
+"""Self-Explore beside outcome DPO: where does the difference come from, and what if both may sample equally much?
 
     python benchmarks/step_pairs.py --seeds 0 1 2
 
@@ -7,9 +7,9 @@ Writes results/step_pairs.csv: accuracy on fresh questions of the train split, a
 - each of the two at the other's learning rate;
 - step-level pairs made otherwise (`variants.step_pairs`): another choice of the chosen side, pits at the first
   wrong step by the step checker, and a rejected side to the end of the rationale (at the rate of outcome pairs);
-- RFT and DPO on outcome pairs of more solutions a question (--samples), so many that they draw what Self-Explore does.
-For every seed it takes the run runs/PRESET-all-seedSEED, makes what is missing of stages 01, 02 and 06, and trains in
-folders of their own. A stopped run goes on.
+- RFT and DPO on outcome pairs with more solutions per question (--samples), to sample as much as Self-Explore does.
+For every seed it takes the run runs/PRESET-all-seedSEED, makes those of stages 01, 02 and 06 that are missing, and
+trains in folders of their own. Run the same command again to resume.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--task", default="all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--samples", type=int, default=16, help="solutions a question for the same budget (default 16)")
+    parser.add_argument("--samples", type=int, default=16, help="solutions per question for equal samples (default 16)")
     parser.add_argument("--questions", type=int, default=100, help="fresh questions per task (default 100)")
     parser.add_argument("--out", type=Path, default=variants.TABLE.parent / "step_pairs.csv")
     args = parser.parse_args()

@@ -43,7 +43,11 @@ EXAMPLES = """examples:
   smlib sample gsm8k --model smollm2 --samples 4 --out samples"""
 NUMBER = {"type": int, "metavar": "N"}
 ASKED = ("PRESET", "TASK", "SEED", "OVERRIDES")  # what a run is asked to be, in run.json and in --config
-PRESET = {"choices": PRESETS, "metavar": "PRESET", "help": ", ".join(PRESETS).replace("tiny", "tiny (default)", 1)}
+PRESET = {
+    "choices": PRESETS,
+    "metavar": "PRESET",
+    "help": "named settings: " + ", ".join(PRESETS).replace("tiny", "tiny (default)", 1),
+}
 GROUPS = {field.name: field.type for field in fields(Settings) if is_dataclass(field.type)}
 DRAWING = {  # options of `sample` that are settings, by the same names
     name: declared.described(GROUPS[group])[name]
@@ -89,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as error:
         logging.getLogger("asyncio").disabled = True  # at exit it would print the traceback of the interrupted cell
-        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        print("\nStopped. Run the same command again to resume.", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
 
 
@@ -115,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=wide,
     )
-    title = "commands, each with a --help of its own"
+    title = "commands (smlib COMMAND --help lists the options of one)"
     commands = parser.add_subparsers(prog="smlib", title=title, metavar="COMMAND [OPTIONS]", required=True)
 
     def command(name: str, do, what: str) -> argparse.ArgumentParser:
@@ -123,56 +127,56 @@ def _parser() -> argparse.ArgumentParser:
         one.set_defaults(do=do)
         return one
 
-    _run_options(command("run", run_notebooks, "execute the notebooks, or go on where a run stopped"))
-    stage = command("stage", make_stages, "make stages of a run, without notebooks")
-    stages = "a stage's folder, such as 02_sft or 06_rft (default: 01_sampling to 05_evaluation, in order)"
+    _run_options(command("run", run_notebooks, "execute the notebooks, or resume a run that stopped"))
+    stage = command("stage", make_stages, "make the stages of a run without notebooks")
+    stages = "stage to make, such as 02_sft or 06_rft (default: all from 01_sampling to 05_evaluation)"
     stage.add_argument("names", nargs="*", metavar="NAME", help=stages)
-    _add_run(stage, "run folder with the stages that come before")
-    policy = command("train-policy", train_policy, "make stage 04 by PPO, RLOO or GRPO")
+    _add_run(stage, "run folder; the earlier stages must be in it")
+    policy = command("train-policy", train_policy, "train the policy (stage 04) by PPO, RLOO or GRPO")
     _add_run(policy, "run folder with stages 01 to 03")
-    policy.add_argument("--method", default="ppo", choices=POLICY_METHODS, help="RLOO and GRPO by TRL (default: ppo)")
-    tracker = "of PPO: log to one of accelerate's trackers too, such as tensorboard"
+    policy.add_argument("--method", default="ppo", choices=POLICY_METHODS, help="RLOO and GRPO are TRL's (default ppo)")
+    tracker = "for PPO: also log to one of accelerate's trackers, such as tensorboard"
     policy.add_argument("--tracker", default="", help=tracker)
-    explore = command("explore", make_self_explore, "make stages 06, Self-Explore: first wrong steps, and DPO")
-    _add_run(explore, "run folder; stages 01 and 02 are made where missing")
-    _sample_options(command("sample", draw_samples, "draw samples of a dataset's questions, to disk"))
-    results = command("results", pool_results, "pool finished runs of several seeds: results/PRESET.csv")
-    results.add_argument("runs", nargs="+", metavar="RUN", help="run folder; the runs differ in their seed alone")
-    browse = command("browse", write_browse_page, "write RUN/browse.html, a page to look at a run's answers")
+    explore = command("explore", make_self_explore, "run Self-Explore (stages 06): first wrong steps, then DPO")
+    _add_run(explore, "run folder; stages 01 and 02 are made if they are missing")
+    _sample_options(command("sample", draw_samples, "sample answers to a dataset's questions, and save them"))
+    results = command("results", pool_results, "pool finished runs of several seeds into results/PRESET.csv")
+    results.add_argument("runs", nargs="+", metavar="RUN", help="run folder; the runs must differ only in their seed")
+    browse = command("browse", write_browse_page, "write RUN/browse.html, a page with all answers of a run")
     browse.add_argument(
-        "run", metavar="RUN", help="run folder with a finished 05_evaluation; its run.json says what it is"
+        "run", metavar="RUN", help="run folder with a finished 05_evaluation; its run.json gives its settings"
     )
     browse.add_argument("--preset", **PRESET)
-    browse.add_argument("--seed", **NUMBER, help="of a run folder without run.json")
+    browse.add_argument("--seed", **NUMBER, help="the run's seed, if its folder has no run.json (default 0)")
     _add_changes(browse)
-    settings = command("settings", show_settings, "print a preset's settings, and what they mean")
+    settings = command("settings", show_settings, "print a preset's settings and what they mean")
     settings.add_argument("preset", nargs="?", **PRESET)
-    settings.add_argument("group", nargs="?", choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS))
+    settings.add_argument("group", nargs="?", choices=GROUPS, metavar="GROUP", help=f"one of: {', '.join(GROUPS)}")
     _add_changes(settings)
-    data = command("data", show_data, "fetch and check the published datasets")
-    data.add_argument("datasets", nargs="*", metavar="DATASET", help="such as gsm8k (default: all fourteen)")
-    _pretrain_options(command("pretrain", make_base, "make the tiny base model again"))
+    data = command("data", show_data, "download and check the published datasets")
+    data.add_argument("datasets", nargs="*", metavar="DATASET", help="dataset, such as gsm8k (default: all fourteen)")
+    _pretrain_options(command("pretrain", make_base, "pretrain a tiny base model, like the one in the package"))
     for one in (parser, *commands.choices.values()):  # `main` takes it out, so that its place does not matter
-        told = "show the traceback of an error, too" if one is not parser else argparse.SUPPRESS
+        told = "also show an error's traceback" if one is not parser else argparse.SUPPRESS
         one.add_argument("--debug", action="store_true", help=told)
     return parser
 
 
 def _run_options(run: argparse.ArgumentParser) -> None:
     _add_run(run, "run folder")
-    again = "execute again from notebook N on (a finished stage is read; delete its folder to redo it)"
+    again = "execute notebooks again, from number N on; they read finished stages (to redo one, delete its folder)"
     run.add_argument("--from", dest="first", **NUMBER, help=again)
     run.add_argument("--to", dest="last", **NUMBER, help="stop after notebook N")
-    run.add_argument("--dry-run", action="store_true", help="print what it takes: samples, memory, hours, disk")
-    run.add_argument("--verify", action="store_true", help="read every file of the run and say what is damaged")
-    run.add_argument("--publish", action="store_true", help="copy figures and results to the repository's")
-    run.add_argument("--refresh", action="store_true", help="put the executed notebooks into notebooks/")
+    run.add_argument("--dry-run", action="store_true", help="only print what it takes: samples, memory, hours, disk")
+    run.add_argument("--verify", action="store_true", help="only read every file of the run, and say what is damaged")
+    run.add_argument("--publish", action="store_true", help="when done, copy figures and results into the repository")
+    run.add_argument("--refresh", action="store_true", help="when done, copy the executed notebooks into notebooks/")
 
 
 def _add_run(parser: argparse.ArgumentParser, out: str) -> None:
     """The options that say what a run is, and where."""
     parser.add_argument("--preset", **PRESET)
-    parser.add_argument("--seed", **NUMBER, help="random seed of questions, samples and training (default 0)")
+    parser.add_argument("--seed", **NUMBER, help="random seed for questions, samples and training (default 0)")
     _add_changes(parser)
     parser.add_argument("--out", metavar="RUN", help=f"{out} (default: runs/PRESET-TASK-seedSEED)")
 
@@ -180,43 +184,46 @@ def _add_run(parser: argparse.ArgumentParser, out: str) -> None:
 def _add_changes(parser: argparse.ArgumentParser) -> None:
     """The options that change a preset."""
     tasks = (
-        f"all (the generated ones: {', '.join(TASKS)}), one of these, or a published dataset: {', '.join(TRAIN_SETS)}"
+        f"all (the generated tasks), one of them ({', '.join(TASKS)}), or a published dataset ({', '.join(TRAIN_SETS)})"
     )
     parser.add_argument(
         "--task", choices=("all", *TASKS, *TRAIN_SETS), metavar="TASK",
-        help=f"{tasks} (default: word_problems of smollm2, gsm8k of the large presets, else all)",
+        help=f"{tasks}; default: word_problems for smollm2, gsm8k for presets with a Hub model, else all",
     )  # fmt: skip
     parser.add_argument(
-        "--model", help="in place of the preset's: smollm2, a folder, a GGUF file, or a hub id, best with @REVISION"
+        "--model", help="base instead of the preset's: tiny, smollm2, a folder, a GGUF file, or a Hub id with @REVISION"
     )
-    change = "change a setting, such as ppo.updates=10 or ppo.reward=checker (`smlib settings` prints all), or with "
-    change += "run a notebook's parameter, such as HELD_OUT=10; repeatable"
+    change = "change a setting, such as ppo.updates=10 or ppo.reward=checker (`smlib settings` lists them), or, for "
+    change += "`smlib run`, a notebook's parameter, such as HELD_OUT=10; may be repeated"
     parser.add_argument("--set", action="append", default=[], type=_assignment, metavar="NAME=VALUE", help=change)
-    file = f"a YAML file, or the run.json of another run, with {', '.join(ASKED)}; command-line options override it"
+    file = f"YAML file, or another run's run.json, with {', '.join(ASKED)}; command-line options override it"
     parser.add_argument("--config", metavar="FILE", help=file)
 
 
 def _sample_options(sample: argparse.ArgumentParser) -> None:
     sample.description += (
-        " The same command goes on where it was stopped, and a larger --samples draws the new ones alone. The options "
-        f"{', '.join('--' + name.replace('_', '-') for name in DRAWING)} are the settings of the same names of the "
-        "other commands (`smlib settings tiny sampling`, `smlib settings tiny hardware`), but vLLM takes the dtype of "
-        "the model's files where none is given."
+        " Run the same command again to resume; a larger --samples draws only the samples that are missing. The "
+        f"options {', '.join('--' + name.replace('_', '-') for name in DRAWING)} mean what the settings of the same "
+        "names mean (`smlib settings tiny sampling`, `smlib settings tiny hardware`). Without --dtype, vLLM uses the "
+        "dtype of the model's files."
     )
     names = (*TASKS, *(name for name in PUBLISHED if name not in TASKS))
     sample.add_argument("dataset", choices=names, metavar="DATASET", help=f"one of: {', '.join(names)}")
-    sample.add_argument("--out", required=True, metavar="FOLDER", help="folder of the shards")
-    sample.add_argument("--split", default="train", help="train (default) or test; of a published dataset also all")
-    sample.add_argument("--questions", **NUMBER, help="the first N (default: all; generated: 1,000)")
-    sample.add_argument("--samples", type=int, default=8, metavar="K", help="per question (default 8)")
+    sample.add_argument("--out", required=True, metavar="FOLDER", help="folder for the samples")
     sample.add_argument(
-        "--model", default="tiny", help="tiny (default), smollm2, a folder, a GGUF file or a hub id, with @REVISION"
+        "--split", default="train", help="train (default) or test; a published dataset also has all, and math test_500"
+    )
+    first = "only the first N questions (default: all; 1,000 of a generated task)"
+    sample.add_argument("--questions", **NUMBER, help=first)
+    sample.add_argument("--samples", type=int, default=8, metavar="K", help="samples per question (default 8)")
+    sample.add_argument(
+        "--model", default="tiny", help="tiny (default), smollm2, a folder, a GGUF file, or a Hub id with @REVISION"
     )
     for name, one in DRAWING.items():
         _add_setting(sample, name, one)
     sample.set_defaults(dtype=None)
-    sample.add_argument("--seed", default=0, **NUMBER, help="random seed of questions and samples (default 0)")
-    shard = "questions per file; a killed command draws one file again (default 64; with --workers give more)"
+    sample.add_argument("--seed", default=0, **NUMBER, help="random seed for questions and samples (default 0)")
+    shard = "questions per file; a killed command loses one file at most (default 64; raise it with --workers)"
     sample.add_argument("--shard", default=64, **NUMBER, help=shard)
 
 
@@ -231,19 +238,19 @@ def _add_setting(parser: argparse.ArgumentParser, name: str, one: declared.Descr
 
 
 def _pretrain_options(pretrain: argparse.ArgumentParser) -> None:
-    there = "folder to write, new or empty; `--model FOLDER` then takes it (the package's own base stays as it is)"
+    there = "folder to write, new or empty, to be used by --model FOLDER; the package's own base is not changed"
     pretrain.add_argument("--out", required=True, metavar="FOLDER", help=there)
     pretrain.add_argument(
-        "--documents", default=150_000, **NUMBER, help="documents to read, each once (default 150,000)"
+        "--documents", default=150_000, **NUMBER, help="training documents, each read once (default 150,000)"
     )
-    pretrain.add_argument("--hidden", default=128, **NUMBER, help="width, a multiple of 32 (default 128)")
-    pretrain.add_argument("--layers", default=3, **NUMBER, help="(default 3)")
+    pretrain.add_argument("--hidden", default=128, **NUMBER, help="hidden size, a multiple of 32 (default 128)")
+    pretrain.add_argument("--layers", default=3, **NUMBER, help="number of layers (default 3)")
     pretrain.add_argument(
-        "--start-from", type=Path, metavar="FOLDER", help="base to go on from (default: random weights)"
+        "--start-from", type=Path, metavar="FOLDER", help="base to continue from (default: random weights)"
     )
-    tokens = "tokens per batch; a longer document has a batch to itself (default 4,096)"
+    tokens = "tokens per batch; a longer document gets its own batch (default 4,096)"
     pretrain.add_argument("--tokens-per-batch", default=4096, **NUMBER, help=tokens)
-    pretrain.add_argument("--seed", default=0, **NUMBER, help="of weights and documents (default 0)")
+    pretrain.add_argument("--seed", default=0, **NUMBER, help="random seed for weights and documents (default 0)")
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -264,7 +271,7 @@ def _assignment(text: str) -> tuple[str, object]:
     if name == "base":
         raise argparse.ArgumentTypeError("base has an option of its own, --model")
     if name == "OVERRIDES":
-        raise argparse.ArgumentTypeError("OVERRIDES is what --set makes of settings: name each, as in ppo.updates=10")
+        raise argparse.ArgumentTypeError("OVERRIDES cannot be set as a whole: name each setting, as in ppo.updates=10")
     return name, _value(value)
 
 
@@ -302,13 +309,13 @@ def _asked(args: argparse.Namespace) -> dict:
             )
         if dot:
             if not isinstance(values := overrides.setdefault(group, {}), dict):
-                raise UsageError(f"{name} cannot be set, since {group} is {declared.shown(values)}: leave one out")
+                raise UsageError(f"{name} cannot be set: {group} is already {declared.shown(values)}; leave one out")
             values[setting] = value
         elif parameters:
             found[name] = value
         else:
             raise UsageError(
-                f"{name} is no setting, such as ppo.updates; notebooks' parameters are for the command run"
+                f"{name} is not a setting: give a name such as ppo.updates (only `smlib run` takes notebook parameters)"
             )
     if isinstance(base := overrides.get("base"), str) and base and Path(base).exists():
         overrides["base"] = str(Path(base).resolve())  # notebooks run in another folder
@@ -337,7 +344,7 @@ def _config(file: str, parameters: bool) -> dict:
     named = [name for name in found if name.isupper() and name not in (*ASKED, "RUN_DIR")]
     for name in found:
         if name not in ASKED and not (name in named and (parameters or path.suffix == ".json")):
-            more = ", or for the command run a notebook's parameter" * parameters
+            more = ", or a notebook's parameter" * parameters
             raise UsageError(
                 f"--config {file} has {declared.shown(name)}, which is unknown; choose one of: {', '.join(ASKED)}{more}"
             )
@@ -349,7 +356,7 @@ def _once(pairs: list[tuple[str, object]]) -> dict:
     """The pairs of a mapping as a dict; ValueError where a name comes twice."""
     names = [name for name, _ in pairs]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{twice[0]!r} is there twice")
+        raise ValueError(f"{twice[0]!r} is given twice")
     return dict(pairs)
 
 
@@ -409,7 +416,7 @@ def run_notebooks(args: argparse.Namespace) -> int | None:
     plan.check(settings)
     runner.run(request, out)
     if args.publish:
-        runner.publish(out, repository)
+        runner.publish(out, repository, times=args.first is None)
     if args.refresh:
         runner.refresh(out, repository / "notebooks")
     print(f"Open {out / 'index.html'}")
@@ -424,7 +431,7 @@ def dry_run(settings: Settings) -> str:
         return plan.describe(settings)
     except DatasetError as error:
         found = plan.describe(replace(settings, tasks=("coin_flip",)))
-        return f"{error}\nPlanned for the generated coin flips instead, whose questions are short:\n\n{found}"
+        return f"{error}\nThis plan is for the generated coin flips instead, whose questions are short:\n\n{found}"
 
 
 def make_stages(args: argparse.Namespace) -> None:
@@ -449,7 +456,7 @@ def make_stages(args: argparse.Namespace) -> None:
     main = devices.process_state().is_main_process
     with _luck_warned_of_once():
         for name in names:
-            state = " (done before)" if (run / name / MANIFEST).exists() else ""
+            state = " (already done)" if (run / name / MANIFEST).exists() else ""
             manifest = stages[name](run, settings, progress=main).manifest
             if main:
                 rows = ", ".join(f"{count:,} {file}" for file, count in manifest["counts"].items())
@@ -480,7 +487,7 @@ def train_policy(args: argparse.Namespace) -> None:
     plan.check(settings, ["04_ppo"])
     stage = self_motivated.train_policy(_run_folder(args, asked), settings, args.method, tracker=args.tracker)
     if devices.process_state().is_main_process:
-        print(f"{stage.folder}: model/ is the policy, training/log.csv its way there")
+        print(f"{stage.folder}: the policy is in model/, the log of its training in training/log.csv")
     shared.end_process_group()
 
 
@@ -537,8 +544,8 @@ def draw_samples(args: argparse.Namespace) -> None:
     questions = _Questions(engine.tokenizer, problems, args.shots)
     counts = bulk.draw(questions, args.samples, params, progress=args.dataset)
     print(
-        f"{args.out}: {len(problems):,} questions, {counts['drawn']:,} samples drawn, {counts['found']:,} were there"
-        + f", {counts['dropped']} damaged files drawn again" * bool(counts["dropped"])
+        f"{args.out}: {len(problems):,} questions, {counts['drawn']:,} samples drawn, {counts['found']:,} already there"
+        + f", {counts['dropped']} damaged files replaced" * bool(counts["dropped"])
     )
 
 
@@ -580,11 +587,11 @@ def write_browse_page(args: argparse.Namespace) -> None:
 def show_settings(args: argparse.Namespace) -> None:
     """Print every setting: its value, what it means, what it may be, and the default where it has another value."""
     settings = _settings(_asked(args))
-    print(f"Settings of {settings.preset}; * marks what differs from tiny, whose value is the default.")
-    print("Change one by --set, as in --set ppo.updates=10.")
+    print(f"Settings of {settings.preset}; * marks a value that differs from the default, which is tiny's.")
+    print("Change one with --set, such as --set ppo.updates=10.")
     if not args.group:
         base = declared.described(Settings)["base"]
-        _show("base, by --model", settings.base, replace(base, default="tiny"))
+        _show("base (--model)", settings.base, replace(base, default="tiny"))
     for group in [args.group] if args.group else GROUPS:
         what = " ".join(GROUPS[group].__doc__.split())
         print("\n" + textwrap.fill(f"{group}: {what}", 100, subsequent_indent="  "))

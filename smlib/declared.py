@@ -52,7 +52,7 @@ _WORDS = {
     "integer": "a whole number",
     "number": "a number",
     "boolean": "True or False",
-    "string": "a text",
+    "string": "text",
     "array": "a list",
     "object": "a dict",
 }
@@ -133,7 +133,7 @@ def named_folder(name: str, text: str) -> Path:
     if file := next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None):
         raise UsageError(f"{name} = {text!r} is not allowed, since {str(file)!r} is a file: give another folder")
     if link := next((path for path in (folder, *folder.parents) if path.is_symlink() and not path.exists()), None):
-        raise UsageError(f"{name} = {text!r} is not allowed, since {str(link)!r} links to nothing: give another folder")
+        raise UsageError(f"{name} = {text!r} is not allowed, since {str(link)!r} is a broken link: give another folder")
     return folder
 
 
@@ -150,7 +150,7 @@ def shown(value) -> str:
     try:
         text = repr(value)
     except ValueError:  # Python writes 4,300 digits at most
-        text = f"{type(value).__name__} of very many digits"
+        text = f"{type(value).__name__} of more than 4,300 digits"
     return text if len(text) <= 100 else f"{text[:90]}..."
 
 

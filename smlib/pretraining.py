@@ -331,7 +331,7 @@ def accuracy_by_task(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 def _check_place(out: Path) -> None:
     """Raise UsageError unless a new folder can be written there: now, and not after the training."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"--out {out} is there already: give a folder that is new or empty")
+        raise UsageError(f"--out {out} already exists: give a folder that is new or empty")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out.parent):
@@ -345,7 +345,7 @@ def _earlier_phases(base: Path) -> list[dict]:
     card = base / "training.json"
     phases = read_object(card).get("phases") if card.exists() else None
     if not isinstance(phases, list):
-        raise UsageError(f"--start-from {base} has no training.json with its phases: give a base of this command's")
+        raise UsageError(f"--start-from {base} has no training.json with phases: give one that `smlib pretrain` made")
     return phases
 
 
@@ -372,7 +372,8 @@ def make_base(
             model = LlamaForCausalLM(tiny_config(len(tokenizer), tokenizer, hidden, layers))
     batches = _batches(tokenizer, documents, tokens_per_batch, seed)
     tokens = sum(int((weights > 0).sum()) for _, weights in batches)
-    print(f"{models.model_size(model):,} parameters, {len(tokenizer)} tokens, {tokens:,} tokens to read", flush=True)
+    size = models.model_size(model)
+    print(f"{size:,} parameters, a vocabulary of {len(tokenizer)}, {tokens:,} tokens to read", flush=True)
     losses = train(model, batches)
     phase = {
         "documents": documents,

@@ -352,7 +352,7 @@ def test_a_file_that_came_into_a_model_folder_later_is_refused(tmp_path):
     with stage.recording():
         stage.write_model("model", Model("weights.bin"))
     (stage.folder / "model" / "adapter_config.json").write_text("{}")  # the loader would take it for an adapter
-    with pytest.raises(StageError, match=r"adapter_config\.json is no file of this stage"):
+    with pytest.raises(StageError, match=r"adapter_config\.json does not belong to this stage"):
         require(tmp_path, "02_sft").path("model")
 
 

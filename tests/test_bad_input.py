@@ -120,16 +120,16 @@ def test_what_the_error_names_is_allowed(group, name, kind, default):
         ({"ppo": None}, "setting ppo = None"),
         ({"ppo": [("updates", 1)]}, "setting ppo = "),
         ({"ppo": SFTSettings()}, "setting ppo = SFTSettings"),
-        ({"ppo": {"updates": 100_000, "episodes": 1024}}, r"asks 12,800,000, and at most 1,000,000 are allowed: lower"),
+        ({"ppo": {"updates": 100_000, "episodes": 1024}}, "is 12,800,000 questions, and at most 1,000,000 are"),
         (
             {"ppo": {"episodes": 8, "samples_per_question": 16}},
-            "episodes = 8 is no multiple of ppo.samples_per_question",
+            "episodes = 8 is not a multiple of ppo.samples_per_question",
         ),
         ({"ppo": {1: 2}}, "setting 'ppo.1' is unknown"),
-        ({"base": ""}, "setting base = '' is not allowed: give a text of one line that is not blank"),
+        ({"base": ""}, "setting base = '' is not allowed: give text of one line that is not blank"),
         ({"base": 3}, "setting base = 3"),
         ({"base": None}, "setting base = None"),
-        ({"lora": {"targets": "(("}}, r"lora.targets = '\(\(' is no regular expression"),
+        ({"lora": {"targets": "(("}}, r"lora.targets = '\(\(' is not a regular expression"),
         ({"seed": -1}, "seed = -1 is not allowed: give a whole number from 0 to 4,294,967,295"),
         ({"seed": 2**32}, "seed = 4294967296"),
         ({"seed": 1.5}, "seed = 1.5"),
@@ -176,7 +176,7 @@ def test_every_command_refuses_a_bad_setting(refused, setting):
 def test_what_a_stage_would_find_out_is_refused_before_the_first(refused):
     for command in ("run --dry-run", "run", "stage 02_sft", "stage", "explore"):
         start = [*command.split(), "--task", "coin_flip", "--out", "out", "--set"]
-        assert "a batch of 16 cannot be made of micro batches of 5" in refused(*start, "hardware.micro_batch=5")
+        assert "a batch of 16 cannot be split into micro batches of 5" in refused(*start, "hardware.micro_batch=5")
         said = refused(*start, "lora.rank=4", "--set", "lora.targets=nope")
         assert "lora.targets = 'nope' matches no layer" in said
 
@@ -203,10 +203,10 @@ run --out out --from -1 :: --from -1
 run --out out --to 77 :: --to 77
 run --out out --to -2 :: --to -2
 run --out out --to x :: 'x'
-run --out out --set ppo.episodes=40 :: 5 questions per update, no multiple of the 4 tasks
-run --dry-run --set ppo.episodes=40 :: 5 questions per update, no multiple of the 4 tasks
-stage --out out --set ppo.episodes=40 :: 5 questions per update, no multiple of the 4 tasks
-train-policy --out out --set ppo.episodes=40 :: 5 questions per update, no multiple of the 4 tasks
+run --out out --set ppo.episodes=40 :: 5 questions per update, not a multiple of the 4 tasks
+run --dry-run --set ppo.episodes=40 :: 5 questions per update, not a multiple of the 4 tasks
+stage --out out --set ppo.episodes=40 :: 5 questions per update, not a multiple of the 4 tasks
+train-policy --out out --set ppo.episodes=40 :: 5 questions per update, not a multiple of the 4 tasks
 run --dry-run --from 5 --to 2 :: --from 5 --to 2
 run --dry-run --from 99 :: --from 99
 run --dry-run --to -1 :: --to -1
@@ -243,11 +243,11 @@ run --out out --config "" :: --config = ''
 run --out out --config nowhere.yaml :: --config nowhere.yaml cannot be read (No such file or directory): give
 stage --out out --config nowhere.yaml :: --config nowhere.yaml cannot be read
 train-policy --out out --config FILE :: is not allowed: give lines such as PRESET: tiny
-stage --out out --model tiny --set base.x=1 :: base.x cannot be set, since base is 'tiny'
+stage --out out --model tiny --set base.x=1 :: base.x cannot be set: base is already 'tiny'
 settings huge :: invalid choice: 'huge'
 settings tiny nope :: invalid choice: 'nope'
 settings tiny --set ppo.nope=1 :: ppo.nope
-settings tiny --set TRACKER=tensorboard :: TRACKER is no setting
+settings tiny --set TRACKER=tensorboard :: TRACKER is not a setting
 settings --task mistral :: 'mistral'
 settings --out out :: 'out'
 stage nope --out out :: 'nope'
@@ -444,7 +444,7 @@ def test_a_folder_that_links_to_nothing_is_refused(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     Path("link").symlink_to(target)
     assert main([*command.split(), "--out", "link"]) == 1
-    assert "--out = 'link' is not allowed, since 'link' links to nothing" in capsys.readouterr().err
+    assert "--out = 'link' is not allowed, since 'link' is a broken link" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -480,4 +480,4 @@ def test_a_folder_where_a_shard_belongs_is_named_with_the_way_out(tmp_path, caps
 )
 def test_adapters_go_on_linear_layers_alone(refused, targets):
     said = refused("stage", "--preset", "smoke", "--set", "lora.rank=4", "--set", f"lora.targets={targets}")
-    assert f"lora.targets = {targets!r} matches no layer of LlamaForCausalLM, or others than linear ones" in said
+    assert f"lora.targets = {targets!r} matches no layer of LlamaForCausalLM, or layers that are not linear" in said

@@ -91,8 +91,8 @@ def test_a_damaged_checkpoint_is_refused_with_its_file_and_the_way_out(
     with pytest.raises(StageError) as raised:
         run(method, out)
     assert str(raised.value) == (
-        f"{folder / name} is missing or damaged, or of another version of this package: delete the folder {folder}; "
-        "the training then begins anew."
+        f"{folder / name} is missing or damaged, or from another version of this package: delete the folder {folder}; "
+        "the training then starts again."
     )
     shutil.rmtree(folder)  # the way out
     rows, policy = run(method, out)
@@ -104,7 +104,7 @@ def test_where_there_is_an_older_checkpoint_the_way_out_names_it(trained, tmp_pa
     shutil.copytree(trained["ppo"], tmp_path / "out")
     shutil.copytree(tmp_path / "out" / "checkpoint-000001", tmp_path / "out" / "checkpoint-000010")
     flip(tmp_path / "out" / "checkpoint-000010", "weights.safetensors")
-    with pytest.raises(StageError, match=r"000010; the training then goes on from checkpoint-000001\."):
+    with pytest.raises(StageError, match=r"000010; the training then continues from checkpoint-000001\."):
         run("ppo", tmp_path / "out")
     with pytest.raises(StageError, match=r"weights\.safetensors is missing or damaged"):
         state.trained_roles(test_ppo.make_roles(), tmp_path / "out")

@@ -114,12 +114,12 @@ def test_settings_prints_every_value_and_marks_what_is_not_tiny_s(name, capsys):
                 f"\n* {group}.{field} = {value}  (default {default})\n"
             )  # fmt: skip
             assert line in said
-    assert f" base, by --model = {settings.base}" in said and max(map(len, said.splitlines())) <= 120
+    assert f" base (--model) = {settings.base}" in said and max(map(len, said.splitlines())) <= 120
 
 
 def test_settings_of_one_group_with_what_they_may_be_and_changed(capsys):
     said = shown(capsys, "settings", "tiny", "ppo", "--set", "ppo.updates=7", "--set", "ppo.reward=checker")
-    assert "* ppo.updates = 7  (default 60)\n      rounds of drawing and learning [a whole number from 1 to" in said
+    assert "* ppo.updates = 7  (default 60)\n      rounds of sampling and training [a whole number from 1 to" in said
     assert "* ppo.reward = checker  (default learned)" in said and "[one of: k1, k3]" in said
     assert "sft." not in said
 
@@ -143,14 +143,14 @@ def test_a_run_file_and_a_yaml_file_ask_for_the_same(tmp_path, capsys):
     said = {asked(capsys, "--config", str(tmp_path / name)) for name in ("run.json", "a.yaml", "b.yml")}
     (said,) = said
     assert said.startswith("Settings of smoke;") and "* ppo.learning_rate = 1e-05  (default 0.00025)" in said
-    assert "* base, by --model = some/model" in said
+    assert "* base (--model) = some/model" in said
 
 
 def test_the_command_line_goes_before_the_file(tmp_path, capsys):
     file = tmp_path / "a.yaml"
     file.write_text("PRESET: smoke\nOVERRIDES: {base: other, ppo: {updates: 5, minibatch: 4}, dpo: {beta: 2}}\n")
     said = asked(capsys, "tiny", "--config", str(file), "--set", "ppo.updates=9", "--model", "tiny")
-    assert said.startswith("Settings of tiny;") and "  base, by --model = tiny\n" in said
+    assert said.startswith("Settings of tiny;") and "  base (--model) = tiny\n" in said
     for line in ("* ppo.updates = 9", "* ppo.minibatch = 4", "* dpo.beta = 2.0"):
         assert line in said
 
@@ -191,8 +191,8 @@ def test_what_a_file_asks_reaches_the_run(tmp_path, capsys, monkeypatch):
         ("OVERRIDES: {1: {2: 3}}", "setting '1' is unknown"),
         ("OVERRIDES: {ppo: {updates: 010}}", "ppo.updates = '010' is not allowed"),
         ("SEED: 1:30", "seed = '1:30' is not allowed"),
-        ("PRESET: smoke\nPRESET: tiny", "cannot be read ('PRESET' is there twice)"),
-        ("OVERRIDES: {ppo: {updates: 1}, ppo: {epochs: 2}}", "cannot be read ('ppo' is there twice)"),
+        ("PRESET: smoke\nPRESET: tiny", "cannot be read ('PRESET' is given twice)"),
+        ("OVERRIDES: {ppo: {updates: 1}, ppo: {epochs: 2}}", "cannot be read ('ppo' is given twice)"),
         ("OVERRIDES: {ppo: {updates: [&a [x], *a]}}", "an alias, *name, is not allowed"),
         ("? [PRESET]\n: smoke", "a name must be a word"),
         ("a: [", "cannot be read ("),
@@ -239,7 +239,7 @@ def test_a_folder_that_may_not_be_written_is_named(capsys, monkeypatch):
     monkeypatch.setattr(cli, "show_data", denied)
     assert main(["data"]) == 1
     assert capsys.readouterr().err == (
-        "error: /shut/run may not be written, or what is in it not read: name another folder, or change its "
+        "error: no permission to write /shut/run or to read files in it: name another folder, or change its "
         "permissions\n"
     )
 

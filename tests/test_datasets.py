@@ -99,7 +99,7 @@ def test_no_generated_question_is_a_published_one(published, split):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("gsm8k", 1, 0), "no generator for dataset 'gsm8k'; there are: coin_flip, last_letters"),
+        (("gsm8k", 1, 0), "no generator for dataset 'gsm8k'; choose one of: coin_flip, last_letters"),
         (("coin_flip", 1, 0, "dev"), "unknown split 'dev'; allowed: 'train', 'test'"),
     ],
 )

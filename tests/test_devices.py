@@ -135,7 +135,7 @@ def test_auto_is_bfloat16_where_it_is_clearly_faster(monkeypatch, capsys, second
     devices._faster_dtype.cache_clear()
     assert [devices.chosen_dtype("auto") for _ in range(2)] == [chosen] * 2
     said = capsys.readouterr().out
-    assert said.startswith(f"dtype auto: {chosen}, as bfloat16 multiplies") and said.count("\n") == 1
+    assert said.startswith(f"dtype 'auto' is {chosen}: bfloat16 multiplies") and said.count("\n") == 1
     assert [devices.chosen_dtype(name) for name in ("float32", "bfloat16", "nf4")] == ["float32", "bfloat16", "nf4"]
     devices._faster_dtype.cache_clear()
 
@@ -144,4 +144,4 @@ def test_auto_is_measured(capsys):
     devices._faster_dtype.cache_clear()
     with make_engine("native", "tiny", dtype="auto") as engine:
         assert str(engine.model.dtype) == f"torch.{devices.chosen_dtype('auto')}"
-    assert capsys.readouterr().out.count("dtype auto") == 1
+    assert capsys.readouterr().out.count("dtype 'auto'") == 1

@@ -30,9 +30,9 @@ def test_wilson_interval():
     low, high = accuracy_interval(5, 5)
     # at 0 or n right the Wilson interval ends at n / (n + z^2) with z = 1.96
     assert (low, high) == pytest.approx((5 / (5 + 1.959964**2), 1), abs=1e-6)
-    with pytest.raises(ValueError, match="no share"):
+    with pytest.raises(ValueError, match="not a share"):
         accuracy_interval(0, 0)
-    with pytest.raises(ValueError, match="no share"):
+    with pytest.raises(ValueError, match="not a share"):
         accuracy_interval(6, 5)
 
 

@@ -169,7 +169,7 @@ def test_a_signal_lets_an_update_end_and_saves_it(calm, sent, code, tmp_path):
             time.sleep(0.01)
         process.send_signal(sent)
         _, errors = process.communicate(timeout=300)
-    assert process.returncode == code and "Stopped. The same command goes on from here." in errors
+    assert process.returncode == code and "Stopped. Run the same command again to resume." in errors
     assert list((run / "04_ppo" / "training").glob("checkpoint-*"))  # none would be due before the end
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

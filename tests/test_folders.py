@@ -68,7 +68,7 @@ def test_a_folder_that_others_may_write_is_not_taken(monkeypatch, tmp_path, faul
         folder.symlink_to(tmp_path / "home")
     else:
         folder.write_text("")
-    with pytest.raises(CacheError, match="is not a folder that this user alone can write: delete it, or set XDG_CACHE"):
+    with pytest.raises(CacheError, match="is not a folder that only this user can write to: delete it, or set XDG"):
         cache_folder()
     with pytest.raises(DatasetError, match=r"gsm8k/train.jsonl cannot be read, or there is nowhere to keep it \(/"):
         read_pinned("gsm8k/train.jsonl")

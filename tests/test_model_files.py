@@ -102,12 +102,12 @@ DAMAGE = {
     "weights of no length": (cut("model.safetensors", 0), r"model\.safetensors is damaged \(.*header too small\)"),
     "a length flipped": (flip(0), r"model\.safetensors is damaged"),
     "a header flipped": (flip(20), r"model\.safetensors is damaged"),
-    "no weights": (remove("model.safetensors"), r"model has no weights, that is no model\.safetensors"),
+    "no weights": (remove("model.safetensors"), r"model has no weights \(model\.safetensors\)"),
     "pickled": (pickled("pytorch_model.bin"), r"has its weights in pytorch_model\.bin, a format that can run code"),
     "pickled by another name": (pickled("consolidated.00.pth"), r"has its weights in consolidated\.00\.pth"),
     "pickled by config": (
         change("config.json", transformers_weights="adapter_model.bin"),
-        r"names the file of its weights in its config\.json \(transformers_weights\), which is not heeded",
+        r"names its weights file in its config\.json \(transformers_weights\), which is not supported",
     ),
     "a shard missing": (
         shards({"weight_map": {NORM: "model-00002-of-00002.safetensors"}}),
@@ -123,7 +123,7 @@ DAMAGE = {
     "a weight that is not finite": (weights(lambda found: found[NORM].fill_(torch.nan)), rf"{NORM} in .* not finite"),
     "whole numbers": (
         weights(lambda found: found.update({NORM: found[NORM].int()})),
-        rf"{NORM} in .*model\.safetensors is of whole numbers \(I32\)",
+        rf"{NORM} in .*model\.safetensors holds integers \(I32\)",
     ),
     "another width": (change("config.json", hidden_size=64), r"do not fit its configuration: 11 differ"),
     "more layers": (change("config.json", num_hidden_layers=2), r"9 differ .*such as model\.layers\.1\."),
@@ -134,7 +134,7 @@ DAMAGE = {
     "a width in words": (change("config.json", hidden_size="wide"), r"Field 'hidden_size' expected int, got str"),
     "an unknown activation": (change("config.json", hidden_act="none"), r"do not fit each other \(KeyError: 'none'"),
     "an unknown precision": (change("config.json", dtype="none"), r"do not fit each other \(AttributeError"),
-    "no kind": (write("config.json", '{"model_type": 3}'), r"no causal language model that transformers knows"),
+    "no kind": (write("config.json", '{"model_type": 3}'), r"not a causal language model that transformers knows"),
     "a list of kinds": (change("config.json", model_type=[]), r"do not fit each other \(TypeError"),
     "a config of another shape": (write("config.json", "[]"), r"config\.json holds no JSON object"),
     "a config of nothing": (write("config.json", "null"), r"config\.json holds no JSON object"),
@@ -143,7 +143,7 @@ DAMAGE = {
     "a generation config cut short": (cut("generation_config.json"), r"generation_config\.json cannot be read as JSON"),
     "a library that is not here": (
         change("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
-        r"needs what is not installed here \(ImportError: Loading a GPTQ quantized model",
+        r"needs a library that is not installed here \(ImportError: Loading a GPTQ quantized model",
     ),
     "no tokenizer": (remove("tokenizer.json"), r"has no tokenizer that can be read: save one there"),
     "a tokenizer cut short": (cut("tokenizer.json"), r"tokenizer\.json cannot be read as JSON"),
@@ -190,7 +190,7 @@ def test_another_head_beside_the_weights_is_left_aside(folder):
 def test_a_file_in_place_of_a_folder_is_said(folder):
     file = folder / "model.safetensors"
     for load in LOADERS:
-        with pytest.raises(ModelError, match=r"model\.safetensors is a file, and no GGUF file: give the folder that"):
+        with pytest.raises(ModelError, match=r"model\.safetensors is a file, but not a GGUF file: give the folder"):
             load(str(file))
 
 
@@ -237,7 +237,7 @@ def test_damage_in_the_cache_of_the_hub_is_said(monkeypatch):
 ADAPTERS = {
     "cut short": (cut("adapter_model.safetensors"), r"adapter_model\.safetensors is damaged"),
     "pickled": (pickled("adapter_model.bin"), r"has its weights in adapter_model\.bin, a format that can run code"),
-    "no weights": (remove("adapter_model.safetensors"), r"has no weights, that is no adapter_model\.safetensors"),
+    "no weights": (remove("adapter_model.safetensors"), r"has no weights \(adapter_model\.safetensors\)"),
     "a weight missing": (weights(lambda found: found.popitem()), r"1 differ \(missing"),
     "a weight too many": (weights(lambda found: found.update({"x.lora_A.weight": torch.ones(1)})), r"1 differ \(miss"),
     "weights of another rank": (change("adapter_config.json", r=3), r"do not fit each other \(RuntimeError"),
@@ -245,15 +245,15 @@ ADAPTERS = {
     "no layer of that name": (change("adapter_config.json", target_modules=["nothing"]), r"do not fit each other"),
     "a config of another shape": (write("adapter_config.json", "[]"), r"adapter_config\.json holds no JSON object"),
     "a config cut short": (cut("adapter_config.json"), r"adapter_config\.json cannot be read as JSON"),
-    "another kind": (change("adapter_config.json", peft_type="LOHA"), r"is not that of a LoRA adapter with the name"),
+    "another kind": (change("adapter_config.json", peft_type="LOHA"), r"is not the config of a LoRA adapter"),
     "one that begins within a text": (
-        change("adapter_config.json", alora_invocation_tokens=[1]), r"is not that of a LoRA adapter with the name",
+        change("adapter_config.json", alora_invocation_tokens=[1]), r"is not the config of a LoRA adapter",
     ),
     "whole numbers": (
-        weights(lambda found: found.update({name: one.int() for name, one in found.items()})), r"whole numbers \(I32\)",
+        weights(lambda found: found.update({name: one.int() for name, one in found.items()})), r"integers \(I32\)",
     ),
     "an unknown kind": (change("adapter_config.json", peft_type="NONE"), r"do not fit each other \("),
-    "no base": (change("adapter_config.json", base_model_name_or_path=None), r"LoRA adapter with the name of its base"),
+    "no base": (change("adapter_config.json", base_model_name_or_path=None), r"LoRA adapter that names its base"),
     "a base that is gone": (
         change("adapter_config.json", base_model_name_or_path="../gone"),
         r"the base of the adapter .*: \.\./gone is neither a folder here nor a hub id",
@@ -326,14 +326,14 @@ def test_code_of_a_folder_is_never_run(folder, canary, kind, file):
     found = refusals(folder)
     assert bool(found) == (kind == "own")
     if (kind, file) == ("own", "config.json"):
-        said = f"{folder} wants to run code of its own (auto_map in its config.json), which is never done: "
+        said = f"{folder} wants to run code of its own (auto_map in its config.json), which is not allowed: "
         assert all(one.startswith(said) for one in found)
 
 
 def test_a_tokenizer_that_needs_its_own_code_is_refused(folder, canary):
     change("tokenizer_config.json", auto_map=AUTO, tokenizer_class="Own")(folder)
     change("config.json", model_type="own")(folder)
-    said = r"wants to run code of its own \(auto_map in its tokenizer_config\.json\), which is never done"
+    said = r"wants to run code of its own \(auto_map in its tokenizer_config\.json\), which is not allowed"
     with pytest.raises(ModelError, match=said):
         models.load_tokenizer(str(folder))
 

@@ -297,7 +297,7 @@ def test_what_is_no_model_is_said(tmp_path, load):
 def test_a_model_of_another_kind_is_said(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({}, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"is no causal language model that transformers knows: see model_type"):
+    with pytest.raises(ModelError, match=r"is not a causal language model that transformers knows: see model_type"):
         models.load_policy(tmp_path)
 
 
@@ -318,8 +318,9 @@ def test_targets_that_match_nothing_are_named_beside_what_there_is(targets):
     with pytest.raises(ValueError) as raised:
         models.add_lora(gpt2(), 2, 4, targets, base="")
     assert str(raised.value) == (
-        f"lora.targets = {targets!r} matches no layer of GPT2LMHeadModel, or others than linear ones, called c_attn, "
-        "c_fc, c_proj, in full such as transformer.h.0.attn.c_attn: give a regular expression of whole names, such as "
+        f"lora.targets = {targets!r} matches no layer of GPT2LMHeadModel, or layers that are not linear. The linear "
+        "ones are c_attn, c_fc, c_proj, in full such as transformer.h.0.attn.c_attn. Give a regular expression that "
+        "matches full names, such as "
         r"'.*\.(c_attn|c_fc)', or 'all-linear'"
     )
     assert models.add_lora(gpt2(), 2, 4, r".*\.(c_attn|c_fc)", base="").peft_config["default"].r == 2

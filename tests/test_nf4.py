@@ -128,7 +128,7 @@ def test_an_adapter_is_loaded_beside_its_base_as_it_was_trained(base, tmp_path):
     loaded = models.load_policy(tmp_path / "adapter", "nf4")
     assert isinstance(loaded, LlamaForCausalLM) and not loaded.training
     assert torch.equal(logprobs(loaded), logprobs(model))
-    with pytest.raises(ValueError, match="the model has an adapter, beside a base in 4 bits: save it as load_policy"):
+    with pytest.raises(ValueError, match="the model already has an adapter, on a base in 4 bits: load it with"):
         models.add_lora(loaded, 4, 8, "all-linear", base="")
 
 

@@ -284,8 +284,8 @@ def test_weights_that_are_sharded_are_not_judged(monkeypatch):
     ("changed", "message"),
     [
         ({"lora": {"targets": "c_attn"}}, "lora.targets = 'c_attn' matches no layer of LlamaForCausalLM"),
-        ({"hardware": {"micro_batch": 5}}, "a batch of 64 cannot be made of micro batches of 5"),
-        ({"hardware": {"micro_batch": 16}, "ppo": {"minibatch": 24}}, "minibatch = 24 in 1 processes cannot be made"),
+        ({"hardware": {"micro_batch": 5}}, "a batch of 64 cannot be split into micro batches of 5"),
+        ({"hardware": {"micro_batch": 16}, "ppo": {"minibatch": 24}}, "minibatch = 24 in 1 processes cannot be split"),
     ],
 )
 def test_settings_that_a_late_stage_would_refuse_are_refused_at_once(changed, message, monkeypatch, tmp_path):
@@ -302,7 +302,7 @@ def test_a_dry_run_without_the_questions_plans_generated_ones(monkeypatch, capsy
     monkeypatch.setattr(questions, "published_problems", lambda settings: ({}, {}))
     assert main(["run", "--preset", "llama2-7b", "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("gsm8k is not here\nPlanned for the generated coin flips instead")
+    assert shown.startswith("gsm8k is not here\nThis plan is for the generated coin flips instead")
     assert "llama2-7b on coin_flip: meta-llama" in shown
 
 

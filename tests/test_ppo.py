@@ -606,7 +606,7 @@ def test_rollout_of_another_policy_is_refused(tmp_path, monkeypatch):
         return batch, samples
 
     monkeypatch.setattr(loop, "rollout", wrong)
-    with pytest.raises(RuntimeError, match="sample with the weights and the precision that train"):
+    with pytest.raises(RuntimeError, match="sample with the weights and precision that are trained"):
         run(tmp_path)
 
 
@@ -848,7 +848,7 @@ def test_collapse_to_no_answers_is_reported():
 
 def test_collapse_of_exploration_is_reported():
     flat = [1.0] * 5 + [0.001] * 5
-    with pytest.raises(training_log.CollapseError, match="explores no more"):
+    with pytest.raises(training_log.CollapseError, match="no longer explores"):
         training_log.check_collapse(log_rows(entropy=flat, reward=[0.5] * 5 + [0.4] * 5))
     training_log.check_collapse(log_rows(entropy=flat, reward=[0.5] * 5 + [0.9] * 5))  # converged, not collapsed
 
@@ -1021,7 +1021,7 @@ def test_an_engine_draws_what_the_policy_would(tmp_path, monkeypatch):
         run(tmp_path / "engine", kind="adapters")
 
 
-@pytest.mark.parametrize(("rate", "why"), [(1e-3, "seems to draw from the reference"), (3e-1, "more than 0.05")])
+@pytest.mark.parametrize(("rate", "why"), [(1e-3, "seems to sample from the reference"), (3e-1, "more than 0.05")])
 def test_an_engine_that_lost_the_adapter_is_caught_in_the_second_update(tmp_path, rate, why):
     roles = make_roles("adapters")
     with pytest.raises(rollouts.EngineMismatchError, match=f"update 1: .*{why}"):
@@ -1032,7 +1032,7 @@ def test_an_engine_that_lost_the_adapter_is_caught_in_the_second_update(tmp_path
 def test_an_engine_with_other_weights_is_caught_at_once(tmp_path):
     roles = make_roles("adapters")
     before = copy.deepcopy(roles)
-    with pytest.raises(rollouts.EngineMismatchError, match=r"update 0: .* more than 0\.05: it must have the weights"):
+    with pytest.raises(rollouts.EngineMismatchError, match=r"update 0: .* more than 0\.05: the engine must have the"):
         run(tmp_path, roles=roles, engine=Copy(seed=3))
     assert same_weights(roles, before)
 
@@ -1065,7 +1065,7 @@ def test_engine_gap_by_hand():
     reference, policy = torch.full((1, 1024), -2.0), torch.full((1, 1024), -1.98)
     assert rollouts.engine_gap(policy + 0.01, policy, reference, mask, 0) == pytest.approx(0.01, abs=1e-6)
     assert rollouts.engine_gap(reference, reference, reference, mask, 0) == 0  # as in the first update
-    with pytest.raises(rollouts.EngineMismatchError, match=r"update 3: .* show -?0\.00 \+- 0\.03 of the policy's way"):
+    with pytest.raises(rollouts.EngineMismatchError, match=r"update 3: .* show -?0\.00 \+- 0\.03 of the policy's"):
         rollouts.engine_gap(reference.clone(), policy, reference, mask, 3)
     with pytest.raises(rollouts.EngineMismatchError, match=r"update 3: .* 0\.06 nats per token"):
         rollouts.engine_gap(policy + 0.06, policy, reference, mask, 3)
@@ -1076,11 +1076,11 @@ def test_engine_gap_by_hand():
 @pytest.mark.parametrize("kind", ["head", "model"])
 def test_an_engine_for_whole_models_is_refused(tmp_path, kind):
     with pytest.raises(
-        ValueError, match="'copy' takes over adapters, not all weights of SeparateModels: train by LoRA"
+        ValueError, match="'copy' can load adapters, but not all weights of SeparateModels: train with LoRA"
     ):
         run(tmp_path, kind=kind, engine=Copy())
 
 
 def test_an_engine_for_several_processes_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="'copy' draws for one process, not for 2: sample by the native engine"):
+    with pytest.raises(ValueError, match="'copy' samples for one process, not for 2: sample with the native"):
         run(tmp_path, kind="adapters", engine=Copy(), accelerator=several(2))

@@ -158,7 +158,7 @@ def test_a_resumed_run_ends_bit_equal(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gamma": 0.9}, r"ppo.gamma = 0.9 counts tokens, and ppo.value = 'rollouts' counts steps"),
+        ({"gamma": 0.9}, r"ppo.gamma = 0.9 discounts per token, but ppo.value = 'rollouts' values whole"),
         ({"samples_per_question": 1, "center_by_question": False}, "ppo.samples_per_question = 1, but"),
         ({"value": "oracle"}, "ppo.value 'oracle' is unknown; choose one of: head, model, rollouts"),
         ({"value_samples": 0}, "ppo.value_samples = 0 is not allowed"),

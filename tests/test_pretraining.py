@@ -178,8 +178,8 @@ REFUSED = {
     "--layers 0": "--layers = 0 is not allowed: give a whole number from 1 to 1,000",
     "--tokens-per-batch -1": "--tokens-per-batch = -1 is not allowed: give a whole number from 1 to 1,000,000",
     "--seed -1": "--seed = -1 is not allowed: give a whole number from 0 to 4,294,967,295",
-    "--start-from {}": "--start-from {} has no training.json with its phases: give a base of this command's",
-    "--start-from nobody": "--start-from nobody has no training.json with its phases: give a base of this command's",
+    "--start-from {}": "--start-from {} has no training.json with phases: give one that `smlib pretrain` made",
+    "--start-from nobody": "--start-from nobody has no training.json with phases: give one that `smlib pretrain` made",
 }
 
 
@@ -218,7 +218,7 @@ def test_the_folder_is_named_and_the_package_s_own_base_is_never_the_default(unt
         main(["pretrain"])
     assert stopped.value.code == 2 and "the following arguments are required: --out" in capsys.readouterr().err
     assert main(["pretrain", "--out", str(models.TINY_BASE)]) == 1
-    assert f"--out {models.TINY_BASE} is there already: give a folder that is new or empty" in capsys.readouterr().err
+    assert f"--out {models.TINY_BASE} already exists: give a folder that is new or empty" in capsys.readouterr().err
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_training(untrained, tmp_path, capsys):

@@ -523,14 +523,14 @@ def test_every_wrong_exemplar_says_what_its_mistake_is():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dataset": "gsm9k"}, "no exemplars for dataset 'gsm9k'; there are: single_eq, addsub, .*, math$"),
+        ({"dataset": "gsm9k"}, "no exemplars for dataset 'gsm9k'; choose one of: single_eq, addsub, .*, math$"),
         ({"dataset": "word_problems"}, "no exemplars for dataset 'word_problems'"),
         ({"dataset": "chain_arithmetic"}, "no exemplars for dataset 'chain_arithmetic'"),
-        ({"dataset": "aqua", "count": 5}, "count 5 of exemplars for aqua, form 'open'; allowed: 0 to 4"),
-        ({"dataset": "aqua", "count": -1}, "count -1 of exemplars for aqua, form 'open'; allowed: 0 to 4"),
-        ({"dataset": "aqua", "count": 3, "form": "wrong"}, "count 3 of .* form 'wrong'; allowed: 0 to 2"),
+        ({"dataset": "aqua", "count": 5}, "count = 5 exemplars for aqua, form 'open'; allowed: 0 to 4"),
+        ({"dataset": "aqua", "count": -1}, "count = -1 exemplars for aqua, form 'open'; allowed: 0 to 4"),
+        ({"dataset": "aqua", "count": 3, "form": "wrong"}, "count = 3 .* form 'wrong'; allowed: 0 to 2"),
         ({"dataset": "aqua", "form": "closed"}, "unknown form 'closed'; allowed: open, conditioned, wrong"),
-        ({"dataset": "aqua", "source": "web"}, "unknown source 'web' of exemplars; allowed: smlib, wei"),
+        ({"dataset": "aqua", "source": "web"}, "unknown exemplar source 'web'; allowed: smlib, wei"),
         ({"dataset": "aqua", "source": "wei", "form": "wrong"}, "no exemplars with a wrong given answer; .*'smlib'"),
     ],
 )
@@ -576,7 +576,7 @@ def test_exemplars_of_wei_are_put_into_our_layout(monkeypatch):
     for dataset in ("shuffled_objects", "math"):
         with pytest.raises(ValueError, match=f"Wei et al. have no exemplars for '{dataset}'; .* source 'smlib'"):
             prompts.few_shot(dataset, source="wei")
-    with pytest.raises(ValueError, match="count 3 of exemplars for svamp, form 'open'; allowed: 0 to 2"):
+    with pytest.raises(ValueError, match="count = 3 exemplars for svamp, form 'open'; allowed: 0 to 2"):
         prompts.few_shot("svamp", 3, source="wei")
 
 

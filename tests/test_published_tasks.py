@@ -106,7 +106,7 @@ def test_ppo_asks_all_questions_where_none_are_left_for_it():
             {"first": 20, "ppo": PPO | {"updates": 7}},
             "stages use all 28 train .* lower sampl",
         ),
-        (ppo_problems, {"ppo": PPO | {"episodes": 64}}, "asks 32 questions per update, and there are 28: low"),
+        (ppo_problems, {"ppo": PPO | {"episodes": 64}}, "asks 32 questions per update, but there are only 28: low"),
     ],
 )
 def test_where_nothing_is_left_the_error_names_what_to_lower(ask, settings, message):

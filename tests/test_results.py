@@ -226,14 +226,14 @@ def test_the_same_answers_in_every_seed_do_not_narrow_the_interval(two_runs):
 
 
 def test_runs_that_do_not_belong_together_are_refused(two_runs, tmp_path):
-    with pytest.raises(ValueError, match="has seed 0, as another"):
+    with pytest.raises(ValueError, match="has seed 0, like another"):
         results.combine([two_runs[0], two_runs[0]])
     more = settings(2, questions=3)
     write_run(tmp_path / "c", more, answers(more))
     with pytest.raises(ValueError, match=r"c was made with 05_evaluation: evaluation\.questions = 3, and .*a with 2"):
         results.combine([*two_runs, tmp_path / "c"])
     write_run(tmp_path / "d", settings(3), answers(settings(3), published=True))
-    with pytest.raises(ValueError, match="other test sets or methods"):
+    with pytest.raises(ValueError, match="different test sets or methods"):
         results.combine([*two_runs, tmp_path / "d"])
 
 
@@ -276,7 +276,7 @@ def test_a_stage_of_another_seed_is_not_made_in_the_same_run(tmp_path):
         given = {"seed": 0, "base": "tiny", "tasks": ["all"]}
         with Stage(tmp_path / key, "02_sft", given).recording() as tuned:
             tuned.write_rows("log", [{"n": 1}])
-        with pytest.raises(StageMismatch, match=f"is asked for with {key} = .*, or the same {key}"):
+        with pytest.raises(StageMismatch, match=f"would be made with {key} = .*, or the same {key}"):
             Stage(tmp_path / key, "05_evaluation", given | {key: value}, {tuned: ["log.jsonl"]})
 
 

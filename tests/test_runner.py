@@ -75,7 +75,7 @@ def test_a_run_executes_all_notebooks_in_order_and_leaves_an_account(notebooks, 
 
     run(notebooks, out, VALUES)
     assert log(out) == ["00", "01", "02"]  # all done before
-    assert capsys.readouterr().out.count("done before") == 3
+    assert capsys.readouterr().out.count("already done") == 3
 
     timings["01_sampling"]["seconds"] = 75.9
     (out / "timings.json").write_text(json.dumps(timings))
@@ -157,7 +157,7 @@ def test_a_kernel_that_does_not_start_is_reported(tmp_path, out, monkeypatch):
     write_notebook(tmp_path / "notebooks", "00_start", "1")
     (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(60)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # of the kernel alone, as this process runs already
-    said = r"00_start: its Python process did not start .*give the same command again"
+    said = r"00_start: its Python process did not start .*run the same command again"
     with engine(Hurried), pytest.raises(RunError, match=said):
         run(tmp_path / "notebooks", out, VALUES)
 
@@ -275,7 +275,7 @@ def test_verify_names_what_is_not_finished_gone_or_no_folder_and_the_lost_index(
     assert verify(out) == 1
     (out / "timings.json").write_text(whole)
     said = capsys.readouterr().out
-    for words in ("02_ranking was made from 01_sampling, which is not there", "03_reward_model is not finished",
+    for words in ("02_ranking was made from 01_sampling, which no longer exists", "03_reward_model is not finished",
                   "04_ppo is not finished", "is a folder, where a file belongs", "index.html is missing"):  # fmt: skip
         assert words in said
     run(tmp_path / "notebooks", out, VALUES)
@@ -315,7 +315,7 @@ def test_starting_after_a_missing_stage_names_the_notebook_to_run_first(notebook
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [
-        ({"UPDATE": 4}, {}, "no notebook has a parameter UPDATE; those that --set can change: none"),
+        ({"UPDATE": 4}, {}, "no notebook has a parameter UPDATE; --set can change none"),
         ({"SEED": "zero"}, {}, "SEED = 'zero' is not allowed: give a whole number, such as 0"),
         ({}, {"first": 7}, r"--from 7: there is no such notebook; choose one of \[0, 1, 2\]"),
         ({}, {"last": 7}, r"--to 7: there is no such notebook"),
@@ -386,7 +386,7 @@ def test_a_stopped_run_goes_on_where_it_was(notebooks, out, sent, code):
     assert process.returncode == code
     assert "Traceback" not in errors
     if sent != signal.SIGKILL:
-        assert "The same command goes on from here" in errors and "Stopping: what is running may end" in shown
+        assert "Run the same command again to resume" in errors and "Stopping: the current step may finish" in shown
     (out / "go").touch()
     assert log(out) == ["00", "01"]
     with engine(InProcess):
@@ -535,7 +535,9 @@ def test_publish_copies_figures_and_results_and_writes_what_the_notebooks_took(t
         (tmp_path / "run" / file).write_text(file)
     took = {"source": "a", "parameters": {}, "seconds": 1.5, "peak_mib": 700, "cells": 3, "stages": [], "files": {}}
     (tmp_path / "run" / "timings.json").write_text(json.dumps({"00_start": took}))
-    publish(tmp_path / "run", tmp_path)
+    publish(tmp_path / "run", tmp_path, times=False)
+    assert os.listdir(tmp_path / "results") == ["accuracy.csv"]
+    publish(tmp_path / "run", tmp_path, times=True)
     assert (tmp_path / "results" / "accuracy.csv").read_text() == "results/accuracy.csv"
     assert os.listdir(tmp_path / "figures") == ["curve.png"]
     assert sorted(os.listdir(tmp_path / "results")) == ["accuracy.csv", "run_times.csv"]
@@ -607,7 +609,7 @@ def test_data_counts_the_splits_that_are_there(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("SML_DATA_DIR", str(tmp_path))
     assert main(["data", "aqua"]) == 1
     (line,) = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"aqua {15}test 1   cannot be used: .*AQuA/train.json is not there; SML_DATA_DIR must .*", line)
+    assert re.fullmatch(r"aqua {15}test 1   cannot be used: .*AQuA/train.json does not exist; SML_DATA_DIR .*", line)
 
 
 @pytest.mark.skipif(not os.environ.get("SML_DATA_DIR"), reason="needs the published questions: set SML_DATA_DIR")
@@ -621,11 +623,11 @@ def test_data_prints_the_rows_of_every_split(capsys):
 
 def test_a_notebook_that_cannot_be_read_is_named(notebooks, out):
     (notebooks / "01_sampling.ipynb").write_text("{half")
-    with pytest.raises(RunError, match=r"01_sampling.ipynb is no notebook that can be read"):
+    with pytest.raises(RunError, match=r"01_sampling.ipynb cannot be read as a notebook"):
         run(notebooks, out, VALUES)
 
 
 def test_a_parameter_that_is_no_literal_is_named(tmp_path, out):
     write_notebook(tmp_path / "notebooks", "00_start", parameters="SEED = len([1])")
-    with pytest.raises(RunError, match="a cell tagged 'parameters' assigns what is no literal"):
+    with pytest.raises(RunError, match="a cell tagged 'parameters' may assign only literals"):
         run(tmp_path / "notebooks", out, {"SEED": 1})

@@ -280,7 +280,7 @@ def test_what_a_method_does_not_heed_is_refused_before_any_work(method, tmp_path
     with pytest.raises(UsageError, match=f"tracker 'tensorboard' is for method 'ppo': '{method}' only writes"):
         self_motivated.train_policy(tmp_path, small(), method, tracker="tensorboard")
     settings = preset("tiny-lora", hardware={"rollout_engine": "vllm"})
-    with pytest.raises(UsageError, match=f"rollout_engine = 'vllm' is for method 'ppo': '{method}' draws by the nat"):
+    with pytest.raises(UsageError, match=f"rollout_engine = 'vllm' is for method 'ppo': '{method}' samples with"):
         self_motivated.train_policy(tmp_path, settings, method)
     assert list(tmp_path.iterdir()) == []
 
@@ -333,5 +333,5 @@ def test_a_question_of_stage_01_is_not_asked_again(finished, tmp_path, monkeypat
     run = tmp_path / "run"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("0[345]_*"))
     monkeypatch.setattr(self_motivated, "second_problems", training_problems)
-    with pytest.raises(StageError, match=r"01_sampling has asked .*, which is to be a fresh question"):
+    with pytest.raises(StageError, match=r"01_sampling has asked .*, which should be a fresh question"):
         self_motivated.sample_again(run, small(), progress=False)

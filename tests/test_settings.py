@@ -125,14 +125,14 @@ def test_ppo_needs_one_of_each_at_least(name, value):
         (lambda: preset("tiny", "chess"), "task 'chess' is unknown; choose one of: all, coin_flip"),
         (lambda: preset("mistral-7b"), "preset 'mistral-7b' shows exemplars .*choose another task, such as gsm"),
         (lambda: preset("llama2-7b", "chain_arithmetic"), "task 'chain_arithmetic' has none: choose another task"),
-        (lambda: preset("tiny", hardware={"dtype": "nf4"}), "lora.rank = 0 would round a model to 4 bits that trains"),
+        (lambda: preset("tiny", hardware={"dtype": "nf4"}), "lora.rank = 0 is not allowed, since 4-bit weights cannot"),
         (
             lambda: preset("tiny", hardware={"rollout_engine": "vllm"}),
-            "takes over adapters of a base",
+            "needs LoRA and a base that is not in 4 bits",
         ),
         (
             lambda: preset("llama2-7b-24gb", "gsm8k", hardware={"rollout_engine": "vllm"}),
-            "hardware.rollout_engine = 'vllm' takes over adapters",
+            "hardware.rollout_engine = 'vllm' needs LoRA",
         ),
         (lambda: preset("tiny", hardware={"cache_tokens": -1}), "hardware.cache_tokens = -1 is not allowed: give a wh"),
         (lambda: preset("tiny", hardware={"dtype": "int8"}), "hardware.dtype 'int8' is unknown; choose one of: fl"),

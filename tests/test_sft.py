@@ -109,7 +109,7 @@ def test_recomputing_trains_an_adapter_on_bfloat16_weights():
 
 @pytest.mark.parametrize("rows", [3, 8, -1])
 def test_a_batch_that_micro_batches_do_not_fill_is_refused(rows):
-    with pytest.raises(ValueError, match=f"a batch of 4 cannot be made of micro batches of {rows}: give a number that"):
+    with pytest.raises(ValueError, match=f"a batch of 4 cannot be split into micro batches of {rows}: give a"):
         sft.train_sft(policy(), tokenizer(), PROBLEMS, ROWS, **QUICK, micro_batch=rows)
 
 

@@ -194,7 +194,7 @@ def test_the_command_widens_and_says_what_it_did(tmp_path, capsys):
     arguments = [*ARGUMENTS[:3], "6", "--shard", "4", "--max-new-tokens", "4", "--out", str(tmp_path)]
     assert command.main([*arguments, "--samples", "1"]) == 0
     assert command.main([*arguments, "--samples", "3"]) == 0
-    assert "6 questions, 12 samples drawn, 6 were there" in capsys.readouterr().out
+    assert "6 questions, 12 samples drawn, 6 already there" in capsys.readouterr().out
     assert command.main([*arguments, "--samples", "3", "--seed", "1"]) == 1
     assert "drawing.seed = 0" in capsys.readouterr().err
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -212,7 +212,7 @@ def test_the_command_widens_and_says_what_it_did(tmp_path, capsys):
         (["--workers", "0"], "--workers = 0 is not allowed: give a whole number from 1"),
         (["--samples", "0"], "--samples = 0 is not allowed: give a whole number from 1"),
         (["--temperature", "-1"], "--temperature = -1.0 is not allowed: give a number from 0"),
-        (["--max-new-tokens", "600"], "beyond the model's 512 positions"),
+        (["--max-new-tokens", "600"], "no room for a prompt in the model's 512 positions"),
     ],
 )
 def test_bad_arguments_are_one_sentence(tmp_path, capsys, changes, words):

@@ -198,7 +198,7 @@ def test_damage_to_one_line_is_found_at_that_line(task, data):
     ],
 )
 def test_a_question_in_another_wording_is_refused(asked):
-    with pytest.raises(ValueError, match=f"{asked.id}: not a question of a generated task in its wording"):
+    with pytest.raises(ValueError, match=f"{asked.id}: not worded like a question of a generated task"):
         check_steps(asked, "some step")
 
 

@@ -91,7 +91,7 @@ def test_all_trainings_begin_where_many_gpus_are_seen(name, tmp_path, monkeypatc
 @pytest.mark.parametrize(("batch", "micro_batch", "rows"), [(8, 4, 4), (6, 0, 1), (2, 0, 0), (8, 3, 3)])
 def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch, batch, micro_batch, rows):
     monkeypatch.setattr(devices, "process_state", lambda: SimpleNamespace(num_processes=4))
-    message = f"a batch of {batch} cannot be made of micro batches of {rows} in each of 4 processes: give a number"
+    message = f"a batch of {batch} cannot be split into micro batches of {rows} in each of 4 processes: give a"
     with pytest.raises(ValueError, match=message):
         trainers.trainer_options(policy(), 1, 1e-3, batch, 0, "", micro_batch)
 
@@ -111,7 +111,7 @@ def test_the_command_makes_the_stages_named_in_their_order(finished, tmp_path, c
         shutil.copytree(finished / name, tmp_path / name)
     assert main(["stage", "02_sft", "02_ranking", *SMOKE, str(tmp_path)]) == 0
     ranking, trained = capsys.readouterr().out.splitlines()
-    assert ranking.startswith(f"{tmp_path / '02_ranking'}: ") and ranking.endswith(" s (done before)")
+    assert ranking.startswith(f"{tmp_path / '02_ranking'}: ") and ranking.endswith(" s (already done)")
     assert trained.startswith(f"{tmp_path / '02_sft'}: 1 log, ") and trained.endswith(" s")
     assert difference(*(out / "02_sft/model/model.safetensors" for out in (finished, tmp_path))) == 0
 
@@ -151,7 +151,7 @@ def test_the_command_shares_the_stages_that_train(finished, tmp_path, names):
 def test_what_one_process_makes_is_refused_in_two(tmp_path):
     """Really started; the commands, one by one, are refused below."""
     done = in_two_processes("-m", "smlib", "explore", *SMOKE, tmp_path / "run")
-    assert done.returncode == 1 and "error: 01_sampling is made by one process, and here are 2: start it" in done.stderr
+    assert done.returncode == 1 and "error: 01_sampling is made by one process, but 2 were started: " in done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -167,5 +167,5 @@ def test_what_one_process_makes_is_refused_in_two(tmp_path):
 def test_every_command_for_one_process_is_refused_in_two(tmp_path, capsys, monkeypatch, command, alone):
     monkeypatch.setattr(shared, "process_state", lambda: SimpleNamespace(num_processes=2))
     assert main([*command, str(tmp_path / "run")]) == 1
-    assert f"error: {alone} is made by one process, and here are 2: start it without" in capsys.readouterr().err
+    assert f"error: {alone} is made by one process, but 2 were started: start it without" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

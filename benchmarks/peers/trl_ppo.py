@@ -3,7 +3,7 @@
     python -m venv .venv-trl && .venv-trl/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.12.0
     .venv-trl/bin/python benchmarks/peers/trl_ppo.py
 
-It needs an environment of its own, because ours has a TRL that has no PPOTrainer any more.
+It needs an environment of its own, because the TRL in ours no longer has PPOTrainer.
 
 What runs. `trl.experimental.ppo.PPOTrainer.train` itself, for one update of six completions on a CPU, once per case
 below, with a policy, a reference, a value and a reward model that are Llamas of 1 layer and width 8. Nothing of its

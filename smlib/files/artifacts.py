@@ -126,7 +126,7 @@ class Stage:
             ours, theirs = self.settings.get(key), stage.settings.get(key)
             if key in self.settings and key in stage.settings and ours != theirs:
                 raise StageMismatch(
-                    f"{self.folder} is asked for with {key} = {ours!r}, and {stage.folder}, which it is made from, has "
+                    f"{self.folder} would be made with {key} = {ours!r}, but {stage.folder}, which it reads, has "
                     f"{key} = {theirs!r}: choose another RUN_DIR, or the same {key}."
                 )
 
@@ -146,7 +146,7 @@ class Stage:
         with atomic.locked(self.folder.parent / ".locks" / f"{self.name}.lock", f"making {self.folder}"):
             if self.done:
                 raise StageError(
-                    f"{self.folder} is complete (another process may just have made it): give the same command again "
+                    f"{self.folder} is complete (another process may just have made it): run the same command again "
                     "to read it, or delete the folder to make it again."
                 )
             for tmp in [*self.folder.rglob("*.tmp")]:  # left by a killed run
@@ -209,7 +209,7 @@ class Stage:
         require(self.folder.parent, self.name)
         for earlier in self.inputs:
             if not (self.folder.parent / earlier / MANIFEST).exists():
-                raise StageError(f"{self.folder} was made from {earlier}, which is not there any more.")
+                raise StageError(f"{self.folder} was made from {earlier}, which no longer exists.")
         manifest = self.manifest
         for name in sorted({file.split("/")[0] for file in manifest["files"]}):
             self._verify(manifest, name)
@@ -220,7 +220,7 @@ class Stage:
         self._check(records, contents=True)
         there = {file.relative_to(self.folder).as_posix() for file in (self.folder / name).rglob("[!.]*")}
         if strays := [file for file in sorted(there - set(records)) if (self.folder / file).is_file()]:
-            raise StageError(f"{self.folder / strays[0]} is no file of this stage: move it elsewhere.")
+            raise StageError(f"{self.folder / strays[0]} does not belong to this stage: move it elsewhere.")
 
     def _records(self, manifest: Manifest | None, name: str) -> dict[str, atomic.FileRecord]:
         """The record of a file, or of the files in a folder."""

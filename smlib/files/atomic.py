@@ -82,14 +82,14 @@ def explain(error: Exception, folder: str | Path | None = None) -> str:
         return _wrong_kind(Path(error.filename))
     if isinstance(error, PermissionError) and error.filename:
         folder = Path(error.filename).parent
-        return f"{folder} may not be written, or what is in it not read: name another folder, or change its permissions"
+        return f"no permission to write {folder} or to read files in it: name another folder, or change its permissions"
     if not is_full(error) or isinstance(error, DiskFullError):
         return str(error)
     if name := getattr(error, "filename", None):
         return _no_room(Path(name), 0)
     if folder:
         return _no_room(Path(folder) / "its files", 0)
-    return f"{error}: what was written, such as standard output, found no room; free some space there"
+    return f"{error}: no space for the output, such as redirected standard output; free some space there"
 
 
 def _wrong_kind(path: Path) -> str:
@@ -105,7 +105,7 @@ def _no_room(target: Path, size: int) -> str:
     missing = f"at least {mib(size - free)} more are needed" if size > free else "a quota is used up"
     return (
         f"No space left on the disk to write {target}: {mib(free)} are free in {folder}, and {missing}. Free some "
-        "space there, or choose another folder, and give the same command again; no half-written file was left behind."
+        "space there, or choose another folder, and run the same command again; no half-written file was left behind."
     )
 
 

@@ -78,8 +78,8 @@ def _all(out: Path) -> list[Path]:
 
 def _damaged(folder: Path, name: str) -> StageError:
     older = next((one for one in reversed(_all(folder.parent)) if one != folder), None)
-    then = f"goes on from {older.name}" if older else "begins anew"
+    then = f"continues from {older.name}" if older else "starts again"
     return StageError(
-        f"{folder / name} is missing or damaged, or of another version of this package: delete the folder {folder}; "
+        f"{folder / name} is missing or damaged, or from another version of this package: delete the folder {folder}; "
         f"the training then {then}."
     )

@@ -35,7 +35,7 @@ class CacheError(UserError, OSError):
     """There is no folder to keep what is fetched or made once."""
 
 
-_CACHE_OUT = "set XDG_CACHE_HOME to a folder, by its whole path, that can be written"
+_CACHE_OUT = "set XDG_CACHE_HOME to the absolute path of a folder that can be written"
 
 
 def cache_folder() -> Path:
@@ -87,7 +87,7 @@ def _private_folder() -> Path:
     found = folder.lstat()
     theirs = hasattr(os, "getuid") and (found.st_uid != user or found.st_mode & 0o077)
     if theirs or folder.is_symlink() or not _writable(folder):
-        raise CacheError(f"{folder} is not a folder that this user alone can write: delete it, or {_CACHE_OUT}")
+        raise CacheError(f"{folder} is not a folder that only this user can write to: delete it, or {_CACHE_OUT}")
     return folder
 
 

@@ -88,7 +88,7 @@ class Worker:
         hello = self._process.stdout.readline()
         if hello != b"ready\n":
             raise MissingLibrary(
-                hello.decode().strip() or "math-verify did not start: try python -m smlib.judging.math_worker"
+                hello.decode().strip() or "math-verify did not start; to see why: python -m smlib.judging.math_worker"
             )
 
     def _stop(self) -> None:

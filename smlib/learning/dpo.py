@@ -81,9 +81,12 @@ def train_dpo(
         raise UsageError("DPO needs at least one pair, got none: sample more, or explore with a smaller k")
     for pair in pairs:
         if empty := [name for name in COLUMNS if not getattr(pair, name)]:
-            raise UsageError(f"a pair of {pair.id} has an empty side: {', '.join(empty)}")
+            raise UsageError(f"a pair of {pair.id} has an empty side: {', '.join(empty)}; give every side its tokens")
         if pair.chosen_ids[-1] != tokenizer.eos_token_id:
-            raise UsageError(f"the chosen side of a pair of {pair.id} does not end with end-of-sequence")
+            raise UsageError(
+                f"the chosen side of a pair of {pair.id} does not end with end-of-sequence: append token id "
+                f"{tokenizer.eos_token_id}"
+            )
     examples = []
     for pair in pairs:
         ids = {name: list(getattr(pair, name)) for name in COLUMNS}

@@ -239,8 +239,8 @@ def _check(rationales: Sequence[SteppedRationale], k: int) -> None:
     for dataset, problem in lucky.items():
         answers = len(problem.choices) or 2
         warnings.warn(
-            f"{dataset} has {answers} possible answers: of k = {k} blind guesses one is right with a probability of "
-            f"{luck(problem, k):.0%}, so a wrong step may seem recoverable; a smaller k finds more pits",
+            f"{dataset} has {answers} possible answers: of k = {k} blind guesses at least one is right with a "
+            f"probability of {luck(problem, k):.0%}, so a wrong step may seem recoverable; a smaller k finds more pits",
             LuckWarning,
             stacklevel=3,
         )

@@ -33,6 +33,6 @@ def parse_reward(formula: str, names: Collection[str]) -> list[tuple[float, str]
 
 def _refused(formula: str, names: Collection[str]) -> UsageError:
     return UsageError(
-        f"ppo.reward = {shown(formula)} is not allowed: give a sum of {', '.join(names)}, each with a number before it "
-        "or none, such as 'learned + 5*checker'"
+        f"ppo.reward = {shown(formula)} is not allowed: give a sum of {', '.join(names)}, each with or without a "
+        "number before it, such as 'learned + 5*checker'"
     )

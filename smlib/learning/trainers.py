@@ -39,8 +39,8 @@ def micro_batch_rows(batch: int, micro_batch: int, processes: int) -> int:
     if rows < 1 or batch % (rows * processes):
         many = f" in each of {processes} processes" * (processes > 1)
         raise UsageError(
-            f"a batch of {batch} cannot be made of micro batches of {rows}{many}: give a number that divides it, as "
-            "hardware.micro_batch or as the batch itself"
+            f"a batch of {batch} cannot be split into micro batches of {rows}{many}: give a hardware.micro_batch that "
+            "divides it, or another batch"
         )
     return rows
 

@@ -37,18 +37,18 @@ BODY = """<h1>{title}</h1>
 <select id="verdict"><option value="">anything</option></select></label>
 <label>from SFT to SML <select id="change"><option value="">any change</option><option value="gained">gained</option>
 <option value="lost">lost</option><option value="same">no change</option></select></label>
-<label>question has <input id="words" type="search"></label>
+<label>question contains <input id="words" type="search"></label>
 <span class="faint" id="count"></span>
 </div>
 <div class="two"><div><div id="items"></div>
 <div class="bar"><button id="back">back</button><button id="forth">next</button>
 <span class="faint" id="place"></span></div>
-<p class="faint">Dots: the greedy answers of {methods}. Green is right in every step, yellow right with a step wrong,
-orange wrong, grey no answer. Arrow keys move through the list.</p></div>
+<p class="faint">Dots: the greedy answers of {methods}. Green: right in every step; yellow: right, with a wrong step;
+orange: wrong; grey: no answer. Arrow keys move through the list.</p></div>
 <div id="detail"></div></div>
 <details id="pitted"><summary>First pits of Self-Explore</summary>
-<p class="faint">Of a wrong rationale: the steps before the first pit, the pit, and a way on from before it that is
-right. The first 200 of the chosen task.</p><div id="pits"></div></details>
+<p class="faint">For each wrong rationale: the steps before the first pit, the pit, and a right continuation from before
+it. The first 200 of the chosen task.</p><div id="pits"></div></details>
 <script type="application/json" id="data">{data}</script>
 <script>{script}</script>"""
 

@@ -85,7 +85,7 @@ def execute(source: Path, target: Path, values: dict, watch: "Watch") -> None:
         raise RunError(
             f"notebook {source.stem} stopped at cell {cell} (In [{error.exec_count}]) with "
             f"{error.ename}: {error.evalue}\n"
-            f"It is kept, up to that cell, in {target}. The same command goes on here once the cause is gone."
+            f"It is saved, up to that cell, in {target}. Once the cause is fixed, the same command resumes here."
         ) from None
     except DeadKernelError:
         raise RunError(
@@ -96,7 +96,7 @@ def execute(source: Path, target: Path, values: dict, watch: "Watch") -> None:
         if not str(error).startswith(("Kernel d", "No such kernel")):  # jupyter_client has no class of its own for it
             raise
         raise RunError(
-            f"notebook {source.stem}: its Python process did not start ({error}). If the machine is busy, give the "
+            f"notebook {source.stem}: its Python process did not start ({error}). If the machine is busy, run the "
             f"same command again; else look for the cause with: {sys.executable} -m ipykernel_launcher"
         ) from error
     finally:
@@ -109,7 +109,7 @@ def _announced(number: int) -> Iterator[None]:
     """Within, the signal says before it is handled that its end may take some time."""
 
     def handler(*arguments):
-        print("\nStopping: what is running may end its step and save it first; once more to stop at once.", flush=True)
+        print("\nStopping: the current step may finish and be saved first. Ctrl-C again stops at once.", flush=True)
         if Kernel.latest:
             Kernel.latest.shutdown_wait_time = 2 * PATIENCE  # it takes half of it before SIGTERM
         before(*arguments)

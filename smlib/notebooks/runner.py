@@ -53,13 +53,13 @@ def request(folder: Path, values: dict, *, first: int | None = None, last: int |
     """
     notebooks = {path: read_notebook(path) for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
     if not notebooks:
-        raise RunError(f"{folder} holds no numbered notebooks: get the package, or the repository, anew.")
+        raise RunError(f"{folder} has no numbered notebooks: install the package, or clone the repository, again.")
     numbers = [_number(path) for path in notebooks]
     for option, number in (("--from", first), ("--to", last)):
         if number is not None and number not in numbers:
             raise RunError(f"{option} {number}: there is no such notebook; choose one of {numbers}.")
     if first is not None and last is not None and first > last:
-        raise RunError(f"--from {first} --to {last}: no notebook is left between them; give --to from {first} on.")
+        raise RunError(f"--from {first} --to {last} leaves no notebook: give a --to of at least {first}.")
     return Request(notebooks, _checked(notebooks.values(), values), first, last)
 
 
@@ -89,7 +89,7 @@ def _execute_all(asked: Request, out: Path) -> None:
         before = timings.get(name)
         same = before and all(before[key] == entry[key] for key in entry)
         if same and asked.first is None and not _lost(out, before, _number(path)):
-            print(f"{label} · done before")
+            print(f"{label} · already done")
             continue
         timings = {stem: one for stem, one in timings.items() if stem < name}  # the rest gets new inputs
         _write_json(out / "timings.json", timings)
@@ -131,7 +131,7 @@ def _read_timings(out: Path) -> dict[str, _Timing]:
     try:
         return load_json(out / "timings.json", _Timings) or {}
     except DamagedError as error:
-        print(f"{error}: all notebooks are executed again, and the stages are read", file=sys.stderr)
+        print(f"{error}: all notebooks are executed again, and read the finished stages", file=sys.stderr)
         return {}
 
 
@@ -171,7 +171,7 @@ def verify(out: Path) -> int:
         try:
             states[state] = load_json(out / state, shape) or {}
         except (DamagedError, OSError) as error:
-            faults.append(f"{error}: the next run writes it anew")
+            faults.append(f"{error}: the next run writes it again")
             states[state] = {}
     timings = states["timings.json"]
     for notebook, entry in timings.items():
@@ -180,8 +180,8 @@ def verify(out: Path) -> int:
     if timings and not (out / "index.html").is_file():
         faults.append(f"{out / 'index.html'} is missing: the next run makes it again")
     if not stages and not any((out / state).exists() for state in states):
-        raise RunError(f"{out} holds no run: give --out, or --preset, --task and --seed, of one that was begun.")
-    whole = f"{out}: {len(stages)} stages and {len(timings)} notebooks are as they were written"
+        raise RunError(f"{out} holds no run: give the --out, or the --preset, --task and --seed, of a started one.")
+    whole = f"{out}: {len(stages)} stages and {len(timings)} notebooks are intact"
     print("\n".join(dict.fromkeys(faults)) or whole)
     return min(len(faults), 1)
 
@@ -197,7 +197,7 @@ def _verify_stage(folder: Path) -> None:
     if newest := checkpoints.newest(folder / "training"):
         names = (state.STATE_FILE, rloo_grpo.STATE_FILE)
         checkpoints.read_state(newest, next((name for name in names if (newest / name).exists()), state.STATE_FILE))
-    raise StageError(f"{folder} is not finished: the next run goes on with it")
+    raise StageError(f"{folder} is not finished: the next run continues it")
 
 
 def _stages(out: Path, number: int) -> list[str]:
@@ -209,7 +209,7 @@ def read_notebook(path: Path):
     try:
         return nbformat.read(path, 4)
     except ValueError as error:  # nbformat's own, too
-        raise RunError(f"{path} is no notebook that can be read ({error}): get it anew.") from error
+        raise RunError(f"{path} cannot be read as a notebook ({error}): install or clone it again.") from error
 
 
 def parameters(notebook) -> dict:
@@ -220,7 +220,7 @@ def parameters(notebook) -> dict:
             try:
                 return {node.targets[0].id: ast.literal_eval(node.value) for node in nodes}
             except ValueError as error:
-                raise RunError(f"a cell tagged 'parameters' assigns what is no literal, such as 3: {error}") from error
+                raise RunError(f"a cell tagged 'parameters' may assign only literals, such as 3: {error}") from error
     return {}
 
 
@@ -236,8 +236,8 @@ def _checked(notebooks: Iterable[nbformat.NotebookNode], values: dict) -> dict:
         if name not in defaults:
             known = ", ".join(sorted(set(defaults) - {"PRESET", "TASK", "SEED", "RUN_DIR", "OVERRIDES"})) or "none"
             raise RunError(
-                f"no notebook has a parameter {name}; those that --set can change: {known}; settings go by their "
-                "group, as in ppo.reward=checker (smlib settings lists them)."
+                f"no notebook has a parameter {name}; --set can change {known}, and settings by their group and "
+                "name, as in ppo.reward=checker (`smlib settings` lists them)."
             )
         like = defaults[name]
         try:
@@ -268,7 +268,7 @@ def _claim(out: Path, values: dict) -> None:
     try:
         found = load_json(out / "run.json", _RunFile) or values
     except DamagedError as error:
-        print(f"{error}: it is written anew; each stage knows by itself how it was made", file=sys.stderr)
+        print(f"{error}: it is written again; each stage has its own record of how it was made", file=sys.stderr)
         found = values
     asked, found = _deciding(values), _deciding(found)
     for name in found | asked:
@@ -343,16 +343,17 @@ def link_answers(out: Path) -> None:
         _write_index(out, load_json(out / "run.json", _RunFile) or {}, _read_timings(out))
 
 
-def publish(out: Path, root: Path) -> None:
-    """Copy a run's figures/*.png and results/*.csv to the folders of the same name in the repository, and write what
-    each notebook took to results/run_times.csv."""
+def publish(out: Path, root: Path, times: bool) -> None:
+    """Copy a run's figures/*.png and results/*.csv to the folders of the same name in the repository. times: write what
+    each notebook took to results/run_times.csv, too, which says nothing where they only read finished stages."""
     for folder, pattern in (("figures", "*.png"), ("results", "*.csv")):
         (root / folder).mkdir(exist_ok=True)
         for path in sorted((out / folder).glob(pattern)):
             with replacing(root / folder / path.name) as tmp:
                 shutil.copyfile(path, tmp)
-    lines = [f"{name},{entry['seconds']},{entry['peak_mib']}" for name, entry in _read_timings(out).items()]
-    write_text(root / "results" / "run_times.csv", "\n".join(["notebook,seconds,peak_mib", *lines]) + "\n")
+    if times:
+        lines = [f"{name},{entry['seconds']},{entry['peak_mib']}" for name, entry in _read_timings(out).items()]
+        write_text(root / "results" / "run_times.csv", "\n".join(["notebook,seconds,peak_mib", *lines]) + "\n")
 
 
 def refresh(out: Path, notebooks_dir: Path) -> None:

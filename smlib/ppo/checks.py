@@ -22,8 +22,8 @@ def check_micro_batch(settings: PPOSettings, processes: int, micro_batch: int) -
     """Refuse micro batches (completions, 0 = no micro batches) that do not divide a process's share of a minibatch."""
     if micro_batch and settings.minibatch % (processes * micro_batch):
         raise UsageError(
-            f"minibatch = {settings.minibatch} in {processes} processes cannot be made of micro batches of "
-            f"micro_batch = {micro_batch} completions: give a number that divides each process's share."
+            f"minibatch = {settings.minibatch} in {processes} processes cannot be split into micro batches of "
+            f"micro_batch = {micro_batch} completions: give a micro_batch that divides each process's share."
         )
 
 
@@ -34,7 +34,7 @@ def check_shares(settings: PPOSettings, processes: int) -> None:
     if processes > 1 and (settings.questions % processes or groups % processes or settings.episodes % size):
         raise UsageError(
             f"{settings.questions} questions per update and {groups} groups of completions in a minibatch of {size} "
-            f"cannot be shared by {processes} processes: make both a multiple of them, and episodes = "
+            f"cannot be shared by {processes} processes: make both multiples of {processes}, and episodes = "
             f"{settings.episodes} a multiple of minibatch = {size}."
         )
 
@@ -43,11 +43,11 @@ def check_engine(engine: PolicyEngine | None, roles: Roles, processes: int) -> N
     """Refuse an engine for several processes, or for roles without an adapter to hand over."""
     if engine is not None and processes > 1:
         raise UsageError(
-            f"engine {engine.name!r} draws for one process, not for {processes}: sample by the native engine, or train "
-            "without accelerate launch or torchrun."
+            f"engine {engine.name!r} samples for one process, not for {processes}: sample with the native engine, or "
+            "train without accelerate launch or torchrun."
         )
     if engine is not None and not isinstance(roles, Adapters):
         raise UsageError(
-            f"engine {engine.name!r} takes over adapters, not all weights of {type(roles).__name__}: train by LoRA "
-            "(lora.rank from 1), or sample by the native engine."
+            f"engine {engine.name!r} can load adapters, but not all weights of {type(roles).__name__}: train with LoRA "
+            "(lora.rank of at least 1), or sample with the native engine."
         )

@@ -287,5 +287,7 @@ def _prepare(
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     roles, optimizer = accelerator.prepare(roles, optimizer)
     if micro_batch and uses_deepspeed(roles):
-        raise UsageError("DeepSpeed steps after every backward pass: give micro_batch = 0 and a lower minibatch.")
+        raise UsageError(
+            "DeepSpeed steps the optimizer after every backward pass: give micro_batch = 0 and a lower minibatch."
+        )
     return roles, optimizer

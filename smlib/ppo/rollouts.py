@@ -97,22 +97,22 @@ def engine_gap(drawn: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, upda
     gap, way = drawn - logp, logp - ref_logp
     found, length = gap.abs().mean().item(), way.norm().item()
     advice = (
-        "it must have the weights that train, in the same precision, and take over the adapter that it is handed "
-        "before every rollout; or sample by the native engine."
+        "the engine must have the weights that are trained, in the same precision, and load the adapter that it is "
+        "given before every rollout; or sample with the native engine."
     )
     if not found <= ENGINE_TOLERANCE:
         raise EngineMismatchError(
-            f"update {update}: the engine's log-probabilities of what it drew are {found:.3g} nats per token from the "
-            f"policy's, more than {ENGINE_TOLERANCE}: {advice}"
+            f"update {update}: the engine's log-probabilities of its samples differ from the policy's by {found:.3g} "
+            f"nats per token, more than {ENGINE_TOLERANCE}: {advice}"
         )
     if length:
         share = 1 + (gap @ way).item() / length**2
         error = gap.square().mean().sqrt().item() / length
         if share + 4 * error < LEAST_SHARE:
             raise EngineMismatchError(
-                f"update {update}: the engine's log-probabilities show {share:.2f} +- {error:.2f} of the policy's way "
-                f"from the reference, so it seems to draw from the reference ({found:.3g} nats per token from the "
-                f"policy): {advice}"
+                f"update {update}: the engine's log-probabilities show {share:.2f} +- {error:.2f} of the policy's "
+                f"change since the reference, so it seems to sample from the reference ({found:.3g} nats per token "
+                f"from the policy): {advice}"
             )
     return found
 

@@ -104,7 +104,7 @@ def load_checkpoint(out: Path, roles: Roles, optimizer: Optimizer, run: dict) ->
     refuse_difference(folder, run, saved["run"], "folder")
     by_deepspeed = saved["optimizer"] is None
     if by_deepspeed != uses_deepspeed(roles):
-        raise UsageError(f"{folder} was trained {'with' if by_deepspeed else 'without'} DeepSpeed: go on so.")
+        raise UsageError(f"{folder} was trained {'with' if by_deepspeed else 'without'} DeepSpeed: resume it that way.")
     if by_deepspeed:
         roles.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
     else:
@@ -132,8 +132,8 @@ def with_batch_saved(error: NonFiniteError, out: Path, batch: Batch, state: Stat
         tensors = {name: value.cpu() for name, value in vars(batch).items() if isinstance(value, Tensor)}
         save_file(tensors, path)
     return NonFiniteError(
-        f"update {state.update}: {error}. Its batch is in {path}; the weights of the last checkpoint are as they were. "
-        "A lower learning_rate, a lower reward_clip, or float32 in place of bfloat16 are the knobs."
+        f"update {state.update}: {error}. Its batch is in {path}; the last checkpoint is intact. Try a lower "
+        "learning_rate, a lower reward_clip, or float32 in place of bfloat16."
     )
 
 

@@ -78,8 +78,8 @@ def check_collapse(rows: list[dict], last: int = 5) -> None:
     was, now = (sum(row["reward"] for row in part) / last for part in (start, end))
     if max(row["entropy"] for row in end) < 0.01 and now < was:
         raise CollapseError(
-            f"the policy explores no more (entropy below 0.01 nats per token for {last} updates) at a mean "
-            f"reward of {now:.3g}, below the {was:.3g} it began with: {advice}"
+            f"the policy no longer explores (entropy below 0.01 nats per token for {last} updates), and its mean "
+            f"reward of {now:.3g} is below the {was:.3g} it began with: {advice}"
         )
 
 

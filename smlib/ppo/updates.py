@@ -111,7 +111,7 @@ def optimize(
         steps += 1
     if not steps:
         raise EngineMismatchError(
-            f"before any step the policy is {measured[-1][-1]:.3g} nats per token from its own rollout, more than "
-            f"max_update_kl = {settings.max_update_kl}; sample with the weights and the precision that train."
+            f"before its first step the policy is {measured[-1][-1]:.3g} nats per token from its own rollouts, more "
+            f"than max_update_kl = {settings.max_update_kl}; sample with the weights and precision that are trained."
         )
     return dict(zip(MEASURED, torch.stack(measured).mean(dim=0).tolist(), strict=True)) | {"steps": steps}

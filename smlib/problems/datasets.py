@@ -76,7 +76,7 @@ def generate(dataset: str, n: int, seed: int, split: str = "train") -> list[Prob
     """
     checked("n", n, Asked)
     if dataset not in GENERATORS:
-        raise UsageError(f"no generator for dataset {dataset!r}; there are: {', '.join(GENERATORS)}")
+        raise UsageError(f"no generator for dataset {dataset!r}; choose one of: {', '.join(GENERATORS)}")
     if split not in ("train", "test"):
         raise UsageError(f"unknown split {split!r}; allowed: 'train', 'test'")
     rng = random.Random(f"{dataset}/{split}/{seed}")

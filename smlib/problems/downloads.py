@@ -82,7 +82,7 @@ def _read_pinned(path: str) -> bytes:
     if data_dir := os.environ.get("SML_DATA_DIR"):
         local = Path(data_dir) / path
         if not local.is_file():
-            raise DatasetError(f"{local} is not there; SML_DATA_DIR must hold {path}, or be unset to download.")
+            raise DatasetError(f"{local} does not exist; SML_DATA_DIR must hold {path}, or be unset to download it.")
         return _checked(local.read_bytes(), pinned, str(local))
     for home in cache_homes():
         filled = home / "smlib" / path
@@ -131,8 +131,8 @@ def _fetch(path: str, pinned: Pinned, cached: Path) -> None:
 
 def _unreachable(path: str, failed: str) -> str:
     return (
-        f"{path}: download from {failed}. Try again later (it goes on where it stopped), or set SML_DATA_DIR to a "
-        "local copy; the generated tasks run without it."
+        f"{path}: download from {failed}. Try again later (the download resumes), or set SML_DATA_DIR to a local "
+        "copy; the generated tasks run without it."
     )
 
 

@@ -98,7 +98,7 @@ def few_shot(dataset: str, count: int | None = None, *, form: str = "open", sour
         raise UsageError(f"unknown form {form!r}; allowed: {', '.join(_FORMS)}")
     shown = exemplars(dataset, wrong=form == "wrong", source=source)
     if count is not None and not 0 <= count <= len(shown):
-        raise UsageError(f"count {count} of exemplars for {dataset}, form {form!r}; allowed: 0 to {len(shown)}")
+        raise UsageError(f"count = {count} exemplars for {dataset}, form {form!r}; allowed: 0 to {len(shown)}")
     return "".join(_document(one, form) + "\n\n" for one in shown[:count])
 
 
@@ -170,9 +170,9 @@ def _rows(dataset: str, side: str, source: str) -> list[dict]:
     own, shared = _own_exemplars(), "word_problems" if dataset in _WORD_PROBLEMS else dataset
     if dataset not in KINDS or shared not in own:
         known = (*_WORD_PROBLEMS, *(name for name in own if name in KINDS))
-        raise UsageError(f"no exemplars for dataset {dataset!r}; there are: {', '.join(known)}")
+        raise UsageError(f"no exemplars for dataset {dataset!r}; choose one of: {', '.join(known)}")
     if source not in SOURCES:
-        raise UsageError(f"unknown source {source!r} of exemplars; allowed: {', '.join(SOURCES)}")
+        raise UsageError(f"unknown exemplar source {source!r}; allowed: {', '.join(SOURCES)}")
     if source == "wei" and side == "wrong":
         raise UsageError("Wei et al. wrote no exemplars with a wrong given answer; take them from source 'smlib'")
     rows = own[shared][side] if source == "smlib" else _wei_exemplars(dataset)

@@ -34,7 +34,7 @@ def parse(problem: Problem) -> dict:
     if problem.dataset == "chain_arithmetic" and (start := re.search(r"holds (\d+) ", text)):
         operations = [(who, verb or double, int(count or 2)) for who, verb, count, double in _CHAIN.findall(text)]
         return {"start": int(start[1]), "operations": operations}
-    raise ValueError(f"{problem.id}: not a question of a generated task in its wording: {text[:60]!r}")
+    raise ValueError(f"{problem.id}: not worded like a question of a generated task: {text[:60]!r}")
 
 
 def turn(heads: bool, flips: bool) -> bool:

@@ -47,7 +47,7 @@ TEXT_DAVINCI_002 = {
 def accuracy_interval(correct: int, n: int) -> tuple[float, float]:
     """Wilson interval (low, high) of the share correct / n: for one right-or-wrong answer per question."""
     if not 0 <= correct <= n or n == 0:
-        raise ValueError(f"{correct} correct of {n} is no share: n must be at least 1 and 0 <= correct <= n")
+        raise ValueError(f"{correct} correct of {n} is not a share: n must be at least 1 and 0 <= correct <= n")
     interval = stats.binomtest(correct, n).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -131,7 +131,7 @@ def paired_test(a: Sequence[float], b: Sequence[float]) -> dict:
     McNemar test (binomial on the questions where they differ) if all values are 0 or 1, else None.
     """
     if len(a) != len(b):
-        raise ValueError(f"{len(a)} values against {len(b)}: give both models the same questions, in one order")
+        raise ValueError(f"{len(a)} values against {len(b)}: give both models the same questions, in the same order")
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     difference = a - b
     low, high = mean_interval(difference)
@@ -243,7 +243,7 @@ def summarise(rows: Sequence[Answers]) -> dict:
     """
     ks = {len(row["sampled_correct"]) for row in rows}
     if len(ks) != 1:
-        raise ValueError(f"rows hold {sorted(ks)} samples per question: summarise takes rows of one `evaluate` run")
+        raise ValueError(f"the rows have {sorted(ks)} samples per question: give the rows of one `evaluate` run")
     k, n = ks.pop(), len(rows)
     summary = {
         "k": k,

@@ -210,7 +210,7 @@ def combine(paths: Sequence[str | Path]) -> list[dict]:
     for path in paths:
         run = read_run(path)
         if run.seed in tables:
-            raise UsageError(f"{path} has seed {run.seed}, as another of the runs has: give each seed once.")
+            raise UsageError(f"{path} has seed {run.seed}, like another of the runs: give each seed once.")
         if tables:
             _refuse_other_run(path, paths[0])
         table = table_of(run)
@@ -219,8 +219,8 @@ def combine(paths: Sequence[str | Path]) -> list[dict]:
     cells = list(next(iter(tables.values())))
     if any(list(table) != cells for table in tables.values()):
         raise UsageError(
-            "the runs hold other test sets or methods than each other: evaluate all with the published sets, or none, "
-            "and run Self-Explore in all of them, or in none."
+            "the runs have different test sets or methods: evaluate all with the published sets, or none, and run "
+            "Self-Explore in all of them, or in none."
         )
     rows = []
     for method, test_set, metric in cells:

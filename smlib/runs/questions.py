@@ -77,8 +77,8 @@ def ppo_questions_per_task(settings: Settings) -> int:
     each, odd = divmod(settings.ppo.questions, len(settings.tasks))
     if odd:
         raise UsageError(
-            f"PPO asks {settings.ppo.questions} questions per update, no multiple of the {len(settings.tasks)} tasks; "
-            "change ppo.episodes or ppo.samples_per_question"
+            f"PPO asks {settings.ppo.questions} questions per update, not a multiple of the {len(settings.tasks)} "
+            "tasks: change ppo.episodes or ppo.samples_per_question"
         )
     return each
 
@@ -86,7 +86,7 @@ def ppo_questions_per_task(settings: Settings) -> int:
 def _in_rounds(pool: list[Problem], each: int, name: str):
     """Update number -> `each` different questions: the pool in a random order, then in another one, and so on."""
     if len(pool) < each:
-        raise UsageError(f"PPO asks {each} questions per update, and there are {len(pool)}: lower ppo.episodes")
+        raise UsageError(f"PPO asks {each} questions per update, but there are only {len(pool)}: lower ppo.episodes")
 
     def asked(update: int) -> list[Problem]:
         number, place = divmod(update, len(pool) // each)

@@ -69,8 +69,8 @@ def select(run_dir: Path, settings: Settings) -> Stage:
         pairs = selection.outcome_pairs(tokenizer, problems, rft, solutions, most, settings.seed)
         if not pairs:
             raise UsageError(
-                "no question has a right and a wrong solution, of which a pair could be made: raise explore.samples or "
-                "explore.temperature, or begin with another base"
+                "no question has a right and a wrong solution, so no pair can be made: raise explore.samples or "
+                "explore.temperature, or choose another base (--model)"
             )
         stage.write_rows("rft", rft)
         stage.write_rows("pairs", pairs)
@@ -238,7 +238,10 @@ def refuse_training_questions(sets: dict[str, list[Problem]], trained: list[Prob
     asked = {question_key(problem.question) for problem in trained}
     for name, problems in sets.items():
         if both := [problem.id for problem in problems if question_key(problem.question) in asked]:
-            raise UsageError(f"{len(both)} questions of test set {name} were trained on, such as {both[0]}")
+            raise UsageError(
+                f"{len(both)} questions of test set {name} were trained on, such as {both[0]}: evaluate on another "
+                "test set, or train on other questions in another run folder"
+            )
 
 
 def run(run_dir: Path, settings: Settings, progress: bool = True) -> None:

@@ -238,7 +238,7 @@ def check_policy(settings: Settings, method: str, tracker: str) -> None:
         )
     if method != "ppo" and settings.hardware.rollout_engine == "vllm":
         raise UsageError(
-            f"hardware.rollout_engine = 'vllm' is for method 'ppo': {method!r} draws by the native engine; give "
+            f"hardware.rollout_engine = 'vllm' is for method 'ppo': {method!r} samples with the native engine; give "
             "hardware.rollout_engine = 'native' or 'auto'"
         )
 

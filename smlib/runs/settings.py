@@ -57,40 +57,46 @@ Tasks = Literal["all", *TASKS, *TRAIN_SETS]
 
 @dataclass(frozen=True)
 class SamplingSettings(Declared):
-    """Stage 01. The temperature, cut-off and length hold for every sampling of training rationales."""
+    """Stage 01. Temperature, top_p and length apply wherever training rationales are sampled."""
 
-    questions: Questions = setting(300, "questions per task; of a published dataset at most its train split")
-    samples: Samples = setting(8, "open rationales per question")
+    questions: Questions = setting(300, "questions per task; for a published dataset at most its train split")
+    samples: Samples = setting(8, "rationales per question, asked without a given answer (open)")
     conditioned_questions: QuestionsOrZero = setting(
-        100, "the first questions of each task that are asked with a given answer too"
+        100, "how many of each task's questions are also asked with a given answer"
     )
-    conditioned_samples: Samples = setting(2, "rationales for the gold answer, and as many for wrong ones")
+    conditioned_samples: Samples = setting(
+        2, "rationales per question with the gold answer given, and as many with wrong ones"
+    )
     temperature: Temperature = setting(1.0, "divides the logits before sampling; 0 is greedy")
-    top_p: Share = setting(1.0, "share of the probability that is sampled from, the likeliest tokens first; 1 = all")
-    max_new_tokens: Tokens = setting(128, "length of a completion at most")
+    top_p: Share = setting(
+        1.0, "nucleus sampling: only the likeliest tokens, up to this share of the probability; 1 = all"
+    )
+    max_new_tokens: Tokens = setting(128, "longest completion, in tokens")
     shots: Literal["none", *SOURCES] = setting(
-        "none", "exemplars before the base's questions: 'smlib' are ours, 'wei' those of Wei et al."
+        "none", "exemplars in the base's prompts: 'smlib' are ours, 'wei' are those of Wei et al."
     )
     prompt: Prompt = setting(
-        "plain", "how every stage asks: 'plain' is \"Q: ... A:\", 'chat' an instruct model's own template"
+        "plain", "prompt of every stage: 'plain' is \"Q: ... A:\", 'chat' is an instruct model's chat template"
     )
 
 
 @dataclass(frozen=True)
 class RankingSettings(Declared):
-    """Stages 02 and 03. How much of one question is kept."""
+    """Stages 02 and 03. How many rationales and pairs of a question are kept, at most."""
 
-    max_per_side: Samples = setting(8, "distinct rationales of a question, right and wrong each")
-    max_pairs_per_question: Samples = setting(6, "pairs of a right and a wrong rationale")
+    max_per_side: Samples = setting(8, "distinct right rationales per question, and as many wrong ones")
+    max_pairs_per_question: Samples = setting(6, "pairs of a right and a wrong rationale per question")
 
 
 @dataclass(frozen=True)
 class SFTSettings(Declared):
     """Stage 02. Supervised fine-tuning on r+, the rationales that reach the gold answer."""
 
-    source: Literal["open", "conditioned", "both"] = setting("both", "which rationales are learned from")
+    source: Literal["open", "conditioned", "both"] = setting(
+        "both", "which rationales to train on: asked without a given answer (open), with one (conditioned), or both"
+    )
     epochs: Epochs = setting(1.0, "passes over the rationales")
-    learning_rate: Rate = setting(6e-4, "at its highest")
+    learning_rate: Rate = setting(6e-4, "peak learning rate")
     batch: Rows = setting(16, "rationales per optimizer step")
 
 
@@ -99,101 +105,106 @@ class RewardSettings(Declared):
     """Stage 03. Which rationales make the pairs, and how the reward model learns from them."""
 
     pairs: Literal["base", "both"] = setting(
-        "both", "'base': of the base's rationales alone; 'both': of the SFT model's too"
+        "both", "whose rationales make the pairs: 'base' is only the base's, 'both' adds the SFT model's"
     )
-    wrong: Literal["open", "conditioned", "both"] = setting("both", "source of the wrong rationales")
-    questions: QuestionsOrZero = setting(350, "fresh questions per task that the SFT model answers; for pairs = 'both'")
+    wrong: Literal["open", "conditioned", "both"] = setting("both", "source of the wrong rationales, as in sft.source")
+    questions: QuestionsOrZero = setting(350, "fresh questions per task for the SFT model, if pairs = 'both'")
     epochs: Epochs = setting(1.5, "passes over the pairs")
-    learning_rate: Rate = setting(2e-4, "at its highest")
+    learning_rate: Rate = setting(2e-4, "peak learning rate")
     batch: Rows = setting(16, "pairs per optimizer step")
     beta: Size = setting(0.5, "the reward is beta times the log-likelihood (smlib/learning/reward_model.py)")
     nll_coef: SizeOrZero = setting(
-        3.0, "factor of -log p per token of the chosen side, which is added to the pairwise loss"
+        3.0, "weight of the NLL (-log p per token) of the chosen side, which is added to the pairwise loss"
     )
 
 
 @dataclass(frozen=True)
 class ExploreSettings(Declared):
-    """Stages 06, Self-Explore, up to its pairs. The length of a sample is sampling.max_new_tokens."""
+    """Stages 06, Self-Explore, up to its pairs. sampling.max_new_tokens limits its samples too."""
 
     samples: Samples = setting(12, "solutions per training question (the paper: 100)")
-    temperature: Temperature = setting(0.7, "of the solutions and of the completions")
-    max_per_question: Samples = setting(8, "RFT solutions, and outcome pairs")
-    k: Samples = setting(4, "completions of a prefix; it is a pit if none of them is right")
-    choice: Completion = setting("shortest", "which of the right completions before the pit is the chosen side")
-    reported: Samples = setting(40, "wrong rationales of each task that the pit report looks at, at most")
+    temperature: Temperature = setting(0.7, "sampling temperature for solutions and completions")
+    max_per_question: Samples = setting(8, "RFT solutions per question, at most, and as many outcome pairs")
+    k: Samples = setting(4, "completions after each step of a wrong solution; a step is a pit if none of them is right")
+    choice: Completion = setting("shortest", "which right completion from before the pit becomes the chosen side")
+    reported: Samples = setting(40, "wrong rationales per task in the pit report, at most")
 
 
 @dataclass(frozen=True)
 class DPOSettings(Declared):
     """Stages 06, Self-Explore: DPO on outcome pairs and on step-level pairs.
 
-    The paper trains both at one rate. A step-level pair tells its sides apart by few tokens, and bears larger steps.
+    The paper uses one learning rate for both. The sides of a step-level pair differ in few tokens, so it allows larger
+    steps.
     """
 
     epochs: Epochs = setting(2.0, "passes over the pairs")
-    learning_rate: Rate = setting(3e-4, "at its highest, on outcome pairs")
-    step_learning_rate: Rate = setting(6e-4, "at its highest, on step-level pairs")
+    learning_rate: Rate = setting(3e-4, "peak learning rate on outcome pairs")
+    step_learning_rate: Rate = setting(6e-4, "peak learning rate on step-level pairs")
     batch: Rows = setting(32, "pairs per optimizer step")
     beta: Size = setting(1.0, "DPO's beta: the larger, the closer the policy stays to its reference")
 
 
 @dataclass(frozen=True)
 class LoraSettings(Declared):
-    """Low-rank adapters in place of full fine-tuning, in all stages that train: SFT, RFT and DPO (merged at their end),
-    the reward model and PPO (adapters of the SFT model, which stays as it is)."""
+    """Low-rank adapters in place of full fine-tuning, in all stages that train: SFT, RFT and DPO (merged when training
+    ends), the reward model and PPO (adapters on the frozen SFT model)."""
 
     rank: RowsOrZero = setting(0, "rank of the adapters; 0 = full fine-tuning")
-    alpha: Rows = setting(32, "an adapter counts alpha / rank times")
-    targets: Text = setting("all-linear", "layers that get one: 'all-linear', or a regular expression of whole names")
+    alpha: Rows = setting(32, "the output of an adapter is scaled by alpha / rank")
+    targets: Text = setting(
+        "all-linear", "layers that get an adapter: 'all-linear', or a regular expression that matches their full names"
+    )
 
     def __post_init__(self):
         super().__post_init__()
         try:
             re.compile(self.targets)
         except re.error as error:
-            raise UsageError(f"lora.targets = {self.targets!r} is no regular expression ({error}): write one") from None
+            raise UsageError(f"lora.targets = {self.targets!r} is not a regular expression ({error}): fix it") from None
 
 
 @dataclass(frozen=True)
 class EvaluationSettings(Declared):
-    """Stage 05. Fresh questions, one greedy answer and `samples` drawn ones to each."""
+    """Stage 05. Fresh questions, each with one greedy answer and `samples` sampled ones."""
 
-    questions: Questions = setting(200, "questions per task; of a published dataset at most its test split")
-    published: QuestionsOrZero = setting(750, "questions of each published test set at most; 0 leaves them out")
-    samples: SamplesOrZero = setting(8, "drawn answers per question")
-    temperature: Temperature = setting(1.0, "of the drawn answers")
+    questions: Questions = setting(200, "questions per task; for a published dataset at most its test split")
+    published: QuestionsOrZero = setting(750, "questions per published test set, at most; 0 leaves the sets out")
+    samples: SamplesOrZero = setting(8, "sampled answers per question")
+    temperature: Temperature = setting(1.0, "sampling temperature for these answers")
 
 
 @dataclass(frozen=True)
 class HardwareSettings(Declared):
-    """What a large model needs to fit a GPU, and who draws; with all but `dtype` and the engines the results are the
-    same up to rounding."""
+    """What a large model needs to fit a GPU, and which engine samples. Except for `dtype` and the engines, these
+    settings change results only by rounding."""
 
     dtype: Dtype = setting(
         "float32",
-        "precision that models are loaded in; one that trains whole, without LoRA, stays in 'float32', and only the "
-        "stages that sample take this. 'auto' is 'bfloat16' where the machine is faster with it, else 'float32'. "
-        "Merging an adapter in 'bfloat16' rounds. 'nf4' is 4 bits a weight (QLoRA, 2305.14314), by the extra gpu; its "
+        "precision that models are loaded in. Without LoRA, models train in 'float32', and this applies only to the "
+        "stages that sample. 'auto' is 'bfloat16' where the machine is faster with it, else 'float32'. Merging an "
+        "adapter in 'bfloat16' rounds. 'nf4' is 4 bits per weight (QLoRA, 2305.14314) and needs the extra gpu; its "
         "stages save bfloat16, and loading rounds to 4 bits again",
     )
     micro_batch: RowsOrZero = setting(
-        0, "rows (pairs, completions) per forward and backward pass; 0 = the batch at once"
+        0, "rows (pairs, completions) per forward and backward pass; 0 = the whole batch at once"
     )
     gradient_checkpointing: bool = setting(
-        False, "activations are computed again in the backward pass: less memory, more time"
+        False, "compute activations again in the backward pass: less memory, more time"
     )
-    max_batch: Rows = setting(MAX_BATCH, "completions that the native engine draws at once")
+    max_batch: Rows = setting(MAX_BATCH, "completions that the native engine samples at once")
     cache_tokens: CacheTokens = setting(
-        0, "tokens whose keys and values the native engine holds outside PPO; 0 = no bound but max_batch"
+        0, "size of the native engine's KV cache in tokens, except in PPO; 0 = limited only by max_batch"
     )
     prefix_tokens: PrefixTokens = setting(
         PREFIX_TOKENS,
-        "of them, those that the native engine holds from one step of an exploration to the next, without Ray",
+        "tokens in that cache that Self-Explore keeps from one step to the next (without Ray)",
     )
-    engine: EngineName = setting("native", "who samples; 'auto' is vllm where it is installed, and native for nf4")
+    engine: EngineName = setting(
+        "native", "which engine samples; 'auto' is vllm where it is installed, but native for nf4"
+    )
     rollout_engine: EngineName = setting("native", "engine of PPO's rollouts; vllm needs LoRA and one process")
-    workers: Processes = setting(1, "Ray's processes that sample and score, on one machine or many; 1 = without Ray")
+    workers: Processes = setting(1, "Ray processes that sample and score, on one machine or many; 1 = without Ray")
 
 
 @dataclass(frozen=True)
@@ -204,7 +215,7 @@ class Settings(Declared):
     tasks: tuple[str, ...]
     seed: Seed
     base: Text = setting(
-        meaning="the model that learns: tiny (in this package), smollm2, a folder, a GGUF file or a hub id, best with "
+        meaning="the model to train: tiny (in this package), smollm2, a folder, a GGUF file, or a Hub id, best with "
         "@REVISION"
     )
     sampling: SamplingSettings = SamplingSettings()
@@ -227,13 +238,13 @@ class Settings(Declared):
         super().__post_init__()
         if self.hardware.dtype == "nf4" and not self.lora.rank:
             raise UsageError(
-                "hardware.dtype = 'nf4' with lora.rank = 0 would round a model to 4 bits that trains in 32: give "
-                "lora.rank from 1, or another hardware.dtype"
+                "hardware.dtype = 'nf4' with lora.rank = 0 is not allowed, since 4-bit weights cannot train: give "
+                "lora.rank of at least 1, or another hardware.dtype"
             )
         if self.hardware.rollout_engine == "vllm" and (not self.lora.rank or self.hardware.dtype == "nf4"):
             raise UsageError(
-                "hardware.rollout_engine = 'vllm' takes over adapters of a base that is not rounded to 4 bits: give "
-                "lora.rank from 1 and other hardware.dtype, or rollout_engine = 'native'"
+                "hardware.rollout_engine = 'vllm' needs LoRA and a base that is not in 4 bits: give lora.rank of at "
+                "least 1 and a hardware.dtype other than 'nf4', or hardware.rollout_engine = 'native'"
             )
         if self.sampling.shots != "none" and "chain_arithmetic" in self.tasks:
             raise UsageError(

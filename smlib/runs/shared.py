@@ -55,8 +55,8 @@ def refuse_processes(names: Iterable[str]) -> None:
     alone = [name for name in names if name not in TRAINING]
     if processes > 1 and alone:
         raise UsageError(
-            f"{alone[0]} is made by one process, and here are {processes}: start it without accelerate launch or "
-            "torchrun, and where it samples, with --set hardware.workers=N for Ray's processes"
+            f"{alone[0]} is made by one process, but {processes} were started: start it without accelerate launch or "
+            "torchrun; to sample with N Ray processes, add --set hardware.workers=N"
         )
 
 
@@ -80,7 +80,7 @@ def refuse_repeated(problems: list[Problem], before: Stage) -> None:
     asked = {problem.id for problem in problems_of(before)}
     if again := next((problem.id for problem in problems if problem.id in asked), None):
         raise StageError(
-            f"{before.folder} has asked {again}, which is to be a fresh question: it was made by a version that took "
+            f"{before.folder} has asked {again}, which should be a fresh question: it was made by a version that chose "
             "other questions. Start a run in another folder, or delete this one's stages"
         )
 

@@ -171,8 +171,8 @@ def ends(tokenizer: PreTrainedTokenizerBase | None, generation: GenerationConfig
     named = [] if named is None else list(named) if isinstance(named, list | tuple) else [named]
     if not all(type(token) is int and token >= 0 for token in named):
         raise ModelError(
-            f"eos_token_id = {generation.eos_token_id!r} of the model names no token: give a number from 0, or a list "
-            "of such, in its generation_config.json, or choose another model (--model)"
+            f"eos_token_id = {generation.eos_token_id!r} of the model is not a token id: give a number from 0, or a "
+            "list of them, in its generation_config.json, or choose another model (--model)"
         )
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         named.append(tokenizer.eos_token_id)
@@ -254,7 +254,8 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *
     ) as error:  # of its program
         raise UsageError(
             f"the chat template of {tokenizer.name_or_path or 'this model'} refuses a question with "
-            f"{len(turns) // 2} exemplars before it: {error}; choose sampling.prompt = 'plain', or other shots."
+            f"{len(turns) // 2} exemplars before it: {error}; choose sampling.prompt = 'plain', or other "
+            "sampling.shots."
         ) from error
 
 
@@ -294,7 +295,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         found = decode(tokenizer, encode_completion(tokenizer, text, eos=False))
         if found != text:
             raise UsageError(
-                f"the tokenizer of {name} changes texts: {text!r} comes back as {found!r}, so that prompts and answers "
+                f"the tokenizer of {name} changes texts: {text!r} comes back as {found!r}, so prompts and answers "
                 "would not be what they seem: choose another model."
             )
     if tokenizer.eos_token_id is None:

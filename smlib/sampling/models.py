@@ -69,7 +69,7 @@ def locate(name: str | Path) -> tuple[str, str | None]:
     place, _, revision = name.partition("@")
     if not place.strip():
         raise ModelError(
-            f"{name!r} names no model: give a folder, a GGUF file, or a hub id such as owner/name@revision"
+            f"{name!r} is not the name of a model: give a folder, a GGUF file, or a hub id such as owner/name@revision"
         )
     return (name, None) if not revision or Path(name).exists() else (place, revision)
 
@@ -115,21 +115,21 @@ def _reason(place: str, revision: str | None, causes: list[BaseException], files
     """Why there is no model, and what to do about it; None where the error's own words must do."""
     folder, page = Path(place), f"https://huggingface.co/{place}"
     if folder.is_file():
-        return f"{place} is a file, and no GGUF file: give the folder that holds the model"
+        return f"{place} is a file, but not a GGUF file: give the folder that holds the model"
     if folder.is_dir() and not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         return f"{place} holds no model: it has no config.json. Give a folder that save_pretrained has written"
     if any("trust_remote_code" in str(cause) for cause in causes):
         return (
-            f"{place} wants to run code of its own (auto_map in its {files[0]}), which is never done: give a model of "
-            "a kind that transformers knows by itself"
+            f"{place} wants to run code of its own (auto_map in its {files[0]}), which is not allowed: give a model "
+            "of a kind that transformers knows by itself"
         )
     if any("instantiate the backend tokenizer" in str(cause) for cause in causes):
         return f"{place} has no tokenizer that can be read: save one there with its save_pretrained"
     unknown = ("model_type", "model type", "Unrecognized configuration class")  # transformers raises ValueErrors for it
     if any(isinstance(cause, ValueError) and any(part in str(cause) for part in unknown) for cause in causes):
-        return f"{place} is no causal language model that transformers knows: see model_type in its config.json"
+        return f"{place} is not a causal language model that transformers knows: see model_type in its config.json"
     if isinstance(causes[0], ImportError):
-        return f"{place} needs what is not installed here ({model_files.words(causes[0])})"
+        return f"{place} needs a library that is not installed here ({model_files.words(causes[0])})"
     if folder.is_dir():
         if any(isinstance(cause, _OF_THE_MACHINE) for cause in causes):
             return None
@@ -163,7 +163,7 @@ def _reason(place: str, revision: str | None, causes: list[BaseException], files
             case SafetensorError():
                 return f"the weights of {place} in the hub's cache are damaged ({cause}): delete them there"
             case OSError() if "named config.json" in str(cause):
-                return f"{place} has no config.json: where it is a LoRA adapter, download it and give the folder"
+                return f"{place} has no config.json: if it is a LoRA adapter, download it and give the folder"
             case OSError() if ".safetensors" in str(cause):
                 return f"{place} has no weights as safetensors: name a revision that has them, as {place}@REVISION"
     return None
@@ -275,8 +275,8 @@ def check_weights(name: str | Path) -> bool | None:
     place, revision = locate(name)
     if getattr(load_config(str(name)), "transformers_weights", None):  # which may be pickled ones
         raise ModelError(
-            f"{place} names the file of its weights in its config.json (transformers_weights), which is not heeded: "
-            f"take that out and call the file model.safetensors, {model_files.ANOTHER}"
+            f"{place} names its weights file in its config.json (transformers_weights), which is not supported: "
+            f"remove that entry and rename the file to model.safetensors, {model_files.ANOTHER}"
         )
     if Path(place).is_dir():
         model_files.check_weights(Path(place))
@@ -330,7 +330,7 @@ def adapter_config(name: str | Path) -> PeftConfig | None:
     plain = isinstance(config, LoraConfig) and not config.alora_invocation_tokens  # aLoRA's begin within a text
     if not plain or not isinstance(config.base_model_name_or_path, str):
         raise ModelError(
-            f"{folder / 'adapter_config.json'} is not that of a LoRA adapter with the name of its base: give another "
+            f"{folder / 'adapter_config.json'} is not the config of a LoRA adapter that names its base: give another "
             "adapter, or a whole model (--model)"
         )
     model_files.check_weights(folder, "adapter_model")
@@ -352,8 +352,8 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int, targets: str, base: 
     """
     if any(isinstance(layer, BaseTunerLayer) for layer in model.modules()):  # peft would begin that one anew
         raise UsageError(
-            "the model has an adapter, beside a base in 4 bits: save it as load_policy(folder, 'bfloat16') merges it, "
-            "and begin from there"
+            "the model already has an adapter, on a base in 4 bits: load it with load_policy(folder, 'bfloat16'), "
+            "which merges them, save that, and start from there"
         )
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
     with warnings.catch_warnings():
@@ -392,8 +392,9 @@ def _no_match(model: PreTrainedModel, targets: str) -> str:
     ]
     last = sorted({name.rpartition(".")[2] for name in linear})
     return (
-        f"lora.targets = {targets!r} matches no layer of {type(model).__name__}, or others than linear ones, called "
-        f"{', '.join(last)}, in full such as {linear[0]}: give a regular expression of whole names, such as "
+        f"lora.targets = {targets!r} matches no layer of {type(model).__name__}, or layers that are not linear. The "
+        f"linear ones are {', '.join(last)}, in full such as {linear[0]}. Give a regular expression that matches full "
+        "names, such as "
         rf"'.*\.({'|'.join(last[:2])})', or 'all-linear'"
     )
 

@@ -179,5 +179,5 @@ def check_room(name: str, max_new_tokens: int, config) -> None:
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and max_new_tokens >= limit:
         raise UsageError(
-            f"{name} = {max_new_tokens} is beyond the model's {limit} positions, some of which a prompt takes: lower it"
+            f"{name} = {max_new_tokens} leaves no room for a prompt in the model's {limit} positions: lower it"
         )

@@ -117,7 +117,7 @@ def sample_ids(
     checked("max_batch", max_batch, Rows, MAX_BATCH)
     checked("cache_tokens", cache_tokens, CacheTokens, 0)
     if params.stop and tokenizer is None:
-        raise UsageError(f"stop is {params.stop!r}, but stop strings need a tokenizer: pass the model's.")
+        raise UsageError(f"stop is {params.stop!r}, but stop strings need a tokenizer: pass the model's tokenizer.")
     check_request(prompt_ids, n, params, keys, first, getattr(model.config, "max_position_embeddings", None))
     _check_vocabulary(model, prompt_ids)
     tree = PrefixTree(0) if tree is None else tree
@@ -149,7 +149,8 @@ def _check_vocabulary(model, prompt_ids: list[list[int]]) -> None:
     known = model.get_input_embeddings().num_embeddings
     if (greatest := max(map(max, prompt_ids), default=0)) >= known:
         raise ModelError(
-            f"the tokenizer does not fit the model: a prompt has token {greatest}, of {known} that it knows"
+            f"the tokenizer does not fit the model: a prompt has token id {greatest}, but the model knows only {known} "
+            "tokens: use the model's own tokenizer"
         )
 
 
@@ -294,7 +295,9 @@ def _logits(decoder, states: torch.Tensor, uniforms: torch.Tensor) -> Iterator[t
 
 def _check_numbers(states: torch.Tensor, logits: torch.Tensor) -> None:
     if states.isnan().any() or logits.isnan().any():
-        raise ModelError("the model's logits are not numbers: its weights or its config.json are damaged")
+        raise ModelError(
+            "the model's logits are not numbers, so its weights or its config.json are damaged: download it again"
+        )
 
 
 @contextmanager

@@ -133,7 +133,7 @@ class Bulk:
         Raises StageError where a file is damaged, or has fewer than n samples: `draw` makes it good.
         """
         if (manifest := self._read_manifest()) is None:
-            raise StageError(f"{self.folder} has no {MANIFEST}, so that nobody knows how it was drawn: draw again.")
+            raise StageError(f"{self.folder} has no {MANIFEST}, the record of how it was drawn: draw again.")
         for shard in sorted({int(path.name[6:12]) for path in self.folder.glob(_SHARDS)}):
             found: dict[str, list[Sample]] = {}
             for path in self._files(shard):
@@ -167,8 +167,8 @@ class Bulk:
         """Raise StageMismatch where a shard was drawn under another manifest, which somebody has deleted since."""
         if header["made"] != json_sha256(manifest):
             raise StageMismatch(
-                f"{path} was drawn with other settings than are asked for, and the {MANIFEST} that said which is gone: "
-                f"choose another folder, or delete {self.folder}."
+                f"{path} was drawn with other settings than are asked for, and the {MANIFEST} that recorded them is "
+                f"gone: choose another folder, or delete {self.folder}."
             )
 
     def _files(self, shard: int) -> list[Path]:

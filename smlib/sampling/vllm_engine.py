@@ -158,7 +158,7 @@ def base_seed(seed: int, key: str) -> int:
 
 
 _WAY_OUT = (
-    "End other programs, take a smaller model or other weights, or sample by the native engine "
+    "End other programs, choose a smaller model or other weights, or sample with the native engine "
     "(hardware.engine = 'native')."
 )
 

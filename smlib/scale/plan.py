@@ -442,8 +442,8 @@ def check(settings: Settings, names: Iterable[str] = ()) -> None:
         raise DoesNotFit(f"preset {settings.preset!r} on {where}: {result}")
     raise DoesNotFit(
         f"preset {settings.preset!r} needs {result.needed / 1e9:.1f} GB in {result.stage} (computed), and there is no "
-        f"GPU here and {free / 1e9:.1f} GB of memory free: go to a machine with a GPU, or take a smaller model "
-        "(--preset small, --model NAME). run --dry-run shows what it takes on which card."
+        f"GPU here and {free / 1e9:.1f} GB of memory free: use a machine with a GPU, or a smaller model "
+        "(--preset small, --model NAME). `smlib run --dry-run` shows what the run takes on which card."
     )
 
 
@@ -542,7 +542,7 @@ def describe(settings: Settings, assumed: Assumed = Assumed()) -> str:
         sums = {name: sum(hours(one, at[name]) for one in group) for name in CARDS}
         cells = "".join(f"{f'{sums[name]:.1f}' if fitting[name] else '-':>11}" for name in CARDS)
         lines += [f"{title:57}{max(needed[one.stage] for one in group) / 1e9:7.1f}{cells}", ""]
-    lines += ["Hours are computed from data sheets, not measured; - : does not fit the card.", ""]
+    lines += ["Hours are computed from data sheets, not measured; - means that it does not fit the card.", ""]
     for name, card in CARDS.items():
         result = f"{name}: {fit(settings, config, lengths, card.memory)}"
         lines += textwrap.wrap(result, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
@@ -555,8 +555,8 @@ def describe(settings: Settings, assumed: Assumed = Assumed()) -> str:
 def _describe_unsupported(settings: Settings, config, lengths: Lengths, done: list[Work], assumed: Assumed) -> str:
     reason = (
         "Memory, hours and disk are computed for Llama (without biases), Mistral and Qwen2, not for a "
-        f"{config.model_type!r} with these options. So no fit is checked: watch the first minutes of every stage, and "
-        "lower hardware.micro_batch or hardware.max_batch where its memory runs out; the stage goes on."
+        f"{config.model_type!r} with these options. So smlib cannot check that it fits: watch the first minutes of "
+        "every stage. If memory runs out, lower hardware.micro_batch or hardware.max_batch; the stage then resumes."
     )
     texts = (_headline(settings, config), reason, _assumptions(settings, lengths, assumed))
     head, reason, told = ("\n".join(textwrap.wrap(text, WIDTH)) for text in texts)
@@ -591,10 +591,10 @@ def _line(one: Work, needed: float, at: dict[str, Speeds]) -> str:
 def _assumptions(settings: Settings, lengths: Lengths, assumed: Assumed) -> str:
     counted = "counted" if models.weights_sha256(settings.base) else "estimated"
     return (
-        f"Tokens, {counted}: {lengths.question:.0f} of a question, {lengths.longest:.0f} of the longest, "
-        f"{lengths.shown:.0f} of the exemplars, {lengths.conditioned:.0f} of those with given answers. "
-        f"Assumed: {100 * assumed.base:.0f} % of the base's samples right, {100 * assumed.tuned:.0f} % of the tuned "
-        f"model's; {assumed.solution:.0f} tokens a rationale. Drawing at {100 * DRAW_SHARE:.0f} % of a card's "
-        f"bandwidth and {1000 * LAUNCH:.1f} ms a layer and step besides, reading at {100 * READ_SHARE:.0f} %, training "
-        f"at {100 * TRAIN_SHARE:.0f} % of its operations."
+        f"Tokens, {counted}: {lengths.question:.0f} in a question on average, {lengths.longest:.0f} in the longest, "
+        f"{lengths.shown:.0f} in the exemplars, {lengths.conditioned:.0f} in those with given answers. "
+        f"Assumed: {100 * assumed.base:.0f} % of the base's samples are right, {100 * assumed.tuned:.0f} % of the "
+        f"tuned model's; {assumed.solution:.0f} tokens per rationale. Drawing reaches {100 * DRAW_SHARE:.0f} % of a "
+        f"card's bandwidth, plus {1000 * LAUNCH:.1f} ms per layer and step; reading reaches {100 * READ_SHARE:.0f} % "
+        f"of its operations, training {100 * TRAIN_SHARE:.0f} %."
     )
