@@ -10,13 +10,17 @@ command again to resume.
 
 import argparse
 import csv
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from statistics import mean
 
 import variants
 from ablations import write
 
 from smlib.files.artifacts import Stage, require
+from smlib.reports import evaluation
+from smlib.reports.wording import with_interval
 from smlib.runs import self_motivated, shared
 from smlib.runs.settings import Settings, preset
 from smlib.runs.shared import answer_fresh
@@ -32,8 +36,13 @@ POLICIES = {  # name: method, what differs from the preset's settings of PPO
     "PPO, value model": ("ppo", {"value": "model"}),
     "RLOO, learned reward": ("rloo", {}),
     "GRPO, learned reward": ("grpo", {}),
+    # the best setting of GRID (results/policy_tuning.csv), by the mean of greedy and avg@8
+    "PPO, tuned": ("ppo", {"max_grad_norm": 0.02}),
+    "RLOO, tuned": ("rloo", {"learning_rate": 5e-4}),
+    "GRPO, tuned": ("grpo", {"max_grad_norm": 0.02}),
 }
-TUNED = ("PPO, learned reward", "RLOO, learned reward", "GRPO, learned reward")
+COMPARED = ("PPO, learned reward", "RLOO, learned reward", "GRPO, learned reward")
+TABLES = ((*COMPARED, "PPO, checker"), ("PPO, tuned", "RLOO, tuned", "GRPO, tuned"))  # of docs/benchmarks.md
 GRID = tuple(
     {"learning_rate": rate, "kl_coef": kl, "max_grad_norm": norm}
     for norm, rate, kl in product((1.0, 0.02), (2.5e-4, 5e-4), (0.02, 0.08))
@@ -61,7 +70,7 @@ def tune(args: argparse.Namespace) -> list[dict]:
     for seed in args.seeds:
         run = shared.run_folder("", args.preset, args.task, seed)
         self_motivated.before_policy(run, preset(args.preset, args.task, seed))
-        for name, setting in product(args.policies or TUNED, GRID):
+        for name, setting in product(args.policies or COMPARED, GRID):
             method, changes = POLICIES[name]
             settings = preset(args.preset, args.task, seed, ppo=changes | setting)
             stage = variants.policy(run, settings, "-".join([folder_name(name), *map(str, setting.values())]), method)
@@ -85,6 +94,24 @@ def merged(table: Path, rows: list[dict], policy: str) -> list[dict]:
     new = {(str(row["seed"]), row[policy]) for row in rows}
     with table.open(newline="", encoding="utf-8") as file:
         return [row for row in csv.DictReader(file) if (row["seed"], row[policy]) not in new] + rows
+
+
+def markdown(rows: list[dict], names: Sequence[str]) -> str:
+    """The table of docs/benchmarks.md for some policies, from results/policies.csv: means over seeds with t intervals
+    over seeds, in points, also of the difference from the first."""
+    gains = {(row["value"], row["metric"], row["seed"]): 100 * float(row["score"]) for row in rows}
+    seeds = sorted({seed for name, _, seed in gains if name == names[0]})
+    lines = ["| | avg@8 | minus PPO's | greedy | minus PPO's |", "|---|---|---|---|---|"]
+    for name in names:
+        cells = []
+        for metric in ("avg@8, gain over SFT", "greedy, gain over SFT"):
+            gained, own = ([gains[one, metric, seed] for seed in seeds] for one in (name, names[0]))
+            more = [a - b for a, b in zip(gained, own, strict=True)]
+            for values in [gained] if name == names[0] else [gained, more]:
+                cells.append(with_interval(mean(values), *evaluation.mean_interval(values), signed=True))
+            cells += [""] if name == names[0] else []
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -120,6 +147,12 @@ def main() -> None:
             ("policy_curves.csv", variants.CURVE_COLUMNS, curves, "policy"),
         ):
             write(merged(args.out / table, new, policy), columns, args.out / table)
+    with (args.out / "policies.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    measured = {row["value"] for row in rows}
+    for names in TABLES:
+        if measured >= set(names):
+            print(f"\n{markdown(rows, names)}")
 
 
 if __name__ == "__main__":

@@ -94,6 +94,13 @@ def benchmark(name):
         return module, list(csv.DictReader(file))
 
 
+def test_the_tables_of_the_policies_are_those_of_the_results():
+    policies, rows = benchmark("policies")
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    for names in policies.TABLES:
+        assert policies.markdown(rows, names) in page
+
+
 def test_the_tables_of_the_controls_are_those_of_the_results(readme):
     controls, rows = benchmark("controls")
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")

@@ -1,0 +1,94 @@
+"""What does a second round bring? SML again from the SML model; writes results/rounds.csv.
+
+    python benchmarks/rounds.py --questions 100 --rounds 3 --seeds 0 1 2
+
+A round is stages 01 to 04: the model of the round before is the base that answers new questions, is trained on its own
+right rationales (SFT), samples again, gets a new reward model, and is trained by PPO. Two controls could explain a gain
+away: in every round the same PPO with a reward that has learned no rank, and in the first round twice as many updates,
+which cost as much PPO as two rounds. All models answer the same test questions, greedily and at temperature 1.
+
+For every seed it takes stages 01 to 04 of the run runs/PRESET-TASK-seedSEED, makes those that are missing, and keeps
+the later rounds in its folder `rounds`. Run the same command again to resume; delete the table to measure again. The
+rows are those of results/controls.csv.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import controls
+import variants
+from ablations import write
+
+from smlib.files.artifacts import require
+from smlib.reports.results import MEAN
+from smlib.runs import questions, self_motivated, shared
+from smlib.runs.settings import preset
+
+TABLE = variants.TABLE.with_name("rounds.csv")
+APART = 1_000  # between the seeds of two rounds, so that each asks questions of its own
+LONGER = "round 1, twice the updates"
+
+
+def models_of(preset_name: str, task: str, seed: int, rounds: int) -> Iterator[tuple[str, Path | str]]:
+    """(name, folder) of the base and of every round's models, trained where they are missing."""
+    run, base = shared.run_folder("", preset_name, task, seed), preset(preset_name, task, seed).base
+    yield "base", base
+    for number in range(1, rounds + 1):
+        folder = run if number == 1 else run / "rounds" / str(number)
+        at = preset_name, task, seed + APART * (number - 1)
+        settings = preset(*at, base=str(base))
+        self_motivated.before_policy(folder, settings)
+        yield f"round {number}, SFT", require(folder, "02_sft").path("model")
+        other = preset(*at, base=str(base), ppo={"reward": "untrained"})
+        yield (
+            f"round {number}, untrained reward",
+            variants.policy(folder, other, "PPO-untrained-reward", "ppo").path("model"),
+        )
+        base = self_motivated.train_policy(folder, settings).path("model")
+        yield f"round {number}, SML", base
+        if number == 1:
+            longer = preset(*at, base=settings.base, ppo={"updates": 2 * settings.ppo.updates})
+            yield LONGER, variants.policy(folder, longer, "PPO-twice-the-updates", "ppo").path("model")
+
+
+def contrasts(rounds: int) -> list[tuple[str, str]]:
+    """Who is compared with whom."""
+    pairs = [("round 1, SML", "base"), ("round 1, SML", "round 1, untrained reward"), (LONGER, "round 1, SML")]
+    for number in range(2, rounds + 1):
+        last, now = f"round {number - 1}, SML", f"round {number}, SML"
+        pairs += [(now, last), (now, LONGER), (f"round {number}, SFT", last)]
+        pairs += [(f"round {number}, untrained reward", last), (now, f"round {number}, untrained reward")]
+    return pairs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--task", default="all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--questions", type=int, default=0, help="questions per task (default: as in stage 05)")
+    parser.add_argument("--out", type=Path, default=TABLE)
+    args = parser.parse_args()
+    rows = controls.measured(args.out, controls.KINDS)
+    for seed in args.seeds:
+        if any(row["seed"] == seed for row in rows):
+            continue
+        asking = {"questions": args.questions} if args.questions else {}
+        settings = preset(args.preset, args.task, seed, evaluation=asking)
+        sets = questions.test_problems(settings)
+        tasks = {task: [problem.id for problem in problems] for task, problems in sets.items()}
+        tasks |= {MEAN: [name for names in tasks.values() for name in names]}
+        asked, values = [problem for problems in sets.values() for problem in problems], {}
+        for name, path in models_of(args.preset, args.task, seed, args.rounds):
+            with shared.load_engine(settings, path) as engine:
+                found = controls.answer(engine, asked, settings, "none", (0.0, 1.0))
+            values |= {(name, *key): each for key, each in found.items()}
+            print(f"seed {seed}: {name}", flush=True)
+        rows += controls.rows_of(seed, values, tasks, contrasts(args.rounds))
+        write([*rows, *controls.over_seeds(rows)], controls.COLUMNS, args.out)
+
+
+if __name__ == "__main__":
+    main()
