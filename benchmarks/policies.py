@@ -1,11 +1,14 @@
 """PPO, RLOO and GRPO from the same start, with equally many completions; and a policy that cheats.
 
     python benchmarks/policies.py --seeds 0 1 2 3 4
+    python benchmarks/policies.py --tune --seeds 10
 
 Writes results/policies.csv (accuracy on fresh questions of the train split, and the gain over the SFT model) and
 results/policy_curves.csv (every update of every training). For every seed it takes stages 01 to 03 of the run
 runs/PRESET-all-seedSEED, makes those that are missing, and trains each policy in a folder of its own. Run the same
 command again to resume.
+
+With --tune it trains PPO, RLOO and GRPO at every setting of GRID, and writes results/policy_tuning.csv.
 """
 
 import argparse
@@ -91,6 +94,8 @@ def folder_name(policy: str) -> str:
 
 def merged(table: Path, rows: list[dict], policy: str) -> list[dict]:
     """The rows of a table with these in place of those of their seeds and policies; policy: that column."""
+    if not table.exists():
+        return rows
     new = {(str(row["seed"]), row[policy]) for row in rows}
     with table.open(newline="", encoding="utf-8") as file:
         return [row for row in csv.DictReader(file) if (row["seed"], row[policy]) not in new] + rows
