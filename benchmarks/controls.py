@@ -23,7 +23,8 @@ interpolated between the measured temperatures (mean of tasks, seed by seed).
 import argparse
 import csv
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,33 @@ def rows_of(
     return rows
 
 
+def asking(settings: Settings, questions: int) -> Settings:
+    """The same, with so many test questions per task; 0 leaves them."""
+    return replace(settings, evaluation=replace(settings.evaluation, questions=questions)) if questions else settings
+
+
+def rows_of_seed(
+    settings: Settings,
+    models: Iterable[tuple[str, Path | str]],
+    temperatures: Sequence[float],
+    contrasts: Sequence[tuple[str, str]] = CONTRASTS,
+) -> list[dict]:
+    """`rows_of` what the models, (name, folder), answer to the test questions of stage 05. The base gets exemplars as
+    in stage 01. A folder is asked for when its turn has come, so that it may be trained then."""
+    sets = questions.test_problems(settings)
+    tasks = {task: [problem.id for problem in problems] for task, problems in sets.items()}
+    together = MEAN if len({len(names) for names in tasks.values()}) == 1 else ALL
+    tasks |= {together: [name for names in tasks.values() for name in names]}
+    asked, values = [problem for problems in sets.values() for problem in problems], {}
+    for name, path in models:
+        with shared.load_engine(settings, path) as engine:
+            shots = settings.sampling.shots if name == "base" else "none"
+            found = answer(engine, asked, settings, shots, temperatures)
+        values |= {(name, *key): per_question for key, per_question in found.items()}
+        print(f"seed {settings.seed}: {name}", flush=True)
+    return rows_of(settings.seed, values, tasks, contrasts)
+
+
 def over_seeds(rows: Sequence[dict], columns: Sequence[str] = COLUMNS) -> list[dict]:
     """The means over seeds, with t intervals over seeds, n of them; nothing of what has one seed.
 
@@ -210,24 +238,9 @@ def main() -> None:
     for seed in args.seeds:
         if any(row["seed"] == seed for row in rows):
             continue
-        settings = preset(args.preset, args.task, seed)
-        if args.questions:
-            settings = preset(args.preset, args.task, seed, evaluation={"questions": args.questions})
-        sets = questions.test_problems(settings)
-        tasks = {task: [problem.id for problem in problems] for task, problems in sets.items()}
-        together = MEAN if len({len(names) for names in tasks.values()}) == 1 else ALL
-        tasks |= {together: [name for names in tasks.values() for name in names]}
-        values = {}
-        asked = [problem for problems in sets.values() for problem in problems]
-        for method in args.methods:
-            path, shots = model_of(method, seed, args.preset, args.task), "none"
-            if method == "base":
-                shots = settings.sampling.shots
-            with shared.load_engine(settings, path) as engine:
-                found = answer(engine, asked, settings, shots, args.temperatures)
-            values |= {(method, *key): per_question for key, per_question in found.items()}
-            print(f"seed {seed}: {method}", flush=True)
-        rows += rows_of(seed, values, tasks)
+        settings = asking(preset(args.preset, args.task, seed), args.questions)
+        models = ((method, model_of(method, seed, args.preset, args.task)) for method in args.methods)
+        rows += rows_of_seed(settings, models, args.temperatures)
         write(rows, COLUMNS, args.out)
     equal = at_equal_entropy(rows)
     pooled = over_seeds(rows + equal)

@@ -21,8 +21,7 @@ import variants
 from ablations import write
 
 from smlib.files.artifacts import require
-from smlib.reports.results import MEAN
-from smlib.runs import questions, self_motivated, shared
+from smlib.runs import self_motivated, shared
 from smlib.runs.settings import preset
 
 TABLE = variants.TABLE.with_name("rounds.csv")
@@ -75,18 +74,9 @@ def main() -> None:
     for seed in args.seeds:
         if any(row["seed"] == seed for row in rows):
             continue
-        asking = {"questions": args.questions} if args.questions else {}
-        settings = preset(args.preset, args.task, seed, evaluation=asking)
-        sets = questions.test_problems(settings)
-        tasks = {task: [problem.id for problem in problems] for task, problems in sets.items()}
-        tasks |= {MEAN: [name for names in tasks.values() for name in names]}
-        asked, values = [problem for problems in sets.values() for problem in problems], {}
-        for name, path in models_of(args.preset, args.task, seed, args.rounds):
-            with shared.load_engine(settings, path) as engine:
-                found = controls.answer(engine, asked, settings, "none", (0.0, 1.0))
-            values |= {(name, *key): each for key, each in found.items()}
-            print(f"seed {seed}: {name}", flush=True)
-        rows += controls.rows_of(seed, values, tasks, contrasts(args.rounds))
+        settings = controls.asking(preset(args.preset, args.task, seed), args.questions)
+        models = models_of(args.preset, args.task, seed, args.rounds)
+        rows += controls.rows_of_seed(settings, models, (0.0, 1.0), contrasts(args.rounds))
         write([*rows, *controls.over_seeds(rows)], controls.COLUMNS, args.out)
 
 
