@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -44,6 +45,23 @@ def test_conda_users_get_the_pins_of_the_lock():
 def test_conda_gives_a_python_that_the_package_allows():
     (python,) = [entry for entry in CONDA if isinstance(entry, str) and entry.startswith("python=")]
     assert python.removeprefix("python=") in Requirement("python" + PROJECT["requires-python"]).specifier
+
+
+@pytest.mark.parametrize("lock", [path.name for path in sorted(ROOT.glob("requirements*.lock"))])
+def test_every_pin_allows_the_oldest_python_that_the_package_does(lock):
+    """Debian 12 has 3.11.2, and a package that wants 3.11.5 ended the installation there. Those of a lock that are not
+    installed here are not looked at."""
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    lines = [line.split(" --hash")[0] for line in (ROOT / lock).read_text().splitlines()]
+    refused = {}
+    for name, pinned in pins(line for line in lines if line and not line.startswith("#")).items():
+        try:
+            found = metadata(name)
+        except PackageNotFoundError:
+            continue
+        if found["Version"] == pinned and oldest not in SpecifierSet(found["Requires-Python"] or ""):
+            refused[name] = found["Requires-Python"]
+    assert not refused, f"not installed by Python {oldest}: {refused}"
 
 
 def test_what_the_package_asks_for_is_in_the_lock():
