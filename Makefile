@@ -11,8 +11,8 @@ ifeq ($(shell uname -s):$(shell command -v nvidia-smi),Linux:)
 TORCH_FROM := --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-run: $(READY)  ## execute all notebooks at the tiny preset; writes runs/, figures/ and results/
-	$(BIN)/smlib run --preset tiny --publish
+run: $(READY)  ## execute all notebooks at the tiny preset, into runs/tiny-all-seed0
+	$(BIN)/smlib run --preset tiny
 
 # two processes with a thread each, and the files with slow tests first (tests/conftest.py): the short ones fill the rest
 test test-notebooks: export OMP_NUM_THREADS = 1
@@ -52,7 +52,7 @@ bench: $(READY)  ## speed and memory, ours beside peers
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/exploration.py
 
-figures: $(READY)  ## draw the figures and tables again from the finished stages
+figures: $(READY)  ## put the figures and tables of the finished stages into figures/ and results/
 	$(BIN)/smlib run --preset tiny --from 0 --publish
 
 notebooks: $(READY)  ## the same, and put the executed notebooks into notebooks/

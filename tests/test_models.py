@@ -1,5 +1,7 @@
 import hashlib
 import json
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import httpx2
 import pytest
@@ -95,6 +97,36 @@ def test_pack_by_hand():
     assert seen[3] == [1, 1, 1, 1, 0, 0, 0]  # the end of the first way on
     assert seen[6] == [1, 1, 0, 0, 1, 1, 1]  # the end of the second, which does not see the first
     assert packing.sum_rows(torch.arange(6.0), packed["rows"]).tolist() == [1, 9, 5]
+
+
+def test_the_gradient_of_packed_rows_is_the_same_to_the_bit_however_threads_meet():
+    """A prefix's last state predicts the first token of every continuation. The gradient of an index adds these up in
+    the order in which threads come, so of some runs of PPO, alike in all else, one ended with other weights."""
+    packed = packing.pack([([1, 2, 3], [[4] * 20] * 64)], pad_id=0)
+    states = torch.randn(1, packed["input_ids"].shape[1], 64)
+    weights = torch.randn(len(packed["sources"]), 64)
+
+    def gradient() -> torch.Tensor:
+        leaf = states.clone().requires_grad_()
+        output = SimpleNamespace(last_hidden_state=leaf)
+        model = SimpleNamespace(dtype=torch.float32, get_decoder=lambda: lambda **inputs: output)
+        (packing.packed_states(model, packed) * weights).sum().backward()
+        return leaf.grad
+
+    with threads(1):
+        expected = gradient()
+    with threads(4):
+        assert all(torch.equal(gradient(), expected) for _ in range(30))
+
+
+@contextmanager
+def threads(number: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 tokens = st.lists(st.integers(3, 40), min_size=1, max_size=6)

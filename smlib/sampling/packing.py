@@ -82,7 +82,9 @@ def packed_states(model: PreTrainedModel, packed: dict[str, Tensor]) -> Tensor:
         attention_mask=bias.masked_fill_(hidden, torch.finfo(bias.dtype).min),
         use_cache=False,
     ).last_hidden_state
-    return states.flatten(0, 1)[packed["sources"]]
+    # An index would do, but the gradient of what it takes more than once, a prefix's last state, is then added up in
+    # whatever order the threads come (index_put with atomic adds); that of an embedding has one order.
+    return F.embedding(packed["sources"], states.flatten(0, 1))
 
 
 def packed_logprobs(model: PreTrainedModel, packed: dict[str, Tensor], states: Tensor | None = None) -> Tensor:
