@@ -2,8 +2,8 @@
 
     python benchmarks/credit.py --seeds 0 1 2 3 4
 
-It takes the policies of benchmarks/policies.py that differ in their value (a head on the policy's trunk, a value model,
-the mean of rollouts from each step's end), and trains those that are missing. Each policy writes rationales for fresh
+It takes the two policies of benchmarks/policies.py that differ in their value (a head on the policy's trunk, or the
+mean of rollouts from each step's end), and trains those that are missing. Each policy writes rationales for fresh
 questions of the train split, and the advantages are computed as in an update. The step checker finds the first wrong
 step; no training uses it. Chance is the mean of 1 / number of steps. Writes results/credit.csv, with Wilson intervals
 over rationales, which are somewhat too narrow, since rationales of one question are alike. explained_variance is that
@@ -28,7 +28,7 @@ from smlib.runs import questions, self_motivated, shared
 from smlib.runs.settings import Settings
 
 COLUMNS = ("policy", "seed", "rationales", "lowest", "low", "high", "chance", "explained_variance")
-NAMES = (policies.OWN, "PPO, value model", "PPO, values by rollouts")
+NAMES = (policies.OWN, "PPO, values by rollouts")
 DRAWN = 9_000_000  # the seed of the rationales, which no update has
 
 

@@ -36,7 +36,6 @@ POLICIES = {  # name: method, what differs from the preset's settings of PPO
     UNTRAINED: ("ppo", {"reward": "untrained"}),
     "PPO, checker": ("ppo", {"reward": "checker"}),
     "PPO, values by rollouts": ("ppo", ROLLOUTS),
-    "PPO, value model": ("ppo", {"value": "model"}),
     "RLOO, learned reward": ("rloo", {}),
     "GRPO, learned reward": ("grpo", {}),
     # the best setting of GRID (results/policy_tuning.csv), by the mean of greedy and avg@8

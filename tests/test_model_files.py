@@ -256,7 +256,7 @@ ADAPTERS = {
     "no base": (change("adapter_config.json", base_model_name_or_path=None), r"LoRA adapter that names its base"),
     "a base that is gone": (
         change("adapter_config.json", base_model_name_or_path="../gone"),
-        r"the base of the adapter .*: \.\./gone is neither a folder here nor a hub id",
+        r"the base of the adapter .*: \.\./gone is neither a folder here nor a Hub id",
     ),
     "itself as its base": (change("adapter_config.json", base_model_name_or_path="."), r"is an adapter too: merge"),
 }  # fmt: skip

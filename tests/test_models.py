@@ -321,7 +321,7 @@ def test_what_the_hub_refuses_is_said_with_the_way_out(monkeypatch, case, load):
 def test_what_is_no_model_is_said(tmp_path, load):
     with pytest.raises(ModelError, match=r"holds no model: it has no config\.json\. Give a folder that save"):
         load(str(tmp_path))
-    with pytest.raises(ModelError, match="missing is neither a folder here nor a hub id such as owner/name: "):
+    with pytest.raises(ModelError, match="missing is neither a folder here nor a Hub id such as owner/name: "):
         load(str(tmp_path / "missing"))
 
 

@@ -27,6 +27,12 @@ def test_its_make_commands_are_targets(readme):
     assert set(asked) <= set(TARGETS)
 
 
+def test_its_first_command_leaves_what_its_second_compares_the_notebooks_with():
+    """`make run` wrote results/, and where another processor rounds otherwise `make test` failed after it."""
+    recipe = re.search(r"^run:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert recipe.split()[1:] == ["run", "--preset", "tiny"]
+
+
 @pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")

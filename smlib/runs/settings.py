@@ -255,7 +255,7 @@ class Settings(Declared):
 
 _FILE = Path(__file__).with_name("presets.yaml")
 PRESETS: dict[str, dict] = yaml.safe_load(_FILE.read_text(encoding="utf-8"))["presets"]
-LARGE = tuple(name for name, values in PRESETS.items() if "/" in values.get("base", ""))  # a hub id
+LARGE = tuple(name for name, values in PRESETS.items() if "/" in values.get("base", ""))  # a Hub id
 
 
 def default_task(name: str) -> str:

@@ -21,7 +21,7 @@ def make_engine(
     share: float = 0.0,
     prompt: str = "plain",
 ) -> Engine:
-    """The engine called `name`, "native", "vllm" or "auto", on a model: "tiny", a folder or a hub id.
+    """The engine called `name`, "native", "vllm" or "auto", on a model: "tiny", a folder or a Hub id.
 
     base: may be the folder of a LoRA adapter, which the native engine merges into its base and vLLM applies to it.
     dtype, max_batch, cache_tokens, prefix_tokens, workers: as in `settings.HardwareSettings`. dtype is by default

@@ -51,7 +51,7 @@ _OF_THE_MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError) 
 
 
 def locate(name: str | Path) -> tuple[str, str | None]:
-    """A model's folder or hub id, and the revision after its "@", if any.
+    """A model's folder or Hub id, and the revision after its "@", if any.
 
     "tiny" is the base in the package; "smollm2" and the path of a GGUF file are the folders that `gguf_models` makes of
     them. A folder whose path holds "@" is a folder.
@@ -69,14 +69,14 @@ def locate(name: str | Path) -> tuple[str, str | None]:
     place, _, revision = name.partition("@")
     if not place.strip():
         raise ModelError(
-            f"{name!r} is not the name of a model: give a folder, a GGUF file, or a hub id such as owner/name@revision"
+            f"{name!r} is not the name of a model: give a folder, a GGUF file, or a Hub id such as owner/name@revision"
         )
     return (name, None) if not revision or Path(name).exists() else (place, revision)
 
 
 @cache
 def weights_sha256(name: str) -> str | None:
-    """SHA-256 over a local model's weight files, in the order of their names; None for a hub id."""
+    """SHA-256 over a local model's weight files, in the order of their names; None for a Hub id."""
     files = sorted(Path(locate(name)[0]).glob("*.safetensors"))
     digest = hashlib.sha256()
     for path in files:
@@ -154,7 +154,7 @@ def _reason(place: str, revision: str | None, causes: list[BaseException], files
             case errors.RevisionNotFoundError():
                 return f"{place} has no revision {revision!r}: give a branch, tag or commit of {page}/commits"
             case errors.HFValidationError():
-                return f"{place} is neither a folder here nor a hub id such as owner/name: check its spelling"
+                return f"{place} is neither a folder here nor a Hub id such as owner/name: check its spelling"
             case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled() | httpx2.TransportError():
                 return (
                     f"{place} is neither a folder here nor in the cache, and https://huggingface.co cannot be reached "

@@ -26,7 +26,7 @@ class RayEngine(Engine):
     """Engines on `workers` processes of a Ray cluster: the one this process is connected to, else the one at
     RAY_ADDRESS, else one on this machine, which ends when the last such engine is closed.
 
-    base:    "tiny", a folder (there on every machine) or a hub id.
+    base:    "tiny", a folder (there on every machine) or a Hub id.
     inner:   the engine of a worker, "native" or "vllm". A worker takes a GPU for itself, if the cluster has any. The
              processors are shared: more workers than there are of them gain nothing.
     dtype, cache_tokens, prompt: of the workers' engines, as in `factory.make_engine`.

@@ -33,7 +33,7 @@ LEAST_TEMPERATURE = 0.01  # vLLM raises lower ones to this
 class VLLMEngine(Engine):
     """vLLM on one model.
 
-    base: "tiny", a folder, or a hub id, best with "@" and a revision. lora_rank: the greatest rank of an adapter that
+    base: "tiny", a folder, or a Hub id, best with "@" and a revision. lora_rank: the greatest rank of an adapter that
     `load_adapter` may be given, 0 for none. prompt: as in `factory.make_engine`. options: arguments of `vllm.LLM`, such
     as dtype (by default the checkpoint's own), max_model_len, tensor_parallel_size or gpu_memory_utilization (the share
     of a GPU to take, by default nine tenths of what is free; without one of the machine's memory, by default half of
