@@ -32,7 +32,7 @@ from smlib.judging import answers
 from smlib.ppo import arithmetic, batches, checks, loop, rollouts, state, training_log, updates
 from smlib.ppo.roles import Adapters, SeparateModels
 from smlib.ppo.settings import PPOSettings
-from smlib.problems.datasets import Problem
+from smlib.problems.datasets import Problem, generate
 from smlib.sampling import devices, models, packing
 from smlib.sampling.params import Sample
 from smlib.sampling.sampler import sample_ids
@@ -865,6 +865,21 @@ def test_mask_without_a_real_token_is_refused():
 def test_empty_batch_and_empty_completion_are_refused(samples):
     with pytest.raises(ValueError, match="at least one token in each"):
         batches.collate([[0, 4]] * len(samples), samples, pad_id=2)
+
+
+def test_the_tiny_base_learns_the_same_bits_on_one_thread_and_on_two(tmp_path):
+    """Its passes are long enough for torch to share them out among threads; those of the toys here are not."""
+    plan = PPOSettings(updates=1, episodes=32, warmup_updates=0)
+    asked = generate("coin_flip", 2, seed=0) + generate("chain_arithmetic", 2, seed=0)
+    ends = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        roles = SeparateModels(models.load_policy(), models.load_policy(), None)
+        run(
+            tmp_path / str(threads), plan, problems=lambda update: asked, tokenizer=models.load_tokenizer(), roles=roles
+        )
+        ends.append(roles.policy)
+    assert same_weights(*ends) and not same_weights(ends[0], models.load_policy())
 
 
 def test_equal_rewards_leave_the_policy_where_it_is(tmp_path):
