@@ -37,6 +37,12 @@ def pins(lines):
     return found
 
 
+def locked_in(name):
+    """The pins of a lock file, without its hashes."""
+    lines = [line.split(" --hash")[0] for line in (ROOT / name).read_text().splitlines()]
+    return pins(line for line in lines if not line.startswith("#"))
+
+
 def test_conda_users_get_the_pins_of_the_lock():
     from_pip = [entry["pip"] for entry in CONDA if isinstance(entry, dict)]
     assert from_pip == [LOCK]
@@ -52,9 +58,8 @@ def test_every_pin_allows_the_oldest_python_that_the_package_does(lock):
     """Debian 12 has 3.11.2, and a package that wants 3.11.5 ended the installation there. Those of a lock that are not
     installed here are not looked at."""
     oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
-    lines = [line.split(" --hash")[0] for line in (ROOT / lock).read_text().splitlines()]
     refused = {}
-    for name, pinned in pins(line for line in lines if line and not line.startswith("#")).items():
+    for name, pinned in locked_in(lock).items():
         try:
             found = metadata(name)
         except PackageNotFoundError:
@@ -73,14 +78,12 @@ def test_what_the_package_asks_for_is_in_the_lock():
 
 
 def test_the_browser_s_pins_have_those_of_its_extra():
-    lines = (ROOT / "requirements-browser.lock").read_text().splitlines()
-    found = pins(line for line in lines if not line.startswith("#"))
+    found = locked_in("requirements-browser.lock")
     assert found.items() >= pins(PROJECT["optional-dependencies"]["browser"]).items()
 
 
 def test_the_real_model_s_pins_are_those_of_its_extra():
-    lines = [line.split(" --hash")[0] for line in (ROOT / "requirements-real.lock").read_text().splitlines()]
-    found = pins(line for line in lines if not line.startswith("#"))
+    found = locked_in("requirements-real.lock")
     assert found == pins(PROJECT["optional-dependencies"]["real"])
     assert all(f"{name}=={pinned}" in gguf_models.INSTALL for name, pinned in found.items())
 

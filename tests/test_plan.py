@@ -1,7 +1,6 @@
 """The plan against arithmetic by hand, against what runs really did, and against the machine."""
 
 import json
-import math
 import re
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -183,10 +182,13 @@ def test_what_makes_training_slower_and_drawing_faster(monkeypatch):
     assert (beside.drawn, beside.rolled) == (plain.drawn, through.drawn)
 
 
-def test_every_speed_of_this_machine_is_measured():
+def test_every_speed_of_this_machine_is_measured(monkeypatch):
+    """On a clock of the test's own, since a busy machine is no fault: reading takes 0.1 s, with drawing 0.5 s."""
+    times = iter([0.0, 0.1, 1.0, 1.5, 2.0, 2.1, 3.0, 3.1])
+    monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     settings = preset("smoke", "coin_flip", sampling={"max_new_tokens": 32})
     found = plan.measure(settings, "tiny", questions=8)
-    assert all(0 < speed < math.inf for speed in astuple(found))  # how fast is this machine's affair
+    assert all(50 < speed < 1e7 for speed in astuple(found))
 
 
 # ---- memory, disk and the text -------------------------------------------------------------------------------
