@@ -5,7 +5,9 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
+from itertools import chain
 
 import psutil
 import pytest
@@ -121,20 +123,21 @@ def test_two_workers_draw_what_one_process_draws(engine, expected, monkeypatch):
     assert seen == [2 * batches for batches in range(1, 13)]  # as the batches finish
 
 
-def test_the_same_workers_serve_every_call_until_they_are_closed(engine, tmp_path):
+class OwnPid:
+    """A worker that tells its process."""
+
+    def __call__(self, batch):
+        time.sleep(0.2)  # so that the other worker gets a batch, too
+        return [os.getpid()] * len(batch)
+
+
+def test_the_same_workers_serve_every_call_until_they_are_closed(engine):
     engine.start()
-    pids = []
-    with ray_engine.RayEngine("tiny", workers=2, max_batch=2) as own:
-        for call in ("first", "second"):
-
-            def note(i, newest, file=tmp_path / call):
-                with file.open("a") as lines:
-                    lines.write(f"{os.getpid()}\n")
-
-            own.sample(PROMPTS, 1, PARAMS, keys=KEYS, until=note)
-            pids.append(set(map(int, (tmp_path / call).read_text().split())))
-        assert pids[0] == pids[1] <= set(workers()) and len(pids[0]) == 2
-    assert_ended(pids[0])
+    own = ray_workers.Pool(OwnPid, (), 2)
+    first, second = (set(chain(*own.map([[0]] * 6, (), None, "batch"))) for _ in range(2))
+    assert first == second <= set(workers()) and len(first) == 2
+    own.close()
+    assert_ended(first)
     assert engine.sample(PROMPTS[:1], 1, PARAMS, keys=KEYS[:1])  # its workers and its Ray go on
     own.close()  # a second time does nothing
 
@@ -198,53 +201,56 @@ def test_two_workers_make_the_evaluation_that_one_process_makes(engine, tmp_path
         assert one == two
 
 
-def test_a_killed_worker_costs_no_sample(engine, expected, monkeypatch, tmp_path):
-    before, after, killed, drawing = set(), set(), {}, tmp_path / "drawing"
-
-    def draw_until_killed(i, newest):
-        """Amid a batch, once; it never says that a prompt needs no more samples."""
-        if i == 0 and not drawing.exists():
-            drawing.write_text(str(os.getpid()))
-            time.sleep(600)
+def test_a_killed_worker_costs_no_sample(engine, expected, monkeypatch):
+    before, after, killed = set(), set(), []
 
     def kill_after_the_first_batch(done):
+        """Both workers are drawing then."""
         if killed:
             after.update(workers())
             return
         before.update(workers())
-        pid = pid_in(drawing)
-        os.kill(pid, signal.SIGKILL)
-        assert_ended([pid])
-        killed[pid] = done
+        killed.append(min(before))
+        os.kill(killed[0], signal.SIGKILL)
+        assert_ended(killed)
 
     monkeypatch.setattr(ray_workers, "progress_bar", lambda label, total, unit: Bar(kill_after_the_first_batch))
-    results = engine.sample(PROMPTS, 4, PARAMS, keys=KEYS, until=draw_until_killed)
-    [(pid, done)] = killed.items()
-    assert done == 8  # of 24 prompts: two batches were to come, and one of them was being drawn
-    assert pid in before
+    results = engine.sample(PROMPTS, 4, PARAMS, keys=KEYS)
+    assert len(before) == 2
     assert after - before  # another process took its place
-    assert pid not in after
+    assert killed[0] not in after
     assert_same(results, expected)
 
 
-def test_until_is_asked_about_the_callers_prompts(lone_engine, native):
-    answers = [problem.answer for problem in PROBLEMS]
+class Waits:
+    """A worker that is killed, fails or waits at its work, after it has noted its process in a file."""
 
-    def right(i, newest):
-        return newest.text.rstrip(" .\n").endswith(answers[i])
+    def __call__(self, batch, how, file):
+        with file.open("a") as notes:
+            notes.write(f"{os.getpid()}\n")
+        if how == "fail":
+            raise ValueError(f"cannot work on {batch}")
+        if how == "die" or (how == "die once" and len(file.read_text().split()) == 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "wait":
+            time.sleep(600)
+        return batch
 
-    expected = native.sample(PROMPTS, 4, PARAMS, keys=KEYS, until=right)
-    assert {len(samples) for samples in expected} >= {1, 4}  # some prompts end early, some do not
-    assert_same(lone_engine.sample(PROMPTS, 4, PARAMS, keys=KEYS, until=right), expected)
+
+def test_a_batch_whose_worker_died_is_done_again(engine, tmp_path):
+    engine.start()
+    with closing(ray_workers.Pool(Waits, (), 1)) as pool:
+        assert pool.map([[1, 2], [3]], ("die once", tmp_path / "notes"), None, "item") == [[1, 2], [3]]
+    first, *others = (tmp_path / "notes").read_text().split()
+    assert len(others) == 2 and first not in others
 
 
-def test_an_error_in_a_worker_is_raised(lone_engine, expected):
-    def fail(i, newest):
-        raise ValueError(f"cannot judge prompt {i}")
-
-    with pytest.raises(RuntimeError, match="a worker failed: ValueError: cannot judge prompt"):
-        lone_engine.sample(PROMPTS[:1], 4, PARAMS, keys=["a"], until=fail)
-    assert_same(lone_engine.sample(PROMPTS[:2], 4, PARAMS, keys=KEYS[:2]), expected[:2])  # it can still be used
+def test_an_error_in_a_worker_is_raised(engine, tmp_path):
+    engine.start()
+    with closing(ray_workers.Pool(Waits, (), 1)) as pool:
+        with pytest.raises(RuntimeError, match=r"a worker failed: ValueError: cannot work on \[1\]"):
+            pool.map([[1]], ("fail", tmp_path / "notes"), None, "item")
+        assert pool.map([[2]], ("work", tmp_path / "notes"), None, "item") == [[2]]  # it can still be used
 
 
 def test_an_error_of_a_worker_s_model_is_raised(engine, native, tmp_path):
@@ -257,22 +263,20 @@ def test_an_error_of_a_worker_s_model_is_raised(engine, native, tmp_path):
             own.sample(PROMPTS[:1], 4, PARAMS, keys=["a"])
 
 
-def test_ctrl_c_ends_the_workers_at_once(lone_engine, expected, tmp_path):
-    drawing = tmp_path / "drawing"
-
-    def wait(i, newest):
-        drawing.write_text(str(os.getpid()))
-        time.sleep(600)
+def test_ctrl_c_ends_the_workers_at_once(engine, tmp_path):
+    engine.start()
+    notes = tmp_path / "notes"
 
     def interrupt():
-        pid_in(drawing)
+        pid_in(notes)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        lone_engine.sample(PROMPTS[:1], 4, PARAMS, keys=["a"], until=wait)
-    assert_ended([pid_in(drawing)])
-    assert_same(lone_engine.sample(PROMPTS[:2], 4, PARAMS, keys=KEYS[:2]), expected[:2])
+    with closing(ray_workers.Pool(Waits, (), 1)) as pool:
+        with pytest.raises(KeyboardInterrupt):
+            pool.map([[1]], ("wait", notes), None, "item")
+        assert_ended([pid_in(notes)])
+        assert pool.map([[2]], ("work", notes), None, "item") == [[2]]
 
 
 def test_workers_without_a_place_in_the_cluster_are_refused(engine, expected, monkeypatch):
@@ -289,16 +293,13 @@ def test_workers_without_a_place_in_the_cluster_are_refused(engine, expected, mo
 def test_a_batch_that_kills_every_worker_ends_in_an_error(engine, monkeypatch, tmp_path):
     engine.start()
     monkeypatch.setattr(ray_workers, "RETRIES", 1)
-    deaths = tmp_path / "deaths"
-
-    def die(i, newest):
-        with deaths.open("a") as file:
-            file.write("x")
-        os._exit(1)
-
-    with ray_engine.RayEngine("tiny", workers=1) as own, pytest.raises(RuntimeError, match="a worker failed: Actor"):
-        own.sample(PROMPTS[:1], 4, PARAMS, keys=["a"], until=die)
-    assert deaths.read_text() == "xx"
+    notes = tmp_path / "notes"
+    with (
+        closing(ray_workers.Pool(Waits, (), 1)) as pool,
+        pytest.raises(ray_workers.WorkerError, match="a worker failed: Actor"),
+    ):
+        pool.map([[1]], ("die", notes), None, "item")
+    assert len(notes.read_text().split()) == 2
 
 
 def test_bad_arguments_are_refused_before_anything_starts(monkeypatch):
@@ -312,9 +313,6 @@ def test_bad_arguments_are_refused_before_anything_starts(monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             engine.sample(PROMPTS, **{"n": 4, "params": PARAMS, "keys": KEYS} | changes)
-    lock = threading.Lock()
-    with pytest.raises(TypeError, match="until is sent to the workers, but cannot be pickled"):
-        engine.sample(PROMPTS, 4, PARAMS, keys=KEYS, until=lambda i, newest: lock.locked())
     assert engine.sample([], 4, PARAMS, keys=[]) == []
     for options, message in (
         ({"workers": 0}, "workers = 0 is not allowed"),

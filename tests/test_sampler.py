@@ -261,25 +261,6 @@ def test_samples_are_addressed_by_number(any_model, tokenizer):
     assert [a + b for a, b in zip(start, rest, strict=True)] == whole
 
 
-def test_drawing_stops_at_the_first_sample_for_which_the_condition_holds(model, tokenizer):
-    """The samples are those of drawing all at once, up to the first that holds, and no other is computed."""
-    whole = without_logprobs(draw(model, tokenizer, n=6))
-
-    def done(index, one):
-        return (one.token_ids[0] + index) % 3 == 0
-
-    expected = []
-    for index, samples in enumerate(whole):
-        hits = [number for number, (_, ids, _) in enumerate(samples) if (ids[0] + index) % 3 == 0]
-        expected.append(samples[: hits[0] + 1] if hits else samples)
-    assert len({len(samples) for samples in expected}) > 2  # otherwise the test shows little
-    with watched(model) as computed:
-        assert without_logprobs(draw(model, tokenizer, n=6, until=done)) == expected
-    assert sum(rows for _, rows in computed) == sum(map(len, expected)) < 6 * len(PROMPTS)
-    tail = without_logprobs(draw(model, tokenizer, n=4, first=2, until=lambda index, one: False))
-    assert tail == [samples[2:] for samples in whole]
-
-
 def test_a_partial_completion_is_continued_as_its_ids(model, tokenizer):
     """Self-Explore draws from the middle: greedy from a prefix of the greedy answer gives the rest of it."""
     prompt = tokenizer("on the mat")["input_ids"]

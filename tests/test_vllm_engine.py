@@ -160,18 +160,6 @@ def test_text_ends_before_the_end_of_sequence_token_and_token_ids_with_it(engine
         assert s.text == native.tokenizer.decode(s.token_ids, skip_special_tokens=True)
 
 
-def test_until_ends_a_prompt_early_with_the_same_samples(engine):
-    everything = without_logprobs(draw(engine, n=6, first=2))
-    results = without_logprobs(draw(engine, n=6, first=2, until=lambda i, s: i == 0 or s.finish_reason == "length"))
-    assert len(results[0]) == 1
-    for samples, full in zip(results, everything, strict=True):
-        assert samples == full[: len(samples)]
-    for samples in results[1:]:
-        reasons = [reason for _, _, reason in samples]
-        assert "length" not in reasons[:-1]
-        assert reasons[-1] == "length" or len(samples) == 6
-
-
 def test_an_interrupted_call_leaves_nothing_behind(engine, monkeypatch):
     expected = without_logprobs(draw(engine))
     step, calls = engine.llm.llm_engine.step, []

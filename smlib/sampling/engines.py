@@ -20,7 +20,7 @@ from smlib.errors import MissingLibrary, UserError
 from smlib.sampling import sampler
 from smlib.sampling.encoding import encode_prompt
 from smlib.sampling.limits import PREFIX_TOKENS
-from smlib.sampling.params import Sample, SamplingParams, Until, check_prompts
+from smlib.sampling.params import Sample, SamplingParams, check_prompts
 from smlib.sampling.prefix_tree import PrefixTree
 from smlib.sampling.sampler import MAX_BATCH
 
@@ -57,13 +57,12 @@ class Engine(AbstractContextManager):
         *,
         keys: list[str],
         first: int = 0,
-        until: Until | None = None,
         progress: str | tqdm | None = None,
     ) -> list[list[Sample]]:
         """n samples of every text; `result[i][j]` is number first + j of prompt i. Errors as in `sampler.sample`."""
         check_prompts(prompts)
         prompt_ids = [encode_prompt(self.tokenizer, one) for one in prompts]
-        return self.sample_ids(prompt_ids, n, params, keys=keys, first=first, until=until, progress=progress)
+        return self.sample_ids(prompt_ids, n, params, keys=keys, first=first, progress=progress)
 
     def sample_ids(
         self,
@@ -73,7 +72,6 @@ class Engine(AbstractContextManager):
         *,
         keys: list[str],
         first: int = 0,
-        until: Until | None = None,
         progress: str | tqdm | None = None,
     ) -> list[list[Sample]]:
         """`sample` for prompts that are token ids already, such as a question and the beginning of a rationale."""
@@ -111,7 +109,7 @@ class NativeEngine(Engine):
         finally:
             self._tree = None
 
-    def sample_ids(self, prompt_ids, n, params, *, keys, first=0, until=None, progress=None) -> list[list[Sample]]:
+    def sample_ids(self, prompt_ids, n, params, *, keys, first=0, progress=None) -> list[list[Sample]]:
         return sampler.sample_ids(
             self.model,
             self.tokenizer,
@@ -120,7 +118,6 @@ class NativeEngine(Engine):
             params,
             keys=keys,
             first=first,
-            until=until,
             max_batch=self.max_batch,
             cache_tokens=self.cache_tokens,
             tree=self._tree,

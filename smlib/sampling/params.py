@@ -1,18 +1,15 @@
 """How to draw, `SamplingParams`, and one completion, `Sample`: the same for every engine.
 
-Besides, what the engines share: what ends a sample (`Ending`), drawing until a condition holds (`draw_until`), and the
-checks of what is asked for.
+Besides, what the engines share: what ends a sample (`Ending`), and the checks of what is asked for.
 """
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import get_type_hints
 
 from smlib.declared import Drawn, Natural, Share, Temperature, Tokens, TopK, checked
 from smlib.errors import UsageError
-from smlib.progress import progress_bar
 from smlib.sampling.encoding import decode
 
 
@@ -74,39 +71,6 @@ class Sample:
     def from_row(cls, row: dict) -> "Sample":
         """The sample whose fields a row (dict) of JSON or Arrow holds, with lists for tuples."""
         return cls(row["text"], tuple(row["token_ids"]), tuple(row["logprobs"]), row["finish_reason"])
-
-
-Until = Callable[[int, Sample], bool]  # (index of the prompt, its newest sample) -> whether it needs no more
-
-
-def draw_until(
-    draw: Callable[[list[int], int], list[Sample]],
-    prompts: int,
-    numbers: range,
-    until: Until,
-    progress: str | None = None,
-) -> list[list[Sample]]:
-    """Draw sample after sample for every prompt until its condition holds; samples [prompt][number].
-
-    draw(indices, number): sample `number` of the prompts with these indices. All prompts that are still open are
-    drawn together, one sample each a round. So no sample is drawn in vain, and a prompt's last sample is the first
-    for which `until(index of the prompt, sample)` is true, or the last of `numbers`. The prompts are read anew in every
-    round: where nearly all samples are needed anyway, drawing them at once is faster.
-    """
-    results: list[list[Sample]] = [[] for _ in range(prompts)]
-    left = list(range(prompts))
-    with progress_bar(progress, prompts, "prompt") as bar:
-        for number in numbers:
-            found = draw(left, number) if left else []
-            still = []
-            for i, one in zip(left, found, strict=True):
-                results[i].append(one)
-                if not until(i, one) and number != numbers[-1]:
-                    still.append(i)
-            bar.update(len(left) - len(still))
-            bar.set_postfix_str(f"{sum(map(len, results)):,} samples", refresh=False)
-            left = still
-    return results
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from smlib.sampling import models
 from smlib.sampling.engines import ENGINES, Engine
 from smlib.sampling.limits import MAX_BATCH
 from smlib.sampling.local_engines import local_engine
-from smlib.sampling.params import Sample, SamplingParams, Until, check_request
+from smlib.sampling.params import Sample, SamplingParams, check_request
 from smlib.sampling.ray_workers import Pool
 
 
@@ -69,32 +69,22 @@ class RayEngine(Engine):
         """End the workers."""
         self._pool.close()
 
-    def sample_ids(self, prompt_ids, n, params, *, keys, first=0, until=None, progress=None) -> list[list[Sample]]:
+    def sample_ids(self, prompt_ids, n, params, *, keys, first=0, progress=None) -> list[list[Sample]]:
         """As `sampler.sample_ids`. With the inner engine "native" it draws the same samples, up to float rounding.
 
-        until: is sent to the workers and called there, on a copy of all that it refers to; what it changes in its
-            copy stays there.
-
-        Raises ValueError for bad arguments and TypeError for an `until` that cannot be sent, before anything starts;
-        RuntimeError for an error in a worker, and for a batch on which RETRIES + 1 worker processes died; WorkerError,
-        one of its kind, where the cluster has too few GPUs free.
+        Raises ValueError for bad arguments, before anything starts; RuntimeError for an error in a worker, and for a
+        batch on which RETRIES + 1 worker processes died; WorkerError, one of its kind, where the cluster has too few
+        GPUs free.
         """
         check_request(prompt_ids, n, params, keys, first, self.limit)
         if not prompt_ids:
             return []
-
-        import ray
-
-        try:
-            ray.cloudpickle.dumps(until)
-        except Exception as error:
-            raise TypeError(f"until is sent to the workers, but cannot be pickled: {error}") from error
-        # Prompts of similar length share a batch, so that little is padded. With `until`, a prompt is one row.
+        # Prompts of similar length share a batch, so that little is padded.
         order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
-        size = min(self.max_batch if until else max(1, self.max_batch // n), -(-len(prompt_ids) // self.workers))
+        size = min(max(1, self.max_batch // n), -(-len(prompt_ids) // self.workers))
         batches = [order[start : start + size] for start in range(0, len(order), size)]
-        given = [[(i, list(prompt_ids[i]), keys[i]) for i in batch] for batch in batches]
-        found = self._pool.map(given, (n, params, first, until), progress, "prompt")
+        given = [[(list(prompt_ids[i]), keys[i]) for i in batch] for batch in batches]
+        found = self._pool.map(given, (n, params, first), progress, "prompt")
         drawn = dict(zip(chain(*batches), chain(*found), strict=True))
         return [drawn[i] for i in range(len(prompt_ids))]
 
@@ -107,9 +97,8 @@ class _Worker:
         self.engine = local_engine(inner, base, **engine_kwargs)
 
     def __call__(
-        self, batch: list[tuple[int, list[int], str]], n: int, params: SamplingParams, first: int, until: Until | None
+        self, batch: list[tuple[list[int], str]], n: int, params: SamplingParams, first: int
     ) -> list[list[Sample]]:
-        """The samples of each prompt (its number, ids and key) of a batch."""
-        numbers, prompt_ids, keys = zip(*batch, strict=True)
-        asked = until and (lambda i, newest: until(numbers[i], newest))
-        return self.engine.sample_ids(list(prompt_ids), n, params, keys=list(keys), first=first, until=asked)
+        """The samples of each prompt (its ids and key) of a batch."""
+        prompt_ids, keys = zip(*batch, strict=True)
+        return self.engine.sample_ids(list(prompt_ids), n, params, keys=list(keys), first=first)

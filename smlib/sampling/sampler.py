@@ -31,7 +31,7 @@ from smlib.sampling.decoders import PaddedDecoder, TreeDecoder
 from smlib.sampling.drawing import draw, uniforms
 from smlib.sampling.encoding import encode_prompt, ends
 from smlib.sampling.limits import MAX_BATCH, MAX_PROMPTS, most_prompts
-from smlib.sampling.params import Ending, Sample, SamplingParams, Until, check_prompts, check_request, draw_until
+from smlib.sampling.params import Ending, Sample, SamplingParams, check_prompts, check_request
 from smlib.sampling.prefix_tree import PrefixTree
 from smlib.sampling.tree_attention import reads_trees
 
@@ -51,7 +51,6 @@ def sample(
     *,
     keys: list[str] | None = None,
     first: int = 0,
-    until: Until | None = None,
     max_batch: int = MAX_BATCH,
     cache_tokens: int = 0,
     progress: str | tqdm | None = None,
@@ -64,7 +63,6 @@ def sample(
         boundary flips (about one token in a million in float32, far more in bfloat16). Keys are stable ids such
         as `Problem.id`; by default the prompts themselves.
     first: number of the first sample. n = 8 and later first = 8, n = 8 give what n = 16 gives at once.
-    until: stop drawing for a prompt once it holds, as in `draw_until`; by default all n are drawn.
     max_batch: rows in flight; lower it if the keys and values of a large model do not fit in memory.
     cache_tokens: tokens whose keys and values are held at once, besides those just being read: what prompts share once,
         the rest of each twice as it begins, and `max_new_tokens` of every row. So short prompts are drawn with more
@@ -83,7 +81,6 @@ def sample(
         params,
         keys=list(prompts) if keys is None else keys,
         first=first,
-        until=until,
         max_batch=max_batch,
         cache_tokens=cache_tokens,
         progress=progress,
@@ -99,7 +96,6 @@ def sample_ids(
     *,
     keys: list[str] | None = None,
     first: int = 0,
-    until: Until | None = None,
     max_batch: int = MAX_BATCH,
     cache_tokens: int = 0,
     tree: PrefixTree | None = None,
@@ -121,18 +117,6 @@ def sample_ids(
     check_request(prompt_ids, n, params, keys, first, getattr(model.config, "max_position_embeddings", None))
     _check_vocabulary(model, prompt_ids)
     tree = PrefixTree(0) if tree is None else tree
-    if until is not None:
-
-        def draw(numbers, number):
-            ids, names = [prompt_ids[i] for i in numbers], [keys[i] for i in numbers]
-            found = sample_ids(
-                model, tokenizer, ids, 1, params, keys=names, first=number, max_batch=max_batch,
-                cache_tokens=cache_tokens, tree=tree,
-            )  # fmt: skip
-            return [one for [one] in found]
-
-        return draw_until(draw, len(prompt_ids), range(first, first + n), until, progress)
-
     results: list[list[Sample]] = [[None] * n for _ in prompt_ids]
     tokens, started = 0, time.perf_counter()
     # Bars go to standard output, since notebooks here keep standard error empty.

@@ -38,7 +38,7 @@ _NAME = re.compile(r"shard-\d{6}\.(?P<first>\d+)-\d+\.jsonl")
 
 
 class Bulk:
-    """Samples of one engine under one folder; of an engine it has `sample_ids`, without `first` and `until`.
+    """Samples of one engine under one folder; of an engine it has `sample_ids`, without `first`.
 
     source: what besides the drawing decides the samples, such as the base and its SHA-256; kept in the manifest.
     shard: questions in one file: what a killed run loses, and what is in memory at a time.

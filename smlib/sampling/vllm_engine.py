@@ -25,7 +25,7 @@ from smlib.errors import UsageError
 from smlib.progress import progress_bar
 from smlib.sampling import devices, encoding, models
 from smlib.sampling.engines import Engine, EngineError
-from smlib.sampling.params import Ending, Sample, check_request, draw_until
+from smlib.sampling.params import Ending, Sample, check_request
 
 LEAST_TEMPERATURE = 0.01  # vLLM raises lower ones to this
 
@@ -97,7 +97,7 @@ class VLLMEngine(Engine):
             self.llm.llm_engine.engine_core.shutdown(timeout=60.0)
             self.llm = None
 
-    def sample_ids(self, prompt_ids, n, params, *, keys, first=0, until=None, progress=None) -> list[list[Sample]]:
+    def sample_ids(self, prompt_ids, n, params, *, keys, first=0, progress=None) -> list[list[Sample]]:
         """As `sampler.sample_ids`, and ValueError too for a temperature above 0 and below `LEAST_TEMPERATURE`.
 
         The longest a prompt may become is vLLM's max_model_len, by default the model's number of positions.
@@ -107,25 +107,14 @@ class VLLMEngine(Engine):
             raise UsageError(
                 f"temperature is {params.temperature}, but vLLM takes none between 0 (greedy) and {LEAST_TEMPERATURE}."
             )
-        seeds = [base_seed(params.seed, key) for key in keys]
-        if until is None:
-            return self._draw(prompt_ids, [one + first for one in seeds], n, params, progress)
 
-        def draw(numbers, number):
-            some = [prompt_ids[i] for i in numbers]
-            return [one for [one] in self._draw(some, [seeds[i] + number for i in numbers], 1, params, None)]
-
-        return draw_until(draw, len(prompt_ids), range(first, first + n), until, progress)
-
-    def _draw(self, prompt_ids, seeds, n, params, progress) -> list[list[Sample]]:
-        """n samples per prompt, with the vLLM seeds seed, seed + 1, ... of the prompt."""
         import vllm
 
         ends = encoding.ends(self.tokenizer, self.generation)  # as in our own sampler, whatever vLLM makes of them
         drawing = {"temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
         drawing |= {"max_tokens": params.max_new_tokens, "stop": list(params.stop), "detokenize": bool(params.stop)}
         drawing |= {"ignore_eos": True, "stop_token_ids": list(ends), "logprobs": 0}
-        parameters = [vllm.SamplingParams(n=n, seed=seed, **drawing) for seed in seeds]
+        parameters = [vllm.SamplingParams(n=n, seed=base_seed(params.seed, key) + first, **drawing) for key in keys]
         prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
         label = progress if isinstance(progress, str) else None  # vLLM would close the bar of a larger whole
         bar = progress_bar(label, n * len(prompts), "sample")

@@ -368,9 +368,12 @@ def measure(settings: Settings, path: str, questions: int = 32) -> Speeds:
     ]
     at_once = hardware.micro_batch or settings.sft.batch
     training, _ = _timed(lambda: _train(model, tokenizer, rows, at_once, hardware.gradient_checkpointing))
-    drawing_speed = sum(len(one.token_ids) for group in drawn for one in group) / (both - reading)
+    read, made = sum(map(len, heads)), sum(len(one.token_ids) for group in drawn for one in group)
+    # A token that is read takes no longer than one that is drawn, whatever a busy machine says.
+    reading = min(reading, both * read / (read + made))
+    drawing_speed = made / (both - reading)
     return Speeds(
-        read=sum(map(len, heads)) / reading,
+        read=read / reading,
         drawn=drawing_speed,
         scored=sum(len(head) / samples + len(tail) for head, [tail] in rows) / scoring,
         trained=sum(len(head) + len(tail) for head, [tail] in rows) / training,
