@@ -184,7 +184,7 @@ def test_what_makes_training_slower_and_drawing_faster(monkeypatch):
 
 @pytest.mark.parametrize("reading", [0.1, 0.7])
 def test_every_speed_of_this_machine_is_measured(reading, monkeypatch):
-    """On a clock of the test's own: reading and drawing take 0.5 s, and reading alone less, or more on a busy machine."""
+    """On a clock of the test's own: reading and drawing take 0.5 s, reading alone less, or more on a busy machine."""
     times = iter([0.0, reading, 1.0, 1.5, 2.0, 2.1, 3.0, 3.1])
     monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     settings = preset("smoke", "coin_flip", sampling={"max_new_tokens": 32})
