@@ -199,14 +199,19 @@ def measured(table: Path, kinds: dict[str, type]) -> list[dict]:
     return [{name: kinds.get(name, str)(value) for name, value in row.items()} for row in rows]
 
 
-def markdown(rows: Sequence[dict], columns: Sequence[tuple[str, str, float, str]]) -> str:
-    """The table of docs/results.md from the rows over seeds, in percent; columns: head, task, temperature, metric."""
+def markdown(
+    rows: Sequence[dict],
+    columns: Sequence[tuple[str, str, float, str]],
+    methods: Sequence[str] = METHODS,
+    contrasts: Sequence[tuple[str, str]] = CONTRASTS,
+) -> str:
+    """A table of docs/results.md from the rows over seeds, in percent; columns: head, task, temperature, metric."""
     names = ("method", "task", "metric")
     found = {(*(row[name] for name in names), float(row["temperature"])): row for row in rows if row["seed"] == "all"}
     lines = [f"| right answers, % | {' | '.join(head for head, *_ in columns)} |", "|---" * (len(columns) + 1) + "|"]
-    contrasts = [f"{one} minus {other}" for one, other in CONTRASTS]
-    for method in (*METHODS, *contrasts):
-        sign = "+" if method in contrasts else ""
+    differences = [f"{one} minus {other}" for one, other in contrasts]
+    for method in (*methods, *differences):
+        sign = "+" if method in differences else ""
         cells = []
         for _, task, temperature, metric in columns:
             row = found[method, task, metric, temperature]

@@ -13,7 +13,7 @@ rows are those of results/controls.csv.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import controls
@@ -26,7 +26,9 @@ from smlib.runs.settings import preset
 
 TABLE = variants.TABLE.with_name("rounds.csv")
 APART = 1_000  # between the seeds of two rounds, so that each asks questions of its own
+NAMES = ("SFT", "untrained reward", "SML")  # of a round's models
 LONGER = "round 1, twice the updates"
+SHOWN = [("greedy", controls.MEAN, 0.0, "right"), ("temperature 1", controls.MEAN, 1.0, "right")]
 
 
 def models_of(preset_name: str, task: str, seed: int, rounds: int) -> Iterator[tuple[str, Path | str]]:
@@ -61,6 +63,13 @@ def contrasts(rounds: int) -> list[tuple[str, str]]:
     return pairs
 
 
+def markdown(rows: Sequence[dict], rounds: int) -> str:
+    """The table of docs/results.md, from the rows over seeds."""
+    methods = ["base", *(f"round {number}, {name}" for number in range(1, rounds + 1) for name in NAMES)]
+    methods.insert(methods.index("round 1, SML") + 1, LONGER)
+    return controls.markdown(rows, SHOWN, methods, contrasts(rounds))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
@@ -78,6 +87,8 @@ def main() -> None:
         models = models_of(args.preset, args.task, seed, args.rounds)
         rows += controls.rows_of_seed(settings, models, (0.0, 1.0), contrasts(args.rounds))
         write([*rows, *controls.over_seeds(rows)], controls.COLUMNS, args.out)
+    if args.task == "all" and (pooled := controls.over_seeds(rows)):
+        print(f"\n{markdown(pooled, args.rounds)}")
 
 
 if __name__ == "__main__":
