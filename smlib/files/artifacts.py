@@ -127,7 +127,7 @@ class Stage:
             if key in self.settings and key in stage.settings and ours != theirs:
                 raise StageMismatch(
                     f"{self.folder} would be made with {key} = {ours!r}, but {stage.folder}, which it reads, has "
-                    f"{key} = {theirs!r}: choose another RUN_DIR, or the same {key}."
+                    f"{key} = {theirs!r}: choose another RUN_DIR, or the same {key}"
                 )
 
     def hashes(self, names: Iterable[str]) -> dict[str, str]:
@@ -147,7 +147,7 @@ class Stage:
             if self.done:
                 raise StageError(
                     f"{self.folder} is complete (another process may just have made it): run the same command again "
-                    "to read it, or delete the folder to make it again."
+                    "to read it, or delete the folder to make it again"
                 )
             for tmp in [*self.folder.rglob("*.tmp")]:  # left by a killed run
                 atomic.remove(tmp)
@@ -172,7 +172,7 @@ class Stage:
         if there and self.folder / UNFINISHED not in there:
             raise StageError(
                 f"{self.folder} holds {there[0].name!r}, and neither {MANIFEST} nor {UNFINISHED} says what it was made "
-                f"with: choose another RUN_DIR, or delete the folder {self.folder}."
+                f"with: choose another RUN_DIR, or delete the folder {self.folder}"
             )
 
     def _finish(self, seconds: float) -> None:
@@ -209,7 +209,7 @@ class Stage:
         require(self.folder.parent, self.name)
         for earlier in self.inputs:
             if not (self.folder.parent / earlier / MANIFEST).exists():
-                raise StageError(f"{self.folder} was made from {earlier}, which no longer exists.")
+                raise StageError(f"{self.folder} was made from {earlier}, which no longer exists")
         manifest = self.manifest
         for name in sorted({file.split("/")[0] for file in manifest["files"]}):
             self._verify(manifest, name)
@@ -220,13 +220,13 @@ class Stage:
         self._check(records, contents=True)
         there = {file.relative_to(self.folder).as_posix() for file in (self.folder / name).rglob("[!.]*")}
         if strays := [file for file in sorted(there - set(records)) if (self.folder / file).is_file()]:
-            raise StageError(f"{self.folder / strays[0]} does not belong to this stage: move it elsewhere.")
+            raise StageError(f"{self.folder / strays[0]} does not belong to this stage: move it elsewhere")
 
     def _records(self, manifest: Manifest | None, name: str) -> dict[str, atomic.FileRecord]:
         """The record of a file, or of the files in a folder."""
         files = manifest["files"] if manifest else {}
         if not (found := {file: record for file, record in files.items() if f"{file}/".startswith(f"{name}/")}):
-            raise StageError(f"{self.folder} has no {name!r}; it has: {', '.join(files)}.")
+            raise StageError(f"{self.folder} has no {name!r}; it has: {', '.join(files)}")
         return found
 
     def _check(self, files: dict[str, atomic.FileRecord], contents: bool) -> None:
@@ -236,7 +236,7 @@ class Stage:
             if not whole or (contents and atomic.sha256(file) != record["sha256"]):
                 raise StageError(
                     f"{file} is missing, cut short or was edited after it was written: delete the folder "
-                    f"{self.folder} and run notebook {self.name[:2]} again."
+                    f"{self.folder} and run notebook {self.name[:2]} again"
                 )
 
     def write_rows(self, name: str, rows: Iterable) -> None:
@@ -285,7 +285,7 @@ def require(run_dir: str | Path, name: str) -> Stage:
     if not (found := _read_manifest(folder)):
         state = "is not finished" if folder.exists() else "does not exist"
         notebook = f"notebook {name[:2]} (notebooks/{name[:2]}_*.ipynb)"
-        raise StageError(f"{folder} {state}: first run {notebook} with the same RUN_DIR.")
+        raise StageError(f"{folder} {state}: first run {notebook} with the same RUN_DIR")
     stage = Stage(run_dir, name, found["settings"])
     stage.inputs = found["inputs"]
     for earlier, files in stage.inputs.items():
@@ -316,7 +316,7 @@ def refuse_difference(folder: Path, ours: dict, theirs: dict, place: str) -> Non
         if mine != other:
             raise StageMismatch(
                 f"{folder} was made with {key} = {other!r}, and now {key} = {mine!r} is "
-                f"asked for: choose another {place}, or delete the folder {folder}."
+                f"asked for: choose another {place}, or delete the folder {folder}"
             )
 
 
@@ -329,7 +329,7 @@ def _refuse_other_inputs(folder: Path, ours: dict, theirs: dict) -> None:
             raise StageMismatch(
                 f"{folder} was made from another {file} than there is now (SHA-256 {was.get(file, 'none')[:12]}, now "
                 f"{now.get(file, 'none')[:12]}), as {file.split('/')[0]} was made again since: delete the folder "
-                f"{folder} to make it again too, or choose another RUN_DIR."
+                f"{folder} to make it again too, or choose another RUN_DIR"
             )
 
 
@@ -370,7 +370,7 @@ def _recorded(path: Path, shape: type):
     except atomic.DamagedError as error:
         raise StageError(
             f"{error} (or another version of smlib wrote it): delete the folder {path.parent}, and make that stage "
-            "again."
+            "again"
         ) from error
 
 
@@ -379,7 +379,7 @@ def _read_manifest(folder: Path) -> Manifest | None:
     if found and found["digest"] != _digest({key: value for key, value in found.items() if key != "digest"}):
         raise StageError(
             f"{folder / MANIFEST} was edited or damaged after it was written: delete the folder {folder}, and make "
-            "that stage again."
+            "that stage again"
         )
     return found
 

@@ -53,13 +53,13 @@ def request(folder: Path, values: dict, *, first: int | None = None, last: int |
     """
     notebooks = {path: read_notebook(path) for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
     if not notebooks:
-        raise RunError(f"{folder} has no numbered notebooks: install the package, or clone the repository, again.")
+        raise RunError(f"{folder} has no numbered notebooks: install the package, or clone the repository, again")
     numbers = [_number(path) for path in notebooks]
     for option, number in (("--from", first), ("--to", last)):
         if number is not None and number not in numbers:
-            raise RunError(f"{option} {number}: there is no such notebook; choose one of {numbers}.")
+            raise RunError(f"{option} {number}: there is no such notebook; choose one of {numbers}")
     if first is not None and last is not None and first > last:
-        raise RunError(f"--from {first} --to {last} leaves no notebook: give a --to of at least {first}.")
+        raise RunError(f"--from {first} --to {last} leaves no notebook: give a --to of at least {first}")
     return Request(notebooks, _checked(notebooks.values(), values), first, last)
 
 
@@ -180,7 +180,7 @@ def verify(out: Path) -> int:
     if timings and not (out / "index.html").is_file():
         faults.append(f"{out / 'index.html'} is missing: the next run makes it again")
     if not stages and not any((out / state).exists() for state in states):
-        raise RunError(f"{out} holds no run: give the --out, or the --preset, --task and --seed, of a started one.")
+        raise RunError(f"{out} holds no run: give the --out, or the --preset, --task and --seed, of a started one")
     whole = f"{out}: {len(stages)} stages and {len(timings)} notebooks are intact"
     print("\n".join(dict.fromkeys(faults)) or whole)
     return min(len(faults), 1)
@@ -209,7 +209,7 @@ def read_notebook(path: Path):
     try:
         return nbformat.read(path, 4)
     except ValueError as error:  # nbformat's own, too
-        raise RunError(f"{path} cannot be read as a notebook ({error}): install or clone it again.") from error
+        raise RunError(f"{path} cannot be read as a notebook ({error}): install or clone it again") from error
 
 
 def parameters(notebook) -> dict:
@@ -237,7 +237,7 @@ def _checked(notebooks: Iterable[nbformat.NotebookNode], values: dict) -> dict:
             known = ", ".join(sorted(set(defaults) - {"PRESET", "TASK", "SEED", "RUN_DIR", "OVERRIDES"})) or "none"
             raise RunError(
                 f"no notebook has a parameter {name}; --set can change {known}, and settings by their group and "
-                "name, as in ppo.reward=checker (`smlib settings` lists them)."
+                "name, as in ppo.reward=checker (`smlib settings` lists them)"
             )
         like = defaults[name]
         try:
@@ -276,7 +276,7 @@ def _claim(out: Path, values: dict) -> None:
         if mine != other:
             raise RunError(
                 f"{out} holds a run with {name} = {other!r}, and now {name} = {mine!r} is asked for: "
-                "choose another --out, or delete that folder."
+                "choose another --out, or delete that folder"
             )
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     _write_json(out / "run.json", values)
@@ -365,10 +365,10 @@ def refresh(out: Path, notebooks_dir: Path) -> None:
     for path in sorted(notebooks_dir.glob("[0-9][0-9]_*.ipynb")):
         defaults = parameters(read_notebook(path))
         if path.stem not in timings:
-            raise RunError(f"{out} has not finished {path.stem}: run it before --refresh.")
+            raise RunError(f"{out} has not finished {path.stem}: run it before --refresh")
         for name, value in timings[path.stem]["parameters"].items():
             if value != defaults[name]:
-                raise RunError(f"--refresh needs {name} = {defaults[name]!r}, as in {path.name}, not {value!r}.")
+                raise RunError(f"--refresh needs {name} = {defaults[name]!r}, as in {path.name}, not {value!r}")
         notebook = read_notebook(out / "notebooks" / path.name)
         local = {str(out): defaults.get("RUN_DIR", ""), str(notebooks_dir.parent): ".."}
         with replacing(path) as tmp:

@@ -30,7 +30,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x over the real tokens: x, mask [B, T] -> scalar. ValueError where there is none."""
     real = x[mask]
     if not len(real):
-        raise ValueError("there is no real token to take a mean of: the mask is False everywhere.")
+        raise ValueError("there is no real token to take a mean of: the mask is False everywhere")
     return real.mean()
 
 
@@ -81,7 +81,7 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
     ValueError for a completion without a real token.
     """
     if not mask.any(dim=1).all():
-        raise ValueError("a completion without a real token has no place for its score; drop empty completions.")
+        raise ValueError("a completion without a real token has no place for its score; drop empty completions")
     rewards = (-kl_coef * kl).where(mask, 0.0)
     last = mask.shape[1] - 1 - mask.int().flip(1).argmax(dim=1)
     rewards[torch.arange(len(scores), device=mask.device), last] += scores

@@ -79,7 +79,7 @@ def collate(prompts: list[list[int]], samples: list[Sample], pad_id: int, device
     prompts, samples: token ids, B of each. ValueError where there is no completion, or one without a token.
     """
     if not samples or not all(drawn.token_ids for drawn in samples):
-        raise ValueError(f"{len(samples)} completions, some without a token: PPO needs at least one token in each.")
+        raise ValueError(f"{len(samples)} completions, some without a token: PPO needs at least one token in each")
     completions = [list(drawn.token_ids) for drawn in samples]
     ids = pad_right([prompt + tail for prompt, tail in zip(prompts, completions, strict=True)], pad_id)
     mask = torch.zeros(len(prompts), ids.shape[1] - 1, dtype=torch.bool)

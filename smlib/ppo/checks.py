@@ -14,7 +14,7 @@ def check_padding(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise UsageError(
             f"pad token {tokenizer.pad_token!r} must exist and differ from the end token "
-            f"{tokenizer.eos_token!r}: add a separate pad token, or training would mask the end tokens as padding."
+            f"{tokenizer.eos_token!r}: add a separate pad token, or training would mask the end tokens as padding"
         )
 
 
@@ -23,7 +23,7 @@ def check_micro_batch(settings: PPOSettings, processes: int, micro_batch: int) -
     if micro_batch and settings.minibatch % (processes * micro_batch):
         raise UsageError(
             f"minibatch = {settings.minibatch} in {processes} processes cannot be split into micro batches of "
-            f"micro_batch = {micro_batch} completions: give a micro_batch that divides each process's share."
+            f"micro_batch = {micro_batch} completions: give a micro_batch that divides each process's share"
         )
 
 
@@ -35,7 +35,7 @@ def check_shares(settings: PPOSettings, processes: int) -> None:
         raise UsageError(
             f"{settings.questions} questions per update and {groups} groups of completions in a minibatch of {size} "
             f"cannot be shared by {processes} processes: make both multiples of {processes}, and episodes = "
-            f"{settings.episodes} a multiple of minibatch = {size}."
+            f"{settings.episodes} a multiple of minibatch = {size}"
         )
 
 
@@ -44,10 +44,10 @@ def check_engine(engine: PolicyEngine | None, roles: Roles, processes: int) -> N
     if engine is not None and processes > 1:
         raise UsageError(
             f"engine {engine.name!r} samples for one process, not for {processes}: sample with the native engine, or "
-            "train without accelerate launch or torchrun."
+            "train without accelerate launch or torchrun"
         )
     if engine is not None and not isinstance(roles, Adapters):
         raise UsageError(
             f"engine {engine.name!r} can load adapters, but not all weights of {type(roles).__name__}: train with LoRA "
-            "(lora.rank of at least 1), or sample with the native engine."
+            "(lora.rank of at least 1), or sample with the native engine"
         )

@@ -288,6 +288,6 @@ def _prepare(
     roles, optimizer = accelerator.prepare(roles, optimizer)
     if micro_batch and uses_deepspeed(roles):
         raise UsageError(
-            "DeepSpeed steps the optimizer after every backward pass: give micro_batch = 0 and a lower minibatch."
+            "DeepSpeed steps the optimizer after every backward pass: give micro_batch = 0 and a lower minibatch"
         )
     return roles, optimizer

@@ -137,7 +137,7 @@ class _PolicyTrainer:
         if not math.isfinite(logs["loss"] + logs["grad_norm"]):
             raise updates.NonFiniteError(
                 f"loss {logs['loss']}, gradient norm {logs['grad_norm']} in update {self.reached.update}: the last "
-                "checkpoint is intact; start again in another folder with a lower learning_rate or reward_clip."
+                "checkpoint is intact; start again in another folder with a lower learning_rate or reward_clip"
             )
         seconds = self.seconds | {"update_seconds": time.perf_counter() - self.scored}
         row = self._write_log(logs, seconds)
@@ -342,13 +342,13 @@ def _undo_changes_by_trl(policy: PreTrainedModel | PeftModel) -> None:
 
 def _check(method: str, policy, tokenizer, settings: PPOSettings, micro_batch: int) -> None:
     if method not in METHODS:
-        raise UsageError(f"method {method!r} is unknown; choose one of: {', '.join(METHODS)}.")
+        raise UsageError(f"method {method!r} is unknown; choose one of: {', '.join(METHODS)}")
     checks.check_padding(tokenizer)
     checks.check_micro_batch(settings, 1, micro_batch)
     if settings.episodes % settings.minibatch:
         raise UsageError(
             f"episodes = {settings.episodes} is not a multiple of minibatch = {settings.minibatch}; make it one, "
-            "since all of TRL's minibatches have one size."
+            "since all of TRL's minibatches have one size"
         )
     if dropout := getattr(policy.config, "attention_dropout", 0):
-        raise UsageError(f"attention_dropout = {dropout} must be 0: set it in the policy's config before loading it.")
+        raise UsageError(f"attention_dropout = {dropout} must be 0: set it in the policy's config before loading it")

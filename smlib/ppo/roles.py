@@ -58,7 +58,7 @@ class Roles(nn.Module):
         """
         for model in self._decoders():
             if dropout := getattr(model.config, "attention_dropout", 0):
-                raise UsageError(f"attention_dropout = {dropout} of {type(model).__name__} must be 0 to train by PPO.")
+                raise UsageError(f"attention_dropout = {dropout} of {type(model).__name__} must be 0 to train by PPO")
             getattr(model, f"{CHECKPOINTING}_enable")(self._checkpointing())
         self.gradient_checkpointing = True
 

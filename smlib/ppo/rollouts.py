@@ -160,7 +160,7 @@ def questions_of_update(problems: Callable[[int], list[Problem]], update: int, s
     if len(asked) != settings.questions:
         raise UsageError(
             f"problems({update}) gave {len(asked)} problems; give episodes / samples_per_question = "
-            f"{settings.questions}."
+            f"{settings.questions}"
         )
     return asked
 
@@ -171,6 +171,6 @@ def reward_scores(reward: Reward, problems: list[Problem], samples: list[Sample]
     if scores.shape != (len(samples),) or not scores.isfinite().all():
         raise UsageError(
             f"the reward gave shape {tuple(scores.shape)} with {int(scores.isfinite().sum())} finite numbers "
-            f"for {len(samples)} completions; give one finite number for each."
+            f"for {len(samples)} completions; give one finite number for each"
         )
     return scores.tolist()

@@ -104,7 +104,7 @@ def load_checkpoint(out: Path, roles: Roles, optimizer: Optimizer, run: dict) ->
     refuse_difference(folder, run, saved["run"], "folder")
     by_deepspeed = saved["optimizer"] is None
     if by_deepspeed != uses_deepspeed(roles):
-        raise UsageError(f"{folder} was trained {'with' if by_deepspeed else 'without'} DeepSpeed: resume it that way.")
+        raise UsageError(f"{folder} was trained {'with' if by_deepspeed else 'without'} DeepSpeed: resume it that way")
     if by_deepspeed:
         roles.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
     else:

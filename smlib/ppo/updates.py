@@ -112,6 +112,6 @@ def optimize(
     if not steps:
         raise EngineMismatchError(
             f"before its first step the policy is {measured[-1][-1]:.3g} nats per token from its own rollouts, more "
-            f"than max_update_kl = {settings.max_update_kl}; sample with the weights and precision that are trained."
+            f"than max_update_kl = {settings.max_update_kl}; sample with the weights and precision that are trained"
         )
     return dict(zip(MEASURED, torch.stack(measured).mean(dim=0).tolist(), strict=True)) | {"steps": steps}

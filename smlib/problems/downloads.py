@@ -82,7 +82,7 @@ def _read_pinned(path: str) -> bytes:
     if data_dir := os.environ.get("SML_DATA_DIR"):
         local = Path(data_dir) / path
         if not local.is_file():
-            raise DatasetError(f"{local} does not exist; SML_DATA_DIR must hold {path}, or be unset to download it.")
+            raise DatasetError(f"{local} does not exist; SML_DATA_DIR must hold {path}, or be unset to download it")
         return _checked(local.read_bytes(), pinned, str(local))
     for home in cache_homes():
         filled = home / "smlib" / path

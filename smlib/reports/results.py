@@ -210,7 +210,7 @@ def combine(paths: Sequence[str | Path]) -> list[dict]:
     for path in paths:
         run = read_run(path)
         if run.seed in tables:
-            raise UsageError(f"{path} has seed {run.seed}, like another of the runs: give each seed once.")
+            raise UsageError(f"{path} has seed {run.seed}, like another of the runs: give each seed once")
         if tables:
             _refuse_other_run(path, paths[0])
         table = table_of(run)
@@ -220,7 +220,7 @@ def combine(paths: Sequence[str | Path]) -> list[dict]:
     if any(list(table) != cells for table in tables.values()):
         raise UsageError(
             "the runs have different test sets or methods: evaluate all with the published sets, or none, and run "
-            "Self-Explore in all of them, or in none."
+            "Self-Explore in all of them, or in none"
         )
     rows = []
     for method, test_set, metric in cells:
@@ -245,7 +245,7 @@ def _refuse_other_run(path: str | Path, first: str | Path) -> None:
         if one != other and key.split(":")[0] in shared:
             raise UsageError(
                 f"{path} was made with {key} = {other!r}, and {first} with {one!r}: runs that differ in more than "
-                "their seed cannot be pooled."
+                "their seed cannot be pooled"
             )
 
 

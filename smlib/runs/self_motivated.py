@@ -200,7 +200,7 @@ def train_policy(
     accelerator = devices.accelerator(log_with=tracker or None, project_dir=stage.folder / "training")
     if accelerator.num_processes > 1 and method != "ppo":
         raise UsageError(
-            f"method {method!r} trains in one process here: start it without accelerate launch or torchrun."
+            f"method {method!r} trains in one process here: start it without accelerate launch or torchrun"
         )
     with shared.recording_together(stage) as writes:
         tokenizer = shared.load_tokenizer(settings)

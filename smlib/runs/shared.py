@@ -81,7 +81,7 @@ def refuse_repeated(problems: list[Problem], before: Stage) -> None:
     if again := next((problem.id for problem in problems if problem.id in asked), None):
         raise StageError(
             f"{before.folder} has asked {again}, which should be a fresh question: it was made by a version that chose "
-            "other questions. Start a run in another folder, or delete this one's stages"
+            "other questions. Start a run in another folder, or delete this one's stages."
         )
 
 

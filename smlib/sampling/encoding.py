@@ -219,12 +219,12 @@ def use_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
     tokenizer has no chat template.
     """
     if prompt not in PROMPTS:
-        raise UsageError(f"sampling.prompt {prompt!r} is unknown; choose one of: {', '.join(PROMPTS)}.")
+        raise UsageError(f"sampling.prompt {prompt!r} is unknown; choose one of: {', '.join(PROMPTS)}")
     if prompt == "chat":
         if not tokenizer.chat_template:
             raise UsageError(
                 f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template: choose an instruct "
-                "model, or sampling.prompt = 'plain'."
+                "model, or sampling.prompt = 'plain'"
             )
         if (end := _end_of_turn(tokenizer)) is not None:
             tokenizer.eos_token = end
@@ -255,7 +255,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *
         raise UsageError(
             f"the chat template of {tokenizer.name_or_path or 'this model'} refuses a question with "
             f"{len(turns) // 2} exemplars before it: {error}; choose sampling.prompt = 'plain', or other "
-            "sampling.shots."
+            "sampling.shots"
         ) from error
 
 
@@ -290,13 +290,13 @@ def encode_reanswer(
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Raise ValueError for a tokenizer that the pipeline cannot use: it changes texts, or no token ends one."""
     if not getattr(tokenizer, "is_fast", False):
-        raise UsageError(f"{name} has a tokenizer without a fast version (tokenizer.json): choose another model.")
+        raise UsageError(f"{name} has a tokenizer without a fast version (tokenizer.json): choose another model")
     for text in (" 18.", "18.", " Ann: 2 + 2 = 4.\nBob has 5.", "\nThe answer is"):
         found = decode(tokenizer, encode_completion(tokenizer, text, eos=False))
         if found != text:
             raise UsageError(
                 f"the tokenizer of {name} changes texts: {text!r} comes back as {found!r}, so prompts and answers "
-                "would not be what they seem: choose another model."
+                "would not be what they seem: choose another model"
             )
     if tokenizer.eos_token_id is None:
-        raise UsageError(f"the tokenizer of {name} has no end-of-sequence token: choose another model.")
+        raise UsageError(f"the tokenizer of {name} has no end-of-sequence token: choose another model")

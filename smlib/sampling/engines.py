@@ -142,5 +142,5 @@ def check_installed(name: str, workers: int = 1) -> None:
         if find_spec(library) is None:
             raise MissingLibrary(
                 f"this engine needs {library}, which is not installed: {INSTALL[library]}; or choose the engine "
-                "'native' with one worker."
+                "'native' with one worker"
             )

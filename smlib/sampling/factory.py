@@ -37,7 +37,7 @@ def make_engine(
     """
     name = chosen(name, dtype)
     if name not in ENGINES:
-        raise UsageError(f"engine {name!r} is unknown; choose one of: {', '.join(ENGINES)}.")
+        raise UsageError(f"engine {name!r} is unknown; choose one of: {', '.join(ENGINES)}")
     checked("workers", workers, Processes, 1)
     checked("max_batch", max_batch, Rows, MAX_BATCH)
     checked("cache_tokens", cache_tokens, CacheTokens, 0)

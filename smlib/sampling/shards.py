@@ -91,7 +91,7 @@ class Bulk:
                 keys, prompts = map(list, zip(*block, strict=True))
                 seen.update(keys)
                 if len(seen) < number * self.shard + len(block):
-                    raise UsageError(f"a key of shard {number} was given before; give every question a key of its own.")
+                    raise UsageError(f"a key of shard {number} was given before; give every question a key of its own")
                 (missing, damaged), counted = self._missing(number, block, n), bar.n
                 for path in damaged:
                     bar.write(f"{path.name} is damaged: its samples are drawn again.")
@@ -120,7 +120,7 @@ class Bulk:
             if header["questions"] != json_sha256(block):
                 raise StageMismatch(
                     f"{path} holds other questions than are asked for, or in another order, from question "
-                    f"{shard * self.shard} ({block[0][0]!r}) on: give the same ones, or choose another folder."
+                    f"{shard * self.shard} ({block[0][0]!r}) on: give the same ones, or choose another folder"
                 )
             if done < min(header["first"], n):
                 spans.append((done, min(header["first"], n)))
@@ -133,13 +133,13 @@ class Bulk:
         Raises StageError where a file is damaged, or has fewer than n samples: `draw` makes it good.
         """
         if (manifest := self._read_manifest()) is None:
-            raise StageError(f"{self.folder} has no {MANIFEST}, the record of how it was drawn: draw again.")
+            raise StageError(f"{self.folder} has no {MANIFEST}, the record of how it was drawn: draw again")
         for shard in sorted({int(path.name[6:12]) for path in self.folder.glob(_SHARDS)}):
             found: dict[str, list[Sample]] = {}
             for path in self._files(shard):
                 header = _header(path)
                 if header is None or header["first"] != max(map(len, found.values()), default=0):
-                    raise StageError(f"{path} is damaged, or the file before it is missing: draw again.")
+                    raise StageError(f"{path} is damaged, or the file before it is missing: draw again")
                 self._refuse_other(path, header, manifest)
                 with path.open(encoding="utf-8") as file:
                     for line in islice(file, 1, 1 + header["rows"]):
@@ -147,7 +147,7 @@ class Bulk:
                         found.setdefault(row["key"], []).extend(map(Sample.from_row, row["samples"]))
             for key, samples in found.items():
                 if n is not None and len(samples) < n:
-                    raise StageError(f"{self.folder} has {len(samples)} of {n} samples of {key!r}: draw {n} first.")
+                    raise StageError(f"{self.folder} has {len(samples)} of {n} samples of {key!r}: draw {n} first")
                 yield key, samples[:n]
 
     def _check_manifest(self, params: SamplingParams) -> None:
@@ -161,14 +161,14 @@ class Bulk:
         try:
             return load_json(self.folder / MANIFEST)
         except DamagedError as error:
-            raise StageError(f"{error}: delete that file, and draw with the same settings again.") from error
+            raise StageError(f"{error}: delete that file, and draw with the same settings again") from error
 
     def _refuse_other(self, path: Path, header: "_Header", manifest: dict) -> None:
         """Raise StageMismatch where a shard was drawn under another manifest, which somebody has deleted since."""
         if header["made"] != json_sha256(manifest):
             raise StageMismatch(
                 f"{path} was drawn with other settings than are asked for, and the {MANIFEST} that recorded them is "
-                f"gone: choose another folder, or delete {self.folder}."
+                f"gone: choose another folder, or delete {self.folder}"
             )
 
     def _files(self, shard: int) -> list[Path]:

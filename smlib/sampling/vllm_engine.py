@@ -84,7 +84,7 @@ class VLLMEngine(Engine):
         from vllm.lora.request import LoRARequest
 
         if not self.llm.llm_engine.vllm_config.lora_config:
-            raise UsageError("this engine takes no adapter: make it with lora_rank=, the rank of the adapters to come.")
+            raise UsageError("this engine takes no adapter: make it with lora_rank=, the rank of the adapters to come")
         self.loaded += 1  # vLLM keeps adapters, and the keys and values drawn with them, by number and by name
         lora = LoRARequest(f"adapter-{self.loaded}", self.loaded, str(folder))
         self.llm.llm_engine.add_lora(lora)  # in place of the one before: it holds one
@@ -105,7 +105,7 @@ class VLLMEngine(Engine):
         check_request(prompt_ids, n, params, keys, first, self.llm.model_config.max_model_len)
         if 0 < params.temperature < LEAST_TEMPERATURE:
             raise UsageError(
-                f"temperature is {params.temperature}, but vLLM takes none between 0 (greedy) and {LEAST_TEMPERATURE}."
+                f"temperature is {params.temperature}, but vLLM takes none between 0 (greedy) and {LEAST_TEMPERATURE}"
             )
 
         import vllm
