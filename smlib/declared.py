@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from smlib.errors import UsageError
 
@@ -36,7 +36,20 @@ Processes = Annotated[int, Field(ge=1, le=10_000)]
 Passes = Annotated[int, Field(ge=1, le=1_000)]
 Epochs = Annotated[float, Field(gt=0, le=1_000)]
 Rate = Annotated[float, Field(gt=0, le=1)]  # of learning
-Temperature = Annotated[float, Field(ge=0, le=100)]  # 0 is greedy
+LEAST_TEMPERATURE = 0.01  # vLLM raises lower ones to this, and much lower ones overflow
+
+
+def _not_tiny(value: float) -> float:
+    if 0 < value < LEAST_TEMPERATURE:
+        raise ValueError("too small")
+    return value
+
+
+Temperature = Annotated[
+    float,
+    Field(ge=0, le=100, description=f"0 (greedy), or a number from {LEAST_TEMPERATURE} to 100"),
+    AfterValidator(_not_tiny),
+]
 Share = Annotated[float, Field(gt=0, le=1)]
 ShareOrZero = Annotated[float, Field(ge=0, le=1)]
 Size = Annotated[float, Field(gt=0, le=1e9)]
@@ -117,6 +130,8 @@ def allowed(kind) -> str:
     choices = [schema["const"]] if "const" in schema else schema.get("enum")
     if choices:
         return f"one of: {', '.join(choices)}"
+    if "description" in schema:
+        return schema["description"]
     wanted, high = _WORDS[schema["type"]], schema.get("maximum")
     if "minimum" in schema:
         wanted += f" from {schema['minimum']:,.15g} to {high:,.15g}"

@@ -309,6 +309,7 @@ sample coin_flip --out out --temperature inf :: --temperature = inf
 sample coin_flip --out out --temperature nan :: --temperature = nan
 sample coin_flip --out out --temperature -0.1 :: --temperature = -0.1
 sample coin_flip --out out --temperature 1e999 :: --temperature = inf
+sample coin_flip --out out --temperature 0.001 :: give 0 (greedy), or a number from 0.01 to 100
 sample coin_flip --out out --temperature warm :: 'warm'
 sample coin_flip --out out --top-p 7 :: --top-p = 7.0
 sample coin_flip --out out --top-p 0 :: --top-p = 0.0
@@ -372,7 +373,7 @@ PARAMS = {"temperature": 1.0, "max_new_tokens": 8, "seed": 0}
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("temperature", [math.inf, math.nan, -1, 101, "1", None, True]),
+        ("temperature", [math.inf, math.nan, -1, 101, 1e-40, 0.009, "1", None, True]),
         ("max_new_tokens", [0, -1, 1.5, math.nan, "8", None, 10**9]),
         ("top_p", [0, 7, -1, math.nan, math.inf, "1", None, True]),
         ("top_k", [-1, 1.5, "1", None, True]),

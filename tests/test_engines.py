@@ -166,3 +166,18 @@ def test_vllm_is_not_started_where_less_is_free_than_it_is_to_take(monkeypatch):
     memory.refuse(0.8)
     with pytest.raises(EngineError, match=r"vLLM was to take 9\.2 GB, and 8\.0 of 10\.0 GB of memory are free"):
         memory.refuse(0.92)
+
+
+def test_a_closed_engine_draws_no_more():
+    engine = make_engine("native", "tiny")
+    engine.close()
+    with pytest.raises(EngineError, match="this engine is closed"):
+        engine.sample(["Q: 2 + 2?\nA:"], 1, SamplingParams(1.0, 4, 0), keys=["a"])
+
+
+def test_what_is_kept_of_prefixes_leaves_room_for_what_is_read():
+    engine = make_engine("native", "tiny", cache_tokens=200, prefix_tokens=1_000)
+    questions = [encoding.encode_question(engine.tokenizer, one) for one in generate("coin_flip", 20, seed=0)]
+    with engine.keep_prefixes():
+        drawn = engine.sample_ids(questions, 1, SamplingParams(1.0, 4, 0), keys=list(map(str, range(20))))
+        assert len(drawn) == 20 and 0 < engine._tree.tokens <= 100

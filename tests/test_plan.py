@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smlib.cli import main
+from smlib.errors import UsageError
 from smlib.problems import prompts
 from smlib.problems.datasets import load
 from smlib.problems.downloads import DatasetError
@@ -190,6 +191,20 @@ def test_every_speed_of_this_machine_is_measured(reading, monkeypatch):
     settings = preset("smoke", "coin_flip", sampling={"max_new_tokens": 32})
     found = plan.measure(settings, "tiny", questions=8)
     assert all(50 < speed < 1e7 for speed in astuple(found))
+
+
+def test_continuations_need_room_too():
+    """The tiny base has 512 positions: a rationale and a continuation of it, of 256 tokens each, leave none."""
+    long = preset("tiny", "all", sampling={"max_new_tokens": 256})
+    config = plan.config_of("tiny")
+    plan.check_settings(long, config, ["01_sampling", "05_evaluation"])
+    for names in (["06_exploration"], ["06_pit_report"]):
+        with pytest.raises(UsageError, match=r"sampling\.max_new_tokens = 256 twice, .* the model's 512 positions"):
+            plan.check_settings(long, config, names)
+    long = preset("tiny", "all", ppo={"max_new_tokens": 300})
+    plan.check_settings(long, config, ["04_ppo"])
+    with pytest.raises(UsageError, match=r"ppo\.max_new_tokens = 300 twice"):
+        plan.check_settings(preset("tiny", "all", ppo={"max_new_tokens": 300, "value": "rollouts", "lam": 0.0}), config)
 
 
 # ---- memory, disk and the text -------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing
@@ -21,8 +23,10 @@ from smlib.runs.settings import preset
 from smlib.sampling import encoding, ray_engine, ray_workers
 from smlib.sampling.factory import make_engine
 from smlib.sampling.params import SamplingParams
+from smlib.signals import handling
 
-pytest.importorskip("ray", reason="needs Ray, which has an environment of its own: make test-ray")
+ray = pytest.importorskip("ray", reason="needs Ray, which has an environment of its own: make test-ray")
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # its workers cannot import a test
 
 PROBLEMS = generate("chain_arithmetic", 12, seed=0) + generate("coin_flip", 12, seed=0)
 PROMPTS = [open_prompt(problem) for problem in PROBLEMS]
@@ -87,7 +91,7 @@ def pid_in(path):
     """The process that wrote its number into that file, as soon as it has."""
     deadline = time.monotonic() + 60
     while not (path.exists() and path.read_text()):
-        assert time.monotonic() < deadline, "no worker was seen drawing"
+        assert time.monotonic() < deadline, "no worker was seen at work"
         time.sleep(0.01)
     return int(path.read_text())
 
@@ -120,14 +124,13 @@ def test_two_workers_draw_what_one_process_draws(engine, expected, monkeypatch):
     monkeypatch.setattr(ray_workers, "progress_bar", lambda label, total, unit: Bar(watch))
     assert_same(engine.sample(PROMPTS, 4, PARAMS, keys=KEYS), expected)
     assert len(at_work) == 2
-    assert seen == [2 * batches for batches in range(1, 13)]  # as the batches finish
+    assert seen == [8 * batches for batches in range(1, 13)]  # samples, as the batches finish
 
 
 class OwnPid:
     """A worker that tells its process."""
 
     def __call__(self, batch):
-        time.sleep(0.2)  # so that the other worker gets a batch, too
         return [os.getpid()] * len(batch)
 
 
@@ -142,9 +145,16 @@ def test_the_same_workers_serve_every_call_until_they_are_closed(engine):
     own.close()  # a second time does nothing
 
 
-def test_ray_ends_with_the_last_engine(engine, lone_engine, expected):
-    import ray
+def test_ray_leaves_the_signals_as_they_are():
+    """A command that is told to end has to say so, whoever works for it."""
+    code = (
+        "import signal; from smlib.sampling.ray_workers import Pool; signal.signal(signal.SIGTERM, print)\n"
+        "pool = Pool(list, (), 1); pool.start(); pool.close(); assert signal.getsignal(signal.SIGTERM) is print"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
+
+def test_ray_ends_with_the_last_engine(engine, lone_engine, expected):
     lone_engine.start()
     engine.close()
     assert_same(lone_engine.sample(PROMPTS[:1], 4, PARAMS, keys=KEYS[:1]), expected[:1])
@@ -201,15 +211,19 @@ def test_two_workers_make_the_evaluation_that_one_process_makes(engine, tmp_path
         assert one == two
 
 
-def test_a_killed_worker_costs_no_sample(engine, expected, monkeypatch):
+def test_a_killed_worker_costs_no_sample(engine, lone_engine, expected, monkeypatch):
+    engine.start()
+    lone_engine.close()
     before, after, killed = set(), set(), []
 
     def kill_after_the_first_batch(done):
-        """Both workers are drawing then."""
+        """Both workers are at work then: one is drawing its next batch, the other draws, or loads its model."""
         if killed:
             after.update(workers())
             return
-        before.update(workers())
+        deadline = time.monotonic() + 60
+        while len(before) < 2 and time.monotonic() < deadline:
+            before.update(workers())
         killed.append(min(before))
         os.kill(killed[0], signal.SIGKILL)
         assert_ended(killed)
@@ -248,8 +262,9 @@ def test_a_batch_whose_worker_died_is_done_again(engine, tmp_path):
 def test_an_error_in_a_worker_is_raised(engine, tmp_path):
     engine.start()
     with closing(ray_workers.Pool(Waits, (), 1)) as pool:
-        with pytest.raises(RuntimeError, match=r"a worker failed: ValueError: cannot work on \[1\]"):
+        with pytest.raises(RuntimeError, match=r"a worker failed: ValueError: cannot work on \[1\]") as failed:
             pool.map([[1]], ("fail", tmp_path / "notes"), None, "item")
+        assert failed.type is RuntimeError  # not WorkerError, which the user can put right
         assert pool.map([[2]], ("work", tmp_path / "notes"), None, "item") == [[2]]  # it can still be used
 
 
@@ -272,8 +287,9 @@ def test_ctrl_c_ends_the_workers_at_once(engine, tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
+    interrupts = handling(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     with closing(ray_workers.Pool(Waits, (), 1)) as pool:
-        with pytest.raises(KeyboardInterrupt):
+        with interrupts, pytest.raises(KeyboardInterrupt):
             pool.map([[1]], ("wait", notes), None, "item")
         assert_ended([pid_in(notes)])
         assert pool.map([[2]], ("work", notes), None, "item") == [[2]]

@@ -75,6 +75,18 @@ def test_a_second_call_draws_nothing_and_a_wider_one_the_new_samples_only(tmp_pa
     assert bulk(tmp_path, Counting()).draw(QUESTIONS, 3, PARAMS)["drawn"] == 0  # fewer than there are
 
 
+def test_the_first_samples_are_read_whatever_came_of_the_later_ones(tmp_path):
+    for n in (2, 4):
+        bulk(tmp_path).draw(QUESTIONS, n, PARAMS)
+    (tmp_path / "shard-000000.0-2.jsonl").unlink()
+    with pytest.raises(StageError, match="the file before it is missing"):
+        list(bulk(tmp_path).read())
+    bulk(tmp_path).draw(QUESTIONS, 1, PARAMS)
+    assert {key: [one.token_ids[0] for one in samples] for key, samples in bulk(tmp_path).read(1)} == {
+        key: [0] for key, _ in QUESTIONS
+    }
+
+
 def test_questions_may_be_a_stream(tmp_path):
     bulk(tmp_path).draw(iter(QUESTIONS), 2, PARAMS)
     assert list(numbers(tmp_path)) == [key for key, _ in QUESTIONS]

@@ -10,6 +10,7 @@
 vLLM and Ray are extras: without the library the error says how to install it.
 """
 
+import math
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 
@@ -36,13 +37,17 @@ class EngineError(UserError, RuntimeError):
     """An engine that does not start."""
 
 
+CLOSED = "this engine is closed, so it draws no more: make another one"
+
+
 class Engine(AbstractContextManager):
     """Draws n completions for every prompt; arguments as in `sampler.sample`.
 
     With equal (seed, key, number) an engine draws the same sample, whatever else it draws. Two engines do not draw
     the same ones: their random numbers differ, and so does the rounding of their logits.
 
-    It holds a model until it is closed, by `close` or at the end of a `with` block; then it draws no more.
+    It holds a model until it is closed, by `close` or at the end of a `with` block; then it draws no more, except that
+    Ray's starts its workers again.
     """
 
     name: str
@@ -103,13 +108,16 @@ class NativeEngine(Engine):
 
     @contextmanager
     def keep_prefixes(self):
-        self._tree = PrefixTree(self.prefix_tokens)
+        # Half of what may be held is left for what is read next.
+        self._tree = PrefixTree(min(self.prefix_tokens, self.cache_tokens // 2 if self.cache_tokens else math.inf))
         try:
             yield
         finally:
             self._tree = None
 
     def sample_ids(self, prompt_ids, n, params, *, keys, first=0, progress=None) -> list[list[Sample]]:
+        if self.model is None:
+            raise EngineError(CLOSED)
         return sampler.sample_ids(
             self.model,
             self.tokenizer,

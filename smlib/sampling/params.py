@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import get_type_hints
 
-from smlib.declared import Drawn, Natural, Share, Temperature, Tokens, TopK, checked
+from smlib.declared import Drawn, Natural, Share, Temperature, Tokens, TopK, checked, shown
 from smlib.errors import UsageError
 from smlib.sampling.encoding import decode
 
@@ -118,16 +118,16 @@ def check_request(
     for key, count in Counter(keys).items():
         if count > 1:
             raise UsageError(
-                f"key {key!r} is given {count} times, so these prompts would share their random numbers; "
+                f"key {shown(key)} is given {count} times, so these prompts would share their random numbers; "
                 "raise n for more samples of one prompt, or pass distinct keys"
             )
     for key, ids in zip(keys, prompt_ids, strict=True):
         if len(ids) == 0:
-            raise UsageError(f"prompt {key!r} has no tokens; give at least one, such as <bos>")
+            raise UsageError(f"prompt {shown(key)} has no tokens; give at least one, such as <bos>")
         if limit is not None and len(ids) + params.max_new_tokens > limit:
             raise UsageError(
-                f"prompt {key!r} has {len(ids)} tokens, which with max_new_tokens={params.max_new_tokens} is beyond "
-                f"the model's {limit} positions; shorten the prompt or lower max_new_tokens"
+                f"prompt {shown(key)} has {len(ids)} tokens, which with max_new_tokens={params.max_new_tokens} is "
+                f"beyond the model's {limit} positions; shorten the prompt or lower max_new_tokens"
             )
 
 
@@ -138,10 +138,14 @@ def check_prompts(prompts: list[str]) -> None:
             raise UsageError(f"prompt {index} is empty; give every prompt some text")
 
 
-def check_room(name: str, max_new_tokens: int, config) -> None:
-    """Raise ValueError for a max_new_tokens, called `name`, that no prompt of a model of this shape leaves room for."""
+def check_room(name: str, max_new_tokens: int, config, continued: bool = False) -> None:
+    """Raise ValueError for a max_new_tokens, called `name`, that no prompt of a model of this shape leaves room for.
+
+    continued: whether completions are continued, by as many tokens again.
+    """
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and max_new_tokens >= limit:
+    if limit is not None and max_new_tokens * (1 + continued) >= limit:
+        twice = " twice, for a rationale and what continues its beginnings," if continued else ""
         raise UsageError(
-            f"{name} = {max_new_tokens} leaves no room for a prompt in the model's {limit} positions: lower it"
+            f"{name} = {max_new_tokens}{twice} leaves no room for a prompt in the model's {limit} positions: lower it"
         )

@@ -84,7 +84,7 @@ class RayEngine(Engine):
         size = min(max(1, self.max_batch // n), -(-len(prompt_ids) // self.workers))
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         given = [[(list(prompt_ids[i]), keys[i]) for i in batch] for batch in batches]
-        found = self._pool.map(given, (n, params, first), progress, "prompt")
+        found = self._pool.map(given, (n, params, first), progress, "sample", each=n)
         drawn = dict(zip(chain(*batches), chain(*found), strict=True))
         return [drawn[i] for i in range(len(prompt_ids))]
 

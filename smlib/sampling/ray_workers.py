@@ -1,14 +1,18 @@
 """Work spread over processes, on one machine or many, by Ray."""
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from itertools import islice
 from weakref import WeakSet
 
+from tqdm import tqdm
+
 from smlib.errors import UserError
 from smlib.progress import progress_bar
+from smlib.signals import handling
 
 RETRIES = 3  # of one batch; a batch that kills every process must end in an error
 # Of a processor, in Ray's books: pools share the processors, so that none waits for another to close. With 0, machines
@@ -35,6 +39,10 @@ class Pool:
 
     def start(self) -> None:
         """Start the processes, if they are not there; WorkerError where the cluster has no place for them."""
+        with _own_sigterm():
+            self._start()
+
+    def _start(self) -> None:
         import ray
         from ray.util import placement_group, scheduling_strategies
 
@@ -71,21 +79,25 @@ class Pool:
             if not _ours:
                 ray.shutdown()
 
-    def map(self, batches: Sequence[Sequence], arguments: tuple, progress: str | None, unit: str) -> list[list]:
-        """worker(batch, *arguments) for every batch: a list with one result for each of its items, called `unit`.
+    def map(
+        self, batches: Sequence[Sequence], arguments: tuple, progress: str | tqdm | None, unit: str, each: int = 1
+    ) -> list[list]:
+        """worker(batch, *arguments) for every batch: a list with one result for each of its items, which the bar
+        counts as `each` units.
 
         Raises WorkerError for a batch on which RETRIES + 1 processes died, and for an error in a worker that the user
         can put right; RuntimeError for any other one.
         """
-        import ray
+        with _own_sigterm():
+            import ray
 
         results: list[list] = [[] for _ in batches]
         try:
             self.start()
-            with progress_bar(progress, sum(map(len, batches)), unit) as bar:
+            with progress_bar(progress, each * sum(map(len, batches)), unit) as bar:
                 for number, found in self._done(batches, arguments):
                     results[number] = found
-                    bar.update(len(found))
+                    bar.update(each * len(found))
         except BaseException as error:  # Ctrl-C, too
             self.close()  # the others would go on with their batches, and the next call wait for them
             if isinstance(error, ray.exceptions.RayError):
@@ -127,6 +139,11 @@ class Pool:
 
 
 _ours: WeakSet[Pool] = WeakSet()  # the pools in the Ray that the first of them connected to; the last one ends it
+
+
+def _own_sigterm() -> AbstractContextManager:
+    """Within, Ray may put handlers of its own in the place of this process's for SIGTERM, which ends with it."""
+    return handling(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
 
 def _connect(pool: Pool) -> None:

@@ -7,9 +7,9 @@
 
 The folder holds manifest.json, which says what the samples depend on, and files such as shard-000003.0-8.jsonl: the
 samples number 0 to 7 of the fourth `shard` questions, under a header with a hash of that manifest. A shard is drawn,
-written in one atomic step, and forgotten, so memory does not grow with the number of questions, and a killed run loses
-at most the shard it was at. The same call goes on where it stopped; with a larger n it draws the new samples only, into
-files of their own (0-8, then 8-16).
+written in one atomic step, and forgotten but for the keys, so memory hardly grows with the number of questions, and a
+killed run loses at most the shard it was at. The same call goes on where it stopped; with a larger n it draws the new
+samples only, into files of their own (0-8, then 8-16).
 """
 
 import dataclasses
@@ -137,6 +137,8 @@ class Bulk:
         for shard in sorted({int(path.name[6:12]) for path in self.folder.glob(_SHARDS)}):
             found: dict[str, list[Sample]] = {}
             for path in self._files(shard):
+                if n is not None and _first(path) >= n:
+                    break
                 header = _header(path)
                 if header is None or header["first"] != max(map(len, found.values()), default=0):
                     raise StageError(f"{path} is damaged, or the file before it is missing: draw again")
@@ -173,8 +175,8 @@ class Bulk:
 
     def _files(self, shard: int) -> list[Path]:
         """The files of a shard, first samples first."""
-        found = {path: _NAME.fullmatch(path.name) for path in self.folder.glob(f"shard-{shard:06d}.*.jsonl")}
-        return sorted((path for path in found if found[path]), key=lambda path: int(found[path]["first"]))
+        found = self.folder.glob(f"shard-{shard:06d}.*.jsonl")
+        return sorted((path for path in found if _NAME.fullmatch(path.name)), key=_first)
 
     def _write_manifest(self) -> None:
         if not (self.folder / MANIFEST).exists():
@@ -188,6 +190,11 @@ class Bulk:
         rows = ({"key": key, "samples": list(map(_plain, n))} for (key, _), n in zip(block, samples, strict=True))
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in chain([header], rows))
         write_text(path, text + _end(hashlib.sha256(text.encode())))
+
+
+def _first(path: Path) -> int:
+    """The number of the first sample in a shard's file."""
+    return int(_NAME.fullmatch(path.name)["first"])
 
 
 def _blocks(questions: Iterable, size: int) -> Iterator[list]:

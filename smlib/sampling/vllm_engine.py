@@ -24,10 +24,8 @@ import torch
 from smlib.errors import UsageError
 from smlib.progress import progress_bar
 from smlib.sampling import devices, encoding, models
-from smlib.sampling.engines import Engine, EngineError
+from smlib.sampling.engines import CLOSED, Engine, EngineError
 from smlib.sampling.params import Ending, Sample, check_request
-
-LEAST_TEMPERATURE = 0.01  # vLLM raises lower ones to this
 
 
 class VLLMEngine(Engine):
@@ -98,15 +96,11 @@ class VLLMEngine(Engine):
             self.llm = None
 
     def sample_ids(self, prompt_ids, n, params, *, keys, first=0, progress=None) -> list[list[Sample]]:
-        """As `sampler.sample_ids`, and ValueError too for a temperature above 0 and below `LEAST_TEMPERATURE`.
-
-        The longest a prompt may become is vLLM's max_model_len, by default the model's number of positions.
-        """
+        """As `sampler.sample_ids`. The longest a prompt may become is vLLM's max_model_len, by default the model's
+        number of positions."""
+        if self.llm is None:
+            raise EngineError(CLOSED)
         check_request(prompt_ids, n, params, keys, first, self.llm.model_config.max_model_len)
-        if 0 < params.temperature < LEAST_TEMPERATURE:
-            raise UsageError(
-                f"temperature is {params.temperature}, but vLLM takes none between 0 (greedy) and {LEAST_TEMPERATURE}"
-            )
 
         import vllm
 
@@ -118,11 +112,12 @@ class VLLMEngine(Engine):
         prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
         label = progress if isinstance(progress, str) else None  # vLLM would close the bar of a larger whole
         bar = progress_bar(label, n * len(prompts), "sample")
-        requests = self.llm.enqueue(prompts, parameters, lora_request=self.lora, use_tqdm=False)
         try:
+            self.llm.enqueue(prompts, parameters, lora_request=self.lora, use_tqdm=False)
             outputs = self.llm.wait_for_completion(use_tqdm=False if bar.disable else lambda **_: bar)
         except BaseException:  # an interrupted cell: without this, the next call would get these samples
-            self.llm.llm_engine.abort_request(requests, internal=True)
+            queued = self.llm.llm_engine.output_processor
+            self.llm.llm_engine.abort_request([*queued.parent_requests, *queued.request_states], internal=True)
             raise
         finally:
             bar.close()

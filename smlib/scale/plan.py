@@ -457,6 +457,10 @@ def check_settings(settings: Settings, config, names: Sequence[str] = ()) -> Non
     models.check_targets(config, settings.lora.rank, settings.lora.targets)
     check_room("sampling.max_new_tokens", settings.sampling.max_new_tokens, config)
     check_room("ppo.max_new_tokens", settings.ppo.max_new_tokens, config)
+    if not names or {"06_exploration", "06_pit_report"} & set(names):
+        check_room("sampling.max_new_tokens", settings.sampling.max_new_tokens, config, continued=True)
+    if settings.ppo.value == "rollouts" and (not names or "04_ppo" in names):
+        check_room("ppo.max_new_tokens", settings.ppo.max_new_tokens, config, continued=True)
     if not names or "04_ppo" in names:
         questions.ppo_questions_per_task(settings)
         if settings.tasks[0] not in TASKS:
