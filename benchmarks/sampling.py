@@ -17,10 +17,11 @@ says the mean:
 Tokens up to and with the end of a rationale count, padding after it does not. Every contestant runs in a process of its
 own, alone, after a warm-up; on tiny the rounds alternate and the best of two is shown.
 
-Then for the native engine: how much of the time the matrix products alone would take, with one thread and with all; how
-many rows to draw at once (`max_batch`); on tiny also samples per question (1, 4, 16, 64) and number of questions (100
-to 10,000, through smlib.sampling.shards, with the peak memory of the process); on SmolLM2 the reward model's scoring of
-what was drawn, and a rollout of PPO, 8 completions to each of 16 questions without exemplars.
+Then for the native engine: how much of the time the matrix products alone would take, with one thread and with all;
+how many rows to draw at once (`max_batch`), and below which share of them others join (`sampler.REFILL`; on SmolLM2 with
+128 rows, since its 64 questions fill no more than 512); on tiny also samples per question (1, 4, 16, 64) and number of
+questions (100 to 10,000, through smlib.sampling.shards, with the peak memory of the process); on SmolLM2 the reward
+model's scoring of what was drawn, and a rollout of PPO, 8 completions to each of 16 questions without exemplars.
 """
 
 import argparse
@@ -44,6 +45,7 @@ CASES = {
     "smollm2-zero-shot": ("smollm2", "none", 356, (32, 128)),
 }
 ROWS = (64, 128, 256, 512)  # values of max_batch
+REFILLS = (0.25, 0.5, 0.75, 0.9)  # values of sampler.REFILL
 VLLM = {  # its engine in this process, compiled, on all cores
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "4",
@@ -195,9 +197,11 @@ def measure(job: dict) -> dict:
     import torch
 
     from smlib.files.artifacts import peak_mib
+    from smlib.sampling import sampler
     from smlib.sampling.factory import make_engine
 
     torch.set_num_threads(job.get("threads", os.cpu_count()))
+    sampler.REFILL = job.get("refill", sampler.REFILL)
     case, kind, samples = job["case"], job["engine"], job["samples"]
     if kind == "bound":
         return {"tokens_per_second": round(bound(case))}
@@ -245,7 +249,7 @@ def alone(what: str, case: str, engine: str, python: str = sys.executable, **job
     if done.returncode:
         raise SystemExit(f"{job} failed:\n{done.stderr[-3000:]}")
     row = job | json.loads(done.stdout.splitlines()[-1])
-    for name in ("batch", "max_batch", "threads"):
+    for name in ("batch", "max_batch", "refill", "threads"):
         if name in row:
             row["setting"] = f"{name} {row[name]}"
     print(*(row.get(name, "-") for name in COLUMNS), flush=True)
@@ -276,6 +280,8 @@ def shares(case: str, count: int) -> list[dict]:
         rows.append(alone("threads", case, "native", questions=few, threads=threads))
         rows.append(alone("threads", case, "bound", threads=threads))
     rows += [alone("rows", case, "native", questions=few, max_batch=most) for most in ROWS]
+    most = ROWS[-1] if case == "tiny" else ROWS[1]
+    rows += [alone("refill", case, "native", questions=few, max_batch=most, refill=share) for share in REFILLS]
     if case == "tiny":
         return rows
     rows.append(alone("scoring", case, "score", questions=few))

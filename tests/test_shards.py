@@ -223,7 +223,7 @@ def test_the_command_widens_and_says_what_it_did(tmp_path, capsys):
     [
         (["--workers", "0"], "--workers = 0 is not allowed: give a whole number from 1"),
         (["--samples", "0"], "--samples = 0 is not allowed: give a whole number from 1"),
-        (["--temperature", "-1"], "--temperature = -1.0 is not allowed: give a number from 0"),
+        (["--temperature", "-1"], "--temperature = -1.0 is not allowed: give 0"),
         (["--max-new-tokens", "600"], "no room for a prompt in the model's 512 positions"),
     ],
 )

@@ -270,8 +270,8 @@ def test_no_prompts_give_no_samples(engine):
     ("changes", "message"),
     [
         ({"n": 0}, "n = 0 is not allowed: give a whole number from 1"),
-        ({"temperature": -0.5}, "temperature = -0.5 is not allowed: give a number from 0"),
-        ({"temperature": 0.005}, "temperature is 0.005, but vLLM takes none between 0"),
+        ({"temperature": -0.5}, "temperature = -0.5 is not allowed: give 0"),
+        ({"temperature": 0.005}, "temperature = 0.005 is not allowed: give 0"),
         ({"top_p": 0.0}, "top_p = 0.0 is not allowed"),
         ({"stop": "Q:"}, "stop is 'Q:', but must be a sequence"),
         ({"keys": ["x"]}, "1 keys were given for 4 prompts"),
