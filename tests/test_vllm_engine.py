@@ -160,18 +160,19 @@ def test_text_ends_before_the_end_of_sequence_token_and_token_ids_with_it(engine
         assert s.text == native.tokenizer.decode(s.token_ids, skip_special_tokens=True)
 
 
-def test_an_interrupted_call_leaves_nothing_behind(engine, monkeypatch):
+@pytest.mark.parametrize("method", ["add_request", "step"])  # while prompts are queued, and while they are drawn from
+def test_an_interrupted_call_leaves_nothing_behind(method, engine, monkeypatch):
     expected = without_logprobs(draw(engine))
-    step, calls = engine.llm.llm_engine.step, []
+    original, calls = getattr(engine.llm.llm_engine, method), []
 
-    def interrupted():
+    def interrupted(*args, **kwargs):
         calls.append(None)
         if len(calls) > 3:
             raise KeyboardInterrupt
-        return step()
+        return original(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(engine.llm.llm_engine, "step", interrupted)
+        patch.setattr(engine.llm.llm_engine, method, interrupted)
         draw(engine, seed=1)
     assert not engine.llm.llm_engine.has_unfinished_requests()
     assert without_logprobs(draw(engine)) == expected

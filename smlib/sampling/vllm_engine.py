@@ -117,7 +117,9 @@ class VLLMEngine(Engine):
             outputs = self.llm.wait_for_completion(use_tqdm=False if bar.disable else lambda **_: bar)
         except BaseException:  # an interrupted cell: without this, the next call would get these samples
             queued = self.llm.llm_engine.output_processor
-            self.llm.llm_engine.abort_request([*queued.parent_requests, *queued.request_states], internal=True)
+            alone = [name for name, state in queued.request_states.items() if state.parent_req is None]
+            # a prompt with several samples is a parent, which takes its children with it
+            self.llm.llm_engine.abort_request([*queued.parent_requests, *alone], internal=True)
             raise
         finally:
             bar.close()
