@@ -44,7 +44,7 @@ POLICIES = {  # name: method, what differs from the preset's settings of PPO
     "GRPO, tuned": ("grpo", {"max_grad_norm": 0.02}),
 }
 COMPARED = ("PPO, learned reward", "RLOO, learned reward", "GRPO, learned reward")
-TABLES = ((*COMPARED, "PPO, checker"), ("PPO, tuned", "RLOO, tuned", "GRPO, tuned"))  # of docs/benchmarks.md
+TABLES = ((*COMPARED, "PPO, checker", UNTRAINED), ("PPO, tuned", "RLOO, tuned", "GRPO, tuned"))  # of docs/benchmarks.md
 GRID = tuple(
     {"learning_rate": rate, "kl_coef": kl, "max_grad_norm": norm}
     for norm, rate, kl in product((1.0, 0.02), (2.5e-4, 5e-4), (0.02, 0.08))

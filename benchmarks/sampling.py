@@ -18,7 +18,7 @@ Tokens up to and with the end of a rationale count, padding after it does not. E
 own, alone, after a warm-up; on tiny the rounds alternate and the best of two is shown.
 
 Then for the native engine: how much of the time the matrix products alone would take, with one thread and with all;
-how many rows to draw at once (`max_batch`), and below which share of them others join (`sampler.REFILL`; on SmolLM2 with
+how many rows to draw at once (`max_batch`); below which share of them others join (`sampler.REFILL`; on SmolLM2 with
 128 rows, since its 64 questions fill no more than 512); on tiny also samples per question (1, 4, 16, 64) and number of
 questions (100 to 10,000, through smlib.sampling.shards, with the peak memory of the process); on SmolLM2 the reward
 model's scoring of what was drawn, and a rollout of PPO, 8 completions to each of 16 questions without exemplars.
