@@ -87,6 +87,15 @@ def test_the_first_samples_are_read_whatever_came_of_the_later_ones(tmp_path):
     }
 
 
+def test_a_shard_that_is_missing_between_others_is_missed(tmp_path):
+    bulk(tmp_path).draw(QUESTIONS, 2, PARAMS)
+    (tmp_path / "shard-000001.0-2.jsonl").unlink()
+    with pytest.raises(StageError, match="has no file of shard 1, but of later ones: draw again"):
+        list(bulk(tmp_path).read())
+    bulk(tmp_path).draw(QUESTIONS, 2, PARAMS)
+    assert len(dict(bulk(tmp_path).read())) == len(QUESTIONS)
+
+
 def test_questions_may_be_a_stream(tmp_path):
     bulk(tmp_path).draw(iter(QUESTIONS), 2, PARAMS)
     assert list(numbers(tmp_path)) == [key for key, _ in QUESTIONS]

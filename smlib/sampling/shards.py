@@ -134,7 +134,9 @@ class Bulk:
         """
         if (manifest := self._read_manifest()) is None:
             raise StageError(f"{self.folder} has no {MANIFEST}, the record of how it was drawn: draw again")
-        for shard in sorted({int(path.name[6:12]) for path in self.folder.glob(_SHARDS)}):
+        for place, shard in enumerate(sorted({int(path.name[6:12]) for path in self.folder.glob(_SHARDS)})):
+            if place != shard:
+                raise StageError(f"{self.folder} has no file of shard {place}, but of later ones: draw again")
             found: dict[str, list[Sample]] = {}
             for path in self._files(shard):
                 if n is not None and _first(path) >= n:
