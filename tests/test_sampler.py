@@ -399,7 +399,7 @@ def test_no_prompts_give_no_samples(model, tokenizer):
         ({"prompts": ["the", ""]}, "prompt 1 is empty"),
         ({"max_new_tokens": 0}, "max_new_tokens = 0"),
         ({"max_batch": 0}, "max_batch = 0"),
-        ({"temperature": -0.5}, "temperature = -0.5 is not allowed: give 0"),
+        ({"temperature": -0.5}, r"temperature = -0\.5 is not allowed: give 0 \(greedy\), or a number from 0\.01"),
         ({"top_p": 0.0}, "top_p = 0.0 is not allowed: give a number above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p = 1.5"),
         ({"top_k": -1}, "top_k = -1"),

@@ -79,8 +79,9 @@ def test_the_first_samples_are_read_whatever_came_of_the_later_ones(tmp_path):
     for n in (2, 4):
         bulk(tmp_path).draw(QUESTIONS, n, PARAMS)
     (tmp_path / "shard-000000.0-2.jsonl").unlink()
-    with pytest.raises(StageError, match="the file before it is missing"):
-        list(bulk(tmp_path).read())
+    for n in (None, 1):
+        with pytest.raises(StageError, match="the file before it is missing"):
+            list(bulk(tmp_path).read(n))
     bulk(tmp_path).draw(QUESTIONS, 1, PARAMS)
     assert {key: [one.token_ids[0] for one in samples] for key, samples in bulk(tmp_path).read(1)} == {
         key: [0] for key, _ in QUESTIONS
@@ -232,7 +233,7 @@ def test_the_command_widens_and_says_what_it_did(tmp_path, capsys):
     [
         (["--workers", "0"], "--workers = 0 is not allowed: give a whole number from 1"),
         (["--samples", "0"], "--samples = 0 is not allowed: give a whole number from 1"),
-        (["--temperature", "-1"], "--temperature = -1.0 is not allowed: give 0"),
+        (["--temperature", "-1"], "--temperature = -1.0 is not allowed: give 0 (greedy), or a number from 0.01 to 100"),
         (["--max-new-tokens", "600"], "no room for a prompt in the model's 512 positions"),
     ],
 )

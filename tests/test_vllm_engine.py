@@ -271,8 +271,8 @@ def test_no_prompts_give_no_samples(engine):
     ("changes", "message"),
     [
         ({"n": 0}, "n = 0 is not allowed: give a whole number from 1"),
-        ({"temperature": -0.5}, "temperature = -0.5 is not allowed: give 0"),
-        ({"temperature": 0.005}, "temperature = 0.005 is not allowed: give 0"),
+        ({"temperature": -0.5}, r"temperature = -0\.5 is not allowed: give 0 \(greedy\), or a number from 0\.01"),
+        ({"temperature": 0.005}, r"temperature = 0\.005 is not allowed: give 0 \(greedy\), or a number from 0\.01"),
         ({"top_p": 0.0}, "top_p = 0.0 is not allowed"),
         ({"stop": "Q:"}, "stop is 'Q:', but must be a sequence"),
         ({"keys": ["x"]}, "1 keys were given for 4 prompts"),

@@ -139,7 +139,7 @@ class Bulk:
                 raise StageError(f"{self.folder} has no file of shard {place}, but of later ones: draw again")
             found: dict[str, list[Sample]] = {}
             for path in self._files(shard):
-                if n is not None and _first(path) >= n:
+                if found and n is not None and _first(path) >= n:
                     break
                 header = _header(path)
                 if header is None or header["first"] != max(map(len, found.values()), default=0):
