@@ -154,11 +154,11 @@ def rows_of_seed(
 def over_seeds(rows: Sequence[dict], columns: Sequence[str] = COLUMNS) -> list[dict]:
     """The means over seeds, with t intervals over seeds, n of them; nothing of what has one seed.
 
-    columns: "seed", four that name what was measured, "value", "low", "high", "n".
+    columns: "seed", those that name what was measured, "value", "low", "high", "n".
     """
     groups = defaultdict(list)
     for row in rows:
-        groups[tuple(row[name] for name in columns[1:5])].append(row["value"])
+        groups[tuple(row[name] for name in columns[1:-4])].append(row["value"])
     pooled = []
     for key, values in groups.items():
         if len(values) > 1:  # of the base the seeds change the samples alone

@@ -1,14 +1,21 @@
-"""Which reward model ranks the SFT model's own samples? Writes results/reward_models.csv.
+"""Which reward model ranks a model's own samples? Writes results/reward_models.csv.
 
-    python benchmarks/reward_models.py --seeds 0 1 2 3 4
-    python benchmarks/reward_models.py --seeds 0 1 --pairs 2000 5000 20000
+    python benchmarks/reward_models.py --seeds 0 1 2 3 4 --writers SFT base SML
+    python benchmarks/reward_models.py --seeds 0 1 2 --pairs 2000 5000 20000
+    python benchmarks/reward_models.py --seeds 0 1 2 --pairs 5000 --writers SFT SML \\
+        --kinds likelihood margin "three of them" "half of SML's pairs"
 
-For every seed the SFT model of the run runs/PRESET-all-seedSEED answers fresh questions of the train split, eight times
-each. It judges the SFT model's own likelihood (the reward before training, which a reward model has to beat) and the
-run's reward model. With --pairs it also trains two reward models from the SFT model for each of these numbers, on that
-many pairs of other samples of the SFT model: a likelihood, as in stage 03, and a scalar head on the last token, as in
-the paper and most of the field, with TRL's own RewardTrainer. Both take one pass; the head's SCALAR_RATE is the best of
-four rates on the fresh questions of seed 10 after 5,000 pairs, and the likelihood keeps the rate of stage 03.
+For every seed the models of the run runs/PRESET-all-seedSEED, the writers, answer fresh questions of the train split,
+eight times each. All writers are judged by the SFT model's own likelihood (the reward before training, which a reward
+model has to beat) and by the run's reward model. With --pairs, reward models of these kinds are trained from the SFT
+model for each of these numbers, on that many pairs of other samples of the SFT model, in one pass:
+
+likelihood            as in stage 03, with its learning rate
+scalar head           on the last token, as in the paper and most of the field, with TRL's own RewardTrainer; its
+                      SCALAR_RATE is the best of four rates on the fresh questions of seed 10 after 5,000 pairs
+margin                a likelihood whose loss asks a pair's rewards to be MARGIN apart: -log sigmoid(R+ - R- - MARGIN)
+three of them         the mean of three likelihoods that read the pairs in another order each
+half of SML's pairs   a likelihood, half of whose pairs are samples of the policy that PPO trained
 
 Metrics, in shares with intervals over questions: "pairs ranked right", of pairs of a question's distinct right and
 wrong answers; "sound above lucky", of pairs of right answers, one with all steps right and one with a wrong step (by
@@ -20,9 +27,10 @@ delete the table to measure again.
 import argparse
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import controls
 import numpy as np
@@ -47,12 +55,15 @@ from smlib.runs import questions, self_motivated, shared
 from smlib.runs.settings import Settings, preset
 from smlib.sampling import models
 
-COLUMNS = ("seed", "reward", "pairs", "task", "metric", "value", "low", "high", "n")
+COLUMNS = ("seed", "reward", "pairs", "writer", "task", "metric", "value", "low", "high", "n")
 KINDS = {"seed": int, "pairs": int, "value": float, "low": float, "high": float, "n": int}
 UNTRAINED, OWN = "untrained", "reward model"
 RANKED, SOUND, BEST = "pairs ranked right", "sound above lucky", "best of 8"
-SAMPLES, SCALAR_RATE, PER_QUESTION = 8, 5e-4, 1.5  # PER_QUESTION: pairs that a question gives at least, on the mean
+SAMPLES, SCALAR_RATE, MARGIN, ORDERS = 8, 5e-4, 1.0, 3
+WRITERS = ("SFT", "base", "SML")
+PER_QUESTION = {"SFT": 1.5, "SML": 0.35}  # pairs of a writer that a question gives at least, on the mean
 Score = Callable[[Sequence[Problem], Sequence[Sequence[int]]], list[float]]
+Judgements = dict[tuple[str, int, str], dict[str, dict[str, float]]]  # (reward, pairs, writer) -> metric -> by question
 
 
 def wins(scores: Sequence[float], above: Sequence[int], below: Sequence[int]) -> float | None:
@@ -83,50 +94,69 @@ def judged(score: Score, problems: dict[str, Problem], answers: Sequence[Answers
     return dict(found)
 
 
-def rows_of(seed: int, judgements: dict[tuple[str, int], dict[str, dict[str, float]]], tasks: dict[str, str]):
-    """Rows of every (reward, number of pairs), and of what each has above the untrained reward; tasks: by question."""
-    before = judgements[UNTRAINED, 0]
+def contrasts(judgements: Judgements) -> Iterator[tuple[tuple[str, int, str], tuple[str, int, str]]]:
+    """What is compared with what: all with the untrained reward, other kinds with a likelihood of as many pairs."""
+    for reward, pairs, writer in judgements:
+        others = [(UNTRAINED, 0, writer)] if reward != UNTRAINED else []
+        others += [("likelihood", pairs, writer)] if pairs and reward != "likelihood" else []
+        yield from (((reward, pairs, writer), other) for other in others if other in judgements)
+
+
+def rows_of(seed: int, judgements: Judgements, tasks: dict[str, str]) -> list[dict]:
+    """Rows of every (reward, number of pairs, writer), and of the differences; tasks: by question."""
     shown = dict(judgements)
-    for (reward, pairs), found in judgements.items():
-        if reward != UNTRAINED:
-            gain = {metric: {name: value - before[metric][name] for name, value in values.items()}
-                    for metric, values in found.items()}  # fmt: skip
-            shown[f"{reward} minus {UNTRAINED}", pairs] = gain
+    for (reward, pairs, writer), other in contrasts(judgements):
+        found, before = judgements[reward, pairs, writer], judgements[other]
+        gain = {
+            metric: {name: value - before[metric][name] for name, value in values.items() if name in before[metric]}
+            for metric, values in found.items()
+        }
+        shown[f"{reward} minus {other[0]}", pairs, writer] = gain
     rows = []
-    for (reward, pairs), found in shown.items():
+    for key, found in shown.items():
         for metric, values in found.items():
             for task in (*dict.fromkeys(tasks.values()), ALL):
                 kept = [value for name, value in values.items() if task in (tasks[name], ALL)]
                 if len(kept) > 1:
                     numbers = [round(float(x), 5) for x in (np.mean(kept), *evaluation.mean_interval(kept))]
-                    cells = (seed, reward, pairs, task, metric, *numbers, len(kept))
-                    rows.append(dict(zip(COLUMNS, cells, strict=True)))
+                    rows.append(dict(zip(COLUMNS, (seed, *key, task, metric, *numbers, len(kept)), strict=True)))
     return rows
 
 
-def own_pairs(settings: Settings, most: int, folder: Path) -> tuple[list[Problem], list[Pair]]:
-    """(questions, at least `most` pairs) of the SFT model's samples on questions that come after those of stage 01."""
-    each = int(most / PER_QUESTION / len(settings.tasks))
+def own_pairs(settings: Settings, writer: str, folder: Path, most: int) -> tuple[list[Problem], list[Pair]]:
+    """(questions, at least `most` pairs) of a writer's samples on questions that come after those of stage 01."""
+    each = int(most / PER_QUESTION[writer] / len(settings.tasks))
     problems = questions.second_problems(preset(settings.preset, "all", settings.seed, reward={"questions": each}))
     with shared.load_engine(settings, folder) as engine:
         params = shared.sampling_params(settings, "sampling")
-        written = rationales.sample_open(engine, problems, SAMPLES, params, author="sft", progress="pairs")
+        written = rationales.sample_open(engine, problems, SAMPLES, params, author="sft", progress=f"{writer}'s pairs")
         written = rationales.reanswer(engine, problems, written, seed=settings.seed)
     ranked, _ = ranking.rank(written, settings.ranking.max_per_side)
     made = ranking.pairs(ranked, settings.ranking.max_pairs_per_question, settings.seed)
     made = [pair for pair in made if not pair.held_out]
     if len(made) < most:
-        raise SystemExit(f"{len(problems)} questions gave {len(made)} pairs, fewer than {most}: lower PER_QUESTION")
-    order = np.random.default_rng(settings.seed).permutation(len(made))
-    return problems, [made[place] for place in order]
+        raise SystemExit(
+            f"{len(problems)} questions of {writer} gave {len(made)} pairs, not {most}: lower PER_QUESTION"
+        )
+    place = {problem.id: number % each for number, problem in enumerate(problems)}  # within its task
+    return problems, sorted(made, key=lambda pair: place[pair.id])  # the first n are the same ones for any `most`
 
 
-def likelihood(settings: Settings, folder: Path, problems: list[Problem], pairs: list[Pair]) -> Score:
+def likelihood(
+    settings: Settings, folder: Path, problems: list[Problem], pairs: list[Pair], order: int = 0, margin: float = 0.0
+) -> Score:
     """A reward model of stage 03, trained on these pairs in one pass."""
     model, tokenizer = models.load_policy(folder), shared.load_tokenizer(settings)
-    options = shared.trainer_kwargs(settings, "reward") | {"epochs": 1.0}
-    reward_model.train_reward_model(model, tokenizer, problems, pairs, **options, progress="likelihood")
+    options = shared.trainer_kwargs(settings, "reward") | {"epochs": 1.0, "seed": settings.seed + 1_000 * order}
+    plain = reward_model.pair_loss
+    with mock.patch.object(reward_model, "pair_loss", lambda chosen, rejected: plain(chosen - margin, rejected)):
+        reward_model.train_reward_model(model, tokenizer, problems, pairs, **options, progress="likelihood")
     return lambda asked, ids: reward_model.score(model, tokenizer, asked, ids)
+
+
+def three_of_them(settings: Settings, folder: Path, problems: list[Problem], pairs: list[Pair]) -> Score:
+    scores = [likelihood(settings, folder, problems, pairs, order) for order in range(ORDERS)]
+    return lambda asked, ids: np.mean([score(asked, ids) for score in scores], axis=0).tolist()
 
 
 def scalar_head(
@@ -169,7 +199,7 @@ def scalar_head(
 def markdown(rows: Sequence[dict]) -> str:
     """The table of docs/results.md: what training adds, by task, from the rows over seeds."""
     found = {(row["metric"], row["task"], row["reward"]): row for row in rows
-             if row["seed"] == "all" and int(row["pairs"]) == 0}  # fmt: skip
+             if row["seed"] == "all" and int(row["pairs"]) == 0 and row["writer"] == "SFT"}  # fmt: skip
     names = {UNTRAINED: "untrained", OWN: "trained", f"{OWN} minus {UNTRAINED}": "difference"}
     heads = [f"{metric}: untrained | trained | difference" for metric in (RANKED, BEST)]
     lines = [f"| % | {' | '.join(heads)} |"]
@@ -186,7 +216,7 @@ def markdown(rows: Sequence[dict]) -> str:
 def by_pairs(rows: Sequence[dict]) -> str:
     """The second table of docs/results.md: likelihood and scalar head after as many pairs, means over seeds."""
     found = {(row["reward"], int(row["pairs"]), row["metric"]): 100 * float(row["value"]) for row in rows
-             if row["seed"] == "all" and row["task"] == ALL}  # fmt: skip
+             if row["seed"] == "all" and row["task"] == ALL and row["writer"] == "SFT"}  # fmt: skip
     names = ("likelihood", "scalar head")
     lines = [f"| %, all questions | {' | '.join(f'{metric}: {names[0]} | {names[1]}' for metric in (RANKED, BEST))} |"]
     lines.append("|---" * (1 + 2 * len(names)) + "|")
@@ -196,32 +226,57 @@ def by_pairs(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def measure(seed: int, args: argparse.Namespace) -> list[dict]:
-    """All rows of a seed."""
-    settings, run = preset(args.preset, "all", seed), shared.run_folder("", args.preset, "all", seed)
+KINDS_OF_REWARD = {
+    "likelihood": likelihood,
+    "scalar head": scalar_head,
+    "margin": lambda *made: likelihood(*made, margin=MARGIN),
+    "three of them": three_of_them,
+    "half of SML's pairs": likelihood,
+}
+
+
+def folders(run: Path, settings: Settings) -> dict[str, Path | str]:
+    """Writer -> its model; trained first where it is missing."""
     self_motivated.before_policy(run, settings)
-    tuned, tokenizer = require(run, "02_sft").path("model"), shared.load_tokenizer(settings)
-    problems, pairs = own_pairs(settings, max(args.pairs), tuned) if args.pairs else ([], [])
-    used = {problem.id for problem in problems}
+    return {"SFT": require(run, "02_sft").path("model"), "base": settings.base, "SML": run / "04_ppo" / "model"}
+
+
+def answers_of(settings: Settings, folder: Path | str, writer: str, fresh: list[Problem]) -> list[Answers]:
+    with shared.load_engine(settings, folder) as engine:
+        how, shots = shared.sampling_params(settings, "evaluation"), settings.sampling.shots
+        shots = shots if writer == "base" else "none"
+        return evaluation.evaluate(engine, fresh, SAMPLES, how, shots=shots, progress=f"{writer}, seed {settings.seed}")
+
+
+def rewards(settings: Settings, run: Path, args: argparse.Namespace) -> Iterator[tuple[str, int, Score, set[str]]]:
+    """(reward, number of pairs, its score, ids of the questions that it was trained on) of all that are asked for."""
+    where, tokenizer = folders(run, settings), shared.load_tokenizer(settings)
+    for reward, folder in ((UNTRAINED, where["SFT"]), (OWN, require(run, "03_reward_model").path("model"))):
+        model = models.load_policy(folder)
+        yield reward, 0, lambda asked, ids, model=model: reward_model.score(model, tokenizer, asked, ids), set()
+    sources = ("SFT", "SML") if "half of SML's pairs" in args.kinds else ("SFT",)
+    drawn = {writer: own_pairs(settings, writer, where[writer], max(args.pairs)) for writer in sources if args.pairs}
+    for n, kind in product(args.pairs, args.kinds):
+        problems, pairs = drawn["SFT"]
+        if kind == "half of SML's pairs":
+            more, others = drawn["SML"]
+            problems = list({problem.id: problem for problem in problems + more}.values())
+            pairs = pairs[: n // 2] + others[: n - n // 2]
+        yield kind, n, KINDS_OF_REWARD[kind](settings, where["SFT"], problems, pairs[:n]), {pair.id for pair in pairs}
+
+
+def measure(settings: Settings, run: Path, args: argparse.Namespace) -> list[dict]:
+    """All rows of a seed."""
     fresh = {problem.id: problem for problem in questions.fresh_problems(settings, args.questions)}
-    answers = shared.answer_fresh(settings, tuned, args.questions, SAMPLES, progress=f"seed {seed}")
-    answers = [answer for answer in answers if answer["id"] not in used]
-    rewards = {(UNTRAINED, 0): lambda: _of_stage(tuned, tokenizer)}
-    rewards[OWN, 0] = lambda: _of_stage(require(run, "03_reward_model").path("model"), tokenizer)
-    for n in args.pairs:
-        rewards["likelihood", n] = lambda n=n: likelihood(settings, tuned, problems, pairs[:n])
-        rewards["scalar head", n] = lambda n=n: scalar_head(settings, tuned, problems, pairs[:n])
-    judgements = {}
-    for name, make in rewards.items():
-        judgements[name] = judged(make(), fresh, answers)
-        shown = {metric: round(100 * float(np.mean(list(v.values()))), 1) for metric, v in judgements[name].items()}
-        print(f"seed {seed}, {name[0]}, {name[1]} pairs: {shown}", flush=True)
-    return rows_of(seed, judgements, {answer["id"]: fresh[answer["id"]].dataset for answer in answers})
-
-
-def _of_stage(folder: Path, tokenizer) -> Score:
-    model = models.load_policy(folder)
-    return lambda asked, ids: reward_model.score(model, tokenizer, asked, ids)
+    judgements, where = {}, folders(run, settings)
+    answers = {writer: answers_of(settings, where[writer], writer, [*fresh.values()]) for writer in args.writers}
+    for reward, pairs, score, used in rewards(settings, run, args):
+        for writer in args.writers:
+            unseen = [answer for answer in answers[writer] if answer["id"] not in used]
+            found = judgements[reward, pairs, writer] = judged(score, fresh, unseen)
+            shown = {metric: round(100 * float(np.mean(list(v.values()))), 1) for metric, v in found.items()}
+            print(f"seed {settings.seed}, {writer}'s samples by {reward}, {pairs} pairs: {shown}", flush=True)
+    return rows_of(settings.seed, judgements, {name: problem.dataset for name, problem in fresh.items()})
 
 
 def main() -> None:
@@ -229,15 +284,19 @@ def main() -> None:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--pairs", type=int, nargs="*", default=[], help="numbers of pairs to train on (default: none)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS_OF_REWARD, default=["likelihood", "scalar head"])
+    parser.add_argument("--writers", nargs="+", choices=WRITERS, default=["SFT"], help="whose samples (default: SFT's)")
     parser.add_argument("--questions", type=int, default=200, help="questions per task (default 200)")
     parser.add_argument("--out", type=Path, default=variants.TABLE.with_name("reward_models.csv"))
     args = parser.parse_args()
-    rows = controls.measured(args.out, KINDS)
+    rows, key = controls.measured(args.out, KINDS), lambda row: tuple(row[name] for name in COLUMNS[:4])
+    asked = [*product((UNTRAINED, OWN), [0], args.writers), *product(args.kinds, args.pairs, args.writers)]
     for seed in args.seeds:
-        wanted = {0, *args.pairs}
-        if wanted <= {row["pairs"] for row in rows if row["seed"] == seed}:
+        known = {key(row) for row in rows}
+        if {(seed, *one) for one in asked} <= known:
             continue
-        rows = [row for row in rows if row["seed"] != seed or row["pairs"] not in wanted] + measure(seed, args)
+        settings, run = preset(args.preset, "all", seed), shared.run_folder("", args.preset, "all", seed)
+        rows += [row for row in measure(settings, run, args) if key(row) not in known]
         write(rows + controls.over_seeds(rows, COLUMNS), COLUMNS, args.out)
     if len({row["seed"] for row in rows}) > 1:
         pooled = controls.over_seeds(rows, COLUMNS)

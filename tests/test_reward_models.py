@@ -48,7 +48,7 @@ def test_gains_are_paired_and_seeds_pooled():
     for seed, gain in ((0, 0.1), (1, 0.3)):
         before = {RANKED: {"a": 0.2, "b": 0.6}}
         after = {RANKED: {name: value + gain for name, value in before[RANKED].items()}}
-        rows += reward_models.rows_of(seed, {("untrained", 0): before, ("reward model", 0): after}, tasks)
+        rows += reward_models.rows_of(seed, {("untrained", 0, "SFT"): before, ("reward model", 0, "SFT"): after}, tasks)
     gains = [row for row in rows if row["reward"] == "reward model minus untrained" and row["task"] == "coin_flip"]
     assert [row["value"] for row in gains] == pytest.approx([0.1, 0.3])
     assert gains[0]["low"] == pytest.approx(gains[0]["high"]) == pytest.approx(0.1)  # the same for every question
