@@ -248,15 +248,18 @@ def answers_of(settings: Settings, folder: Path | str, writer: str, fresh: list[
         return evaluation.evaluate(engine, fresh, SAMPLES, how, shots=shots, progress=f"{writer}, seed {settings.seed}")
 
 
-def rewards(settings: Settings, run: Path, args: argparse.Namespace) -> Iterator[tuple[str, int, Score, set[str]]]:
-    """(reward, number of pairs, its score, ids of the questions that it was trained on) of all that are asked for."""
+def rewards(
+    settings: Settings, run: Path, kinds: Sequence[str], numbers: Sequence[int]
+) -> Iterator[tuple[str, int, Score, set[str]]]:
+    """(reward, number of pairs, its score, ids of the questions that it was trained on): the untrained one, the run's
+    own, and one of every kind for every number of pairs."""
     where, tokenizer = folders(run, settings), shared.load_tokenizer(settings)
     for reward, folder in ((UNTRAINED, where["SFT"]), (OWN, require(run, "03_reward_model").path("model"))):
         model = models.load_policy(folder)
         yield reward, 0, lambda asked, ids, model=model: reward_model.score(model, tokenizer, asked, ids), set()
-    sources = ("SFT", "SML") if "half of SML's pairs" in args.kinds else ("SFT",)
-    drawn = {writer: own_pairs(settings, writer, where[writer], max(args.pairs)) for writer in sources if args.pairs}
-    for n, kind in product(args.pairs, args.kinds):
+    sources = ("SFT", "SML") if "half of SML's pairs" in kinds else ("SFT",)
+    drawn = {writer: own_pairs(settings, writer, where[writer], max(numbers)) for writer in sources if numbers}
+    for n, kind in product(numbers, kinds):
         problems, pairs = drawn["SFT"]
         if kind == "half of SML's pairs":
             more, others = drawn["SML"]
@@ -265,13 +268,15 @@ def rewards(settings: Settings, run: Path, args: argparse.Namespace) -> Iterator
         yield kind, n, KINDS_OF_REWARD[kind](settings, where["SFT"], problems, pairs[:n]), {pair.id for pair in pairs}
 
 
-def measure(settings: Settings, run: Path, args: argparse.Namespace) -> list[dict]:
-    """All rows of a seed."""
-    fresh = {problem.id: problem for problem in questions.fresh_problems(settings, args.questions)}
+def measure(
+    settings: Settings, run: Path, number: int, writers: Sequence[str], kinds: Sequence[str], numbers: Sequence[int]
+) -> list[dict]:
+    """All rows of a seed; number: of questions per task."""
+    fresh = {problem.id: problem for problem in questions.fresh_problems(settings, number)}
     judgements, where = {}, folders(run, settings)
-    answers = {writer: answers_of(settings, where[writer], writer, [*fresh.values()]) for writer in args.writers}
-    for reward, pairs, score, used in rewards(settings, run, args):
-        for writer in args.writers:
+    answers = {writer: answers_of(settings, where[writer], writer, [*fresh.values()]) for writer in writers}
+    for reward, pairs, score, used in rewards(settings, run, kinds, numbers):
+        for writer in writers:
             unseen = [answer for answer in answers[writer] if answer["id"] not in used]
             found = judgements[reward, pairs, writer] = judged(score, fresh, unseen)
             shown = {metric: round(100 * float(np.mean(list(v.values()))), 1) for metric, v in found.items()}
@@ -296,7 +301,8 @@ def main() -> None:
         if {(seed, *one) for one in asked} <= known:
             continue
         settings, run = preset(args.preset, "all", seed), shared.run_folder("", args.preset, "all", seed)
-        rows += [row for row in measure(settings, run, args) if key(row) not in known]
+        found = measure(settings, run, args.questions, args.writers, args.kinds, args.pairs)
+        rows += [row for row in found if key(row) not in known]
         write(rows + controls.over_seeds(rows, COLUMNS), COLUMNS, args.out)
     if len({row["seed"] for row in rows}) > 1:
         pooled = controls.over_seeds(rows, COLUMNS)

@@ -1,0 +1,95 @@
+"""How do SML's gain and the reward model's accuracy change with the size of the base? Writes results/sizes.csv.
+
+    python benchmarks/sizes.py --seeds 0 1 2 --widths 96 128 192 256 352
+
+A base is a Llama of 3 layers that has read what the package's own has (`smlib pretrain --hidden WIDTH`); that of width
+128 is the package's own. A base that is missing is made in runs/bases/WIDTH, in hours: on one core of an AMD EPYC 0.3, 0.7,
+1.1 and 2 hours for the widths 96, 192, 256 and 352. Every base goes through stages 01 to 04 with the settings of preset
+tiny, and nothing is tuned for its size.
+
+Rows of results/sizes.csv: for every base and seed, accuracy of base, SFT model, SML model and the control of
+results/controls.csv (PPO with the untrained reward) on the test questions of stage 05, greedily and at temperature 1,
+with paired differences; and what rewards say of the SFT model's own samples on
+fresh questions of the train split, as in results/reward_models.csv: the untrained one, the run's reward model, and a
+likelihood and a scalar head after PAIRS pairs. Seed "all" has means over the seeds with their t intervals. Run the same
+command again to resume; delete the table to measure again.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import controls
+import reward_models
+import variants
+from ablations import write
+
+from smlib import pretraining
+from smlib.files.artifacts import require
+from smlib.runs import self_motivated, shared
+from smlib.runs.settings import Settings, preset
+from smlib.sampling import models
+
+COLUMNS = ("seed", "method", "width", "parameters", "task", "temperature", "metric", "value", "low", "high", "n")
+KINDS = controls.KINDS | {"width": int, "parameters": int}
+OWN_WIDTH, LAYERS, DOCUMENTS = 128, 3, 150_000  # of the package's base
+QUESTIONS, FRESH, PAIRS = 100, 200, (5_000,)  # questions per task
+
+
+def base_of(width: int, bases: Path) -> str:
+    """The base of a width, trained where it is missing."""
+    if width == OWN_WIDTH:
+        return "tiny"
+    folder = bases / str(width)
+    if not folder.exists():
+        pretraining.make_base(
+            folder, documents=DOCUMENTS, hidden=width, layers=LAYERS, start_from=None, tokens_per_batch=4_096, seed=0
+        )
+    return str(folder)
+
+
+def models_of(run: Path, settings: Settings) -> Iterator[tuple[str, Path | str]]:
+    """(method of `controls`, folder), trained where it is missing."""
+    self_motivated.before_policy(run, settings)
+    yield "base", settings.base
+    yield "SFT", require(run, "02_sft").path("model")
+    control = preset("tiny", "all", settings.seed, base=settings.base, ppo={"reward": "untrained"})
+    yield controls.UNTRAINED, variants.policy(run, control, "PPO-untrained-reward", "ppo").path("model")
+    yield controls.LEARNED, self_motivated.train_policy(run, settings).path("model")
+
+
+def rows_of(seed: int, width: int, bases: Path) -> list[dict]:
+    """All rows of a base and a seed."""
+    base = base_of(width, bases)
+    settings = preset("tiny", "all", seed, base=base)
+    run = shared.run_folder("", "tiny", "all", seed) if base == "tiny" else bases / f"{width}-seed{seed}"
+    answered = controls.rows_of_seed(controls.asking(settings, QUESTIONS), models_of(run, settings), (0.0, 1.0))
+    judged = reward_models.measure(settings, run, FRESH, ("SFT",), ("likelihood", "scalar head"), PAIRS)
+    rewards = [
+        row | {"method": f"{row['reward']}, {row['pairs']:,} pairs" if row["pairs"] else row["reward"]}
+        for row in judged
+        if " minus " not in row["reward"] or row["reward"].endswith(f"minus {reward_models.UNTRAINED}")
+    ]
+    size = {"width": width, "parameters": models.model_size(models.load_policy(base)), "temperature": 1.0}
+    return [{name: (size | row)[name] for name in COLUMNS} for row in answered + rewards]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--widths", type=int, nargs="+", default=[OWN_WIDTH], help="multiples of 32")
+    parser.add_argument("--bases", type=Path, default=Path("runs", "bases"), help="bases and their runs")
+    parser.add_argument("--out", type=Path, default=variants.TABLE.with_name("sizes.csv"))
+    args = parser.parse_args()
+    rows = controls.measured(args.out, KINDS)
+    for seed in args.seeds:
+        for width in args.widths:
+            if any((row["seed"], row["width"]) == (seed, width) for row in rows):
+                continue
+            rows += rows_of(seed, width, args.bases)
+            write(rows + controls.over_seeds(rows, COLUMNS), COLUMNS, args.out)
+            print(f"seed {seed}, width {width}: done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
