@@ -3,9 +3,9 @@
     python benchmarks/sizes.py --seeds 0 1 2 --widths 96 128 192 256 352
 
 A base is a Llama of 3 layers that has read what the package's own has (`smlib pretrain --hidden WIDTH`); that of width
-128 is the package's own. A base that is missing is made in runs/bases/WIDTH, in hours: on one core of an AMD EPYC 0.3, 0.7,
-1.1 and 2 hours for the widths 96, 192, 256 and 352. Every base goes through stages 01 to 04 with the settings of preset
-tiny, and nothing is tuned for its size.
+128 is the package's own. A base that is missing is made in runs/bases/WIDTH, in hours: on one core of an AMD EPYC in
+0.3, 0.7, 1.1 and 2 hours for the widths 96, 192, 256 and 352. Every base goes through stages 01 to 04 with the settings
+of preset tiny, and nothing is tuned for its size.
 
 Rows of results/sizes.csv: for every base and seed, accuracy of base, SFT model, SML model and the control of
 results/controls.csv (PPO with the untrained reward) on the test questions of stage 05, greedily and at temperature 1,
