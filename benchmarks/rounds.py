@@ -3,9 +3,10 @@
     python benchmarks/rounds.py --questions 100 --rounds 3 --seeds 0 1 2
 
 A round is stages 01 to 04: the model of the round before is the base that answers new questions, is trained on its own
-right rationales (SFT), samples again, gets a new reward model, and is trained by PPO. Two controls could explain a gain
-away: in every round the same PPO with a reward that has learned no rank, and in the first round twice as many updates,
-which cost as much PPO as two rounds. All models answer the same test questions, greedily and at temperature 1.
+right rationales (SFT), samples again, gets a new reward model, and is trained by PPO. Three controls could explain a gain
+away: in every round the same PPO with a reward that has learned no rank; in the first round twice as many updates, which
+cost as much PPO as two rounds; and rounds of SFT alone, on the same questions, in which no policy has learned a rank. All
+models answer the same test questions, greedily and at temperature 1.
 
 For every seed it takes stages 01 to 04 of the run runs/PRESET-TASK-seedSEED, makes those that are missing, and keeps
 the later rounds in its folder `rounds`. Run the same command again to resume; delete the table to measure again. The
@@ -22,11 +23,11 @@ from ablations import write
 
 from smlib.files.artifacts import require
 from smlib.runs import self_motivated, shared
-from smlib.runs.settings import preset
+from smlib.runs.settings import Settings, preset
 
 TABLE = variants.TABLE.with_name("rounds.csv")
 APART = 1_000  # between the seeds of two rounds, so that each asks questions of its own
-NAMES = ("SFT", "untrained reward", "SML")  # of a round's models
+NAMES = ("SFT alone", "SFT", "untrained reward", "SML")  # of a round's models; in the first both kinds of SFT are one
 LONGER = "round 1, twice the updates"
 SHOWN = [("greedy", controls.MEAN, 0.0, "right"), ("temperature 1", controls.MEAN, 1.0, "right")]
 
@@ -35,9 +36,13 @@ def models_of(preset_name: str, task: str, seed: int, rounds: int) -> Iterator[t
     """(name, folder) of the base and of every round's models, trained where they are missing."""
     run, base = shared.run_folder("", preset_name, task, seed), preset(preset_name, task, seed).base
     yield "base", base
+    alone = run / "02_sft" / "model"
     for number in range(1, rounds + 1):
         folder = run if number == 1 else run / "rounds" / str(number)
         at = preset_name, task, seed + APART * (number - 1)
+        if number > 1:
+            alone = tuned(run / "rounds" / f"{number}-sft-alone", preset(*at, base=str(alone)))
+            yield f"round {number}, SFT alone", alone
         settings = preset(*at, base=str(base))
         self_motivated.before_policy(folder, settings)
         yield f"round {number}, SFT", require(folder, "02_sft").path("model")
@@ -53,12 +58,20 @@ def models_of(preset_name: str, task: str, seed: int, rounds: int) -> Iterator[t
             yield LONGER, variants.policy(folder, longer, "PPO-twice-the-updates", "ppo").path("model")
 
 
+def tuned(folder: Path, settings: Settings) -> Path:
+    """The SFT model of a run that goes no further."""
+    for stage in ("01_sampling", "02_ranking", "02_sft"):
+        self_motivated.STAGES[stage](folder, settings, progress=True)
+    return require(folder, "02_sft").path("model")
+
+
 def contrasts(rounds: int) -> list[tuple[str, str]]:
     """Who is compared with whom."""
     pairs = [("round 1, SML", "base"), ("round 1, SML", "round 1, untrained reward"), (LONGER, "round 1, SML")]
     for number in range(2, rounds + 1):
-        last, now = f"round {number - 1}, SML", f"round {number}, SML"
-        pairs += [(now, last), (now, LONGER), (f"round {number}, SFT", last)]
+        last, now, alone = f"round {number - 1}, SML", f"round {number}, SML", f"round {number}, SFT alone"
+        before = "round 1, SFT" if number == 2 else f"round {number - 1}, SFT alone"
+        pairs += [(now, last), (now, LONGER), (now, alone), (alone, before), (f"round {number}, SFT", last)]
         pairs += [(f"round {number}, untrained reward", last), (now, f"round {number}, untrained reward")]
     return pairs
 
@@ -66,6 +79,7 @@ def contrasts(rounds: int) -> list[tuple[str, str]]:
 def markdown(rows: Sequence[dict], rounds: int) -> str:
     """The table of docs/results.md, from the rows over seeds."""
     methods = ["base", *(f"round {number}, {name}" for number in range(1, rounds + 1) for name in NAMES)]
+    methods.remove("round 1, SFT alone")
     methods.insert(methods.index("round 1, SML") + 1, LONGER)
     return controls.markdown(rows, SHOWN, methods, contrasts(rounds))
 
