@@ -3,10 +3,10 @@
     python benchmarks/rounds.py --questions 100 --rounds 3 --seeds 0 1 2
 
 A round is stages 01 to 04: the model of the round before is the base that answers new questions, is trained on its own
-right rationales (SFT), samples again, gets a new reward model, and is trained by PPO. Three controls could explain a gain
-away: in every round the same PPO with a reward that has learned no rank; in the first round twice as many updates, which
-cost as much PPO as two rounds; and rounds of SFT alone, on the same questions, in which no policy has learned a rank. All
-models answer the same test questions, greedily and at temperature 1.
+right rationales (SFT), samples again, gets a new reward model, and is trained by PPO. Three controls could explain a
+gain away: in every round the same PPO with a reward that has learned no rank; in the first round twice as many updates,
+which cost as much PPO as two rounds; and rounds of SFT alone, on the same questions, in which nothing has learned a
+rank. All models answer the same test questions, greedily and at temperature 1.
 
 For every seed it takes stages 01 to 04 of the run runs/PRESET-TASK-seedSEED, makes those that are missing, and keeps
 the later rounds in its folder `rounds`. Run the same command again to resume; delete the table to measure again. The
