@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import tokenizer, written_sample
 
+from smlib.judging.answers import majority_vote
 from smlib.problems.datasets import Problem
 from smlib.problems.prompts import few_shot
 from smlib.reports.evaluation import (
@@ -14,7 +15,6 @@ from smlib.reports.evaluation import (
     best_of_n,
     best_of_n_curve,
     evaluate,
-    majority_vote,
     mean_interval,
     paired_test,
     pass_at_k,

@@ -1,14 +1,17 @@
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from tiny_model import policy as reward
-from tiny_model import tokenizer, written_pair
+from tiny_model import tokenizer, written_pair, written_sample
 
 from smlib.learning import reward_model
 from smlib.problems import prompts
 from smlib.problems.datasets import generate
 from smlib.problems.steps import worked_solution
+from smlib.sampling import encoding
 
 PROBLEMS = generate("coin_flip", 24, seed=0)
 QUICK = {"epochs": 1, "learning_rate": 3e-3, "batch": 8, "beta": 0.5, "nll_coef": 1.0, "seed": 0, "progress": None}
@@ -170,10 +173,33 @@ def test_without_pairs_to_train_on_the_error_says_so():
 
 def test_rewards_are_plain_callables():
     model = reward()
-    learned = reward_model.learned_reward(model, tokenizer())
+    learned = reward_model.LearnedReward(partial(nullcontext, model), tokenizer())
     assert learned(PROBLEMS[:3], TEXTS[:3]) == reward_model.score(model, tokenizer(), PROBLEMS[:3], TEXTS[:3])
     gold = [told(p, p.answer) for p in PROBLEMS[:2]] + [" no answer"]
     assert reward_model.checker_reward(PROBLEMS[:3], gold) == [1.0, 1.0, 0.0]
+
+
+def test_the_majority_of_a_question_s_answers_takes_the_place_of_gold():
+    first, second = PROBLEMS[:2]
+    given = [(first, "yes"), (first, "no"), (first, "no"), (second, "yes"), (second, None), (first, None)]
+    asked, texts = zip(*((p, " no answer" if a is None else told(p, a)) for p, a in given), strict=True)
+    assert reward_model.majority_reward(asked, texts) == [0.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+    assert reward_model.majority_reward([first], [" no answer"]) == [0.0]  # nobody voted
+
+
+@torch.inference_mode()
+def test_gold_is_the_likelihood_of_the_gold_answer_after_the_steps():
+    model, problem = reward(), PROBLEMS[0]
+    likely = reward_model.GoldReward(partial(nullcontext, model), tokenizer())
+    steps, other = worked_solution(problem)[0], {"yes": "no", "no": "yes"}[problem.answer]
+    texts = [" " + "\n".join([*steps, prompts.answer_sentence(problem, stated)]) for stated in (problem.answer, other)]
+    head = encoding.encode_prompt(tokenizer(), prompts.reanswer_prompt(problem, " " + "\n".join(steps)))
+    tail = encoding.encode_completion(tokenizer(), f" {problem.answer}.")
+    logp = model(torch.tensor([head + tail])).logits[0].log_softmax(-1)
+    by_hand = sum(logp[len(head) - 1 + place, token].item() for place, token in enumerate(tail))
+    assert likely([problem] * 2, texts) == pytest.approx([by_hand] * 2, abs=1e-4)  # whatever answer was stated
+    drawn = [written_sample(text) for text in texts]
+    assert reward_model.score_samples(likely, [problem] * 2, drawn) == pytest.approx([by_hand] * 2, abs=1e-4)
 
 
 def fixed(*scores):

@@ -9,6 +9,7 @@ make an answer doubtful.
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -52,6 +53,12 @@ def grade(problem: Problem, text: str) -> Verdict:
         return Verdict(False, None, f"invalid: {invalid}; gold {gold}")
     correct = said == gold or (problem.kind == "number" and number_answers.is_rounded(gold, said))
     return Verdict(correct, said, f"said {said}, gold {gold}")
+
+
+def majority_vote(answers: Sequence[str | None]) -> str | None:
+    """The most frequent answer, the first seen among equals. Invalid answers (None) have no vote."""
+    votes = Counter(answer for answer in answers if answer is not None)
+    return max(votes, key=votes.get, default=None)
 
 
 def _grade_math(output: str, problem: Problem) -> Verdict:

@@ -1,4 +1,4 @@
-"""What a reward may be: one of four, or a weighted sum of them.
+"""What a reward may be: one of six, or a weighted sum of them.
 
 The rewards themselves are in smlib.learning.reward_model. The grammar is apart from it, since settings are read before
 torch is.
@@ -10,7 +10,7 @@ from collections.abc import Collection
 from smlib.declared import Weight, checked, shown
 from smlib.errors import UsageError
 
-REWARDS = ("learned", "untrained", "checker", "words")
+REWARDS = ("learned", "untrained", "checker", "majority", "gold", "words")
 _TERM = re.compile(r"\s*([+-]?)\s*(?:(\d+(?:\.\d+)?|\.\d+)\s*\*\s*)?([a-z]+)\s*", re.ASCII)
 
 

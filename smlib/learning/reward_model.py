@@ -19,8 +19,9 @@ the two differ, is added (iterative RPO, 2404.19733, eq. 1, adds the same term o
 
 import math
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 
@@ -32,10 +33,11 @@ from trl.models.utils import _ForwardRedirection
 
 from smlib.draws import own_draws
 from smlib.errors import UsageError
-from smlib.judging.answers import Reward, grade
+from smlib.judging.answers import Reward, before_answer, grade, majority_vote
 from smlib.learning.reward_formula import parse_reward
 from smlib.learning.rows import Pair
 from smlib.learning.trainers import SharedBatches, dataset, fit, trainer_options
+from smlib.problems import prompts
 from smlib.problems.datasets import Problem
 from smlib.sampling import encoding, packing
 from smlib.sampling.params import Sample
@@ -264,11 +266,6 @@ class LearnedReward:
         return self(problems, [drawn.token_ids for drawn in samples])
 
 
-def learned_reward(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LearnedReward:
-    """The reward of a model that is there for good."""
-    return LearnedReward(lambda: nullcontext(model), tokenizer)
-
-
 def score_samples(reward: Reward, problems: Sequence[Problem], samples: Sequence[Sample]) -> list[float]:
     """What a reward says of drawn samples: of their tokens where it reads tokens, else of their texts."""
     if hasattr(reward, "of_samples"):
@@ -276,9 +273,45 @@ def score_samples(reward: Reward, problems: Sequence[Problem], samples: Sequence
     return reward(problems, [drawn.text for drawn in samples])
 
 
+class GoldReward(LearnedReward):
+    """log p(gold answer | question, rationale) in nats, the rationale without what it announces as its answer.
+
+    LaTRO (2411.04282) asks the policy that trains; here a model does that stands still, the SFT model. It reads gold
+    answers, but no judge compares them with anything.
+    """
+
+    def __call__(self, problems: Sequence[Problem], texts: Sequence[str | Sequence[int]]) -> list[float]:
+        questions = []
+        for problem, told in zip(problems, texts, strict=True):
+            ids = encoding.encode_completion(self.tokenizer, told, eos=False) if isinstance(told, str) else told
+            before = len(before_answer(encoding.decode(self.tokenizer, ids)))
+            stated = f" {prompts.show_answer(problem, problem.answer)}."
+            answer = encoding.encode_completion(self.tokenizer, stated)
+            questions.append((encoding.encode_reanswer(self.tokenizer, problem, ids, before), [answer]))
+        with self.using() as model:
+            return [value for [value] in score_ids(model, questions, self.tokenizer.pad_token_id)]
+
+
 def checker_reward(problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
     """The answer checker as a reward: 1 if the stated answer is gold, else 0. It reads gold answers."""
     return [float(grade(problem, text).correct) for problem, text in zip(problems, texts, strict=True)]
+
+
+def majority_reward(problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
+    """The other samples in place of the gold answer: 1 for the answer that most of a question's texts state, else 0.
+
+    LMSI (2210.11610) trains on the rationales of the majority; it reads no gold answer, and neither does this. All
+    texts of a question must come in one call, as PPO's do.
+    """
+    answers = [grade(problem, text).extracted for problem, text in zip(problems, texts, strict=True)]
+    asked: dict[str, list[str | None]] = defaultdict(list)
+    for problem, answer in zip(problems, answers, strict=True):
+        asked[problem.id].append(answer)
+    chosen = {identity: majority_vote(votes) for identity, votes in asked.items()}
+    return [
+        float(answer is not None and answer == chosen[problem.id])
+        for problem, answer in zip(problems, answers, strict=True)
+    ]
 
 
 def word_count(problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:

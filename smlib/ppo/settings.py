@@ -34,8 +34,9 @@ class PPOSettings(Declared):
     reward: Text = setting(
         "learned",
         "reward of a completion: 'learned' (the reward model, in nats), 'untrained' (the same before it learned the "
-        "rank: the log-likelihood under the SFT model), 'checker' (1 for the gold answer, else 0), 'words' (the number "
-        "of words), or a sum such as 'learned - 0.1*words'",
+        "rank: the log-likelihood under the SFT model), 'checker' (1 for the gold answer, else 0), 'majority' (1 for "
+        "the most frequent answer to the question, else 0), 'gold' (the log-likelihood of the gold answer after the "
+        "rationale, under the SFT model), 'words' (the number of words), or a sum such as 'learned - 0.1*words'",
     )
     value: Literal["head", "model", "rollouts"] = setting(
         "head",

@@ -6,7 +6,7 @@ training seed could is what `smlib.reports.results.combine` says.
 """
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NotRequired
@@ -16,7 +16,7 @@ from scipy import stats
 from typing_extensions import TypedDict
 
 from smlib.errors import UsageError
-from smlib.judging.answers import grade
+from smlib.judging.answers import grade, majority_vote
 from smlib.problems import prompts
 from smlib.problems.datasets import Problem
 from smlib.sampling.encoding import encode_question, first_characters
@@ -76,12 +76,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if not (1 <= k <= n and 0 <= c <= n):
         raise ValueError(f"pass_at_k(n={n}, c={c}, k={k}) is undefined: it takes 1 <= k <= n and 0 <= c <= n")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def majority_vote(answers: Sequence[str | None]) -> str | None:
-    """The most frequent answer, the first seen among equals. Invalid answers (None) have no vote."""
-    votes = Counter(answer for answer in answers if answer is not None)
-    return max(votes, key=votes.get, default=None)
 
 
 def best_of_n(scores: Sequence[float], correct: Sequence[bool], n: int | None = None) -> float:

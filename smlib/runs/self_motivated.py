@@ -264,16 +264,23 @@ def rollout_engine(settings: Settings, tuned: Stage) -> Engine | None:
 def make_reward(formula: str, tuned: Stage, rewarder: Stage, tokenizer, roles: Roles | None = None) -> Reward:
     """The reward of a formula (settings.ppo.reward); roles: where both models are adapters of theirs.
 
-    "untrained" is the reward model before its training, which is the SFT model: the control of what the rank adds.
+    "untrained" is the reward model before its training, which is the SFT model: the control of what the rank adds. The
+    SFT model also judges "gold".
     """
-    rewards = {"checker": reward_model.checker_reward, "words": reward_model.word_count}
-    judges = {"learned": (rewarder, "reward"), "untrained": (tuned, None)}
-    for name, (stage, adapter) in judges.items():
+    rewards = {
+        "checker": reward_model.checker_reward,
+        "majority": reward_model.majority_reward,
+        "words": reward_model.word_count,
+    }
+    likelihood, gold = reward_model.LearnedReward, reward_model.GoldReward
+    judges = {"learned": (likelihood, rewarder, "reward"), "untrained": (likelihood, tuned, None)}
+    judges["gold"] = gold, tuned, None
+    for name, (kind, stage, adapter) in judges.items():
         if isinstance(roles, Adapters):
-            rewards[name] = reward_model.LearnedReward(partial(roles.using, adapter), tokenizer)
+            rewards[name] = kind(partial(roles.using, adapter), tokenizer)
         elif name in formula:
             model = models.load_policy(stage.path("model"), stage.settings.get("dtype", "float32"))
-            rewards[name] = reward_model.learned_reward(model, tokenizer)
+            rewards[name] = kind(partial(nullcontext, model), tokenizer)
     return reward_model.weighted_sum(formula, rewards)
 
 
