@@ -1,18 +1,19 @@
-"""How do SML's gain and the reward model's accuracy change with the size of the base? Writes results/sizes.csv.
+"""How do SML's gain and the reward model's accuracy change with the base? Writes results/sizes.csv.
 
-    python benchmarks/sizes.py --seeds 0 1 2 --widths 96 128 192 256 352
+    python benchmarks/sizes.py --seeds 0 1 2 --bases llama-96 llama-128 llama-192 llama-256 llama-352
+    python benchmarks/sizes.py --seeds 0 1 2 --bases gpt2-128 mistral-128 qwen3-128
 
-A base is a Llama of 3 layers that has read what the package's own has (`smlib pretrain --hidden WIDTH`); that of width
-128 is the package's own. A base that is missing is made in runs/bases/WIDTH, in hours: on one core of an AMD EPYC in
-0.3, 0.7, 1.1 and 2 hours for the widths 96, 192, 256 and 352. Every base goes through stages 01 to 04 with the settings
-of preset tiny, and nothing is tuned for its size.
+A base is named by its architecture and width: 3 layers that have read what the package's own has (`smlib pretrain
+--architecture ... --hidden ...`); llama-128 is the package's own. A base that is missing is made in runs/bases, in
+hours: on one core of an AMD EPYC in 0.3, 0.7, 1.1 and 2 hours for Llamas of width 96, 192, 256 and 352. Every base goes
+through stages 01 to 04 with the settings of preset tiny, and nothing is tuned for it.
 
 Rows of results/sizes.csv: for every base and seed, accuracy of base, SFT model, SML model and the control of
 results/controls.csv (PPO with the untrained reward) on the test questions of stage 05, greedily and at temperature 1,
-with paired differences; and what rewards say of the SFT model's own samples on
-fresh questions of the train split, as in results/reward_models.csv: the untrained one, the run's reward model, and a
-likelihood and a scalar head after PAIRS pairs. Seed "all" has means over the seeds with their t intervals. Run the same
-command again to resume; delete the table to measure again.
+with paired differences; and what rewards say of the SFT model's own samples on fresh questions of the train split, as
+in results/reward_models.csv: the untrained one, the run's reward model, and a likelihood and a scalar head after as
+many PAIRS. Seed "all" has means over the seeds with their t intervals. Run the same command again to resume; delete the
+table to measure again.
 """
 
 import argparse
@@ -30,22 +31,20 @@ from smlib.runs import self_motivated, shared
 from smlib.runs.settings import Settings, preset
 from smlib.sampling import models
 
-COLUMNS = ("seed", "method", "width", "parameters", "task", "temperature", "metric", "value", "low", "high", "n")
-KINDS = controls.KINDS | {"width": int, "parameters": int}
-OWN_WIDTH, LAYERS, DOCUMENTS = 128, 3, 150_000  # of the package's base
+COLUMNS = ("seed", "method", "base", "parameters", "task", "temperature", "metric", "value", "low", "high", "n")
+KINDS = controls.KINDS | {"parameters": int}
+OWN = "llama-128"  # the package's base
 QUESTIONS, FRESH, PAIRS = 100, 200, (5_000,)  # questions per task
 
 
-def base_of(width: int, bases: Path) -> str:
-    """The base of a width, trained where it is missing."""
-    if width == OWN_WIDTH:
+def base_of(name: str, folder: Path) -> str:
+    """The base of that name, trained where it is missing."""
+    if name == OWN:
         return "tiny"
-    folder = bases / str(width)
-    if not folder.exists():
-        pretraining.make_base(
-            folder, documents=DOCUMENTS, hidden=width, layers=LAYERS, start_from=None, tokens_per_batch=4_096, seed=0
-        )
-    return str(folder)
+    architecture, _, width = name.partition("-")
+    if not (folder / name).exists():
+        pretraining.make_base(folder / name, hidden=int(width), architecture=architecture)
+    return str(folder / name)
 
 
 def models_of(run: Path, settings: Settings) -> Iterator[tuple[str, Path | str]]:
@@ -58,11 +57,11 @@ def models_of(run: Path, settings: Settings) -> Iterator[tuple[str, Path | str]]
     yield controls.LEARNED, self_motivated.train_policy(run, settings).path("model")
 
 
-def rows_of(seed: int, width: int, bases: Path) -> list[dict]:
+def rows_of(seed: int, name: str, folder: Path) -> list[dict]:
     """All rows of a base and a seed."""
-    base = base_of(width, bases)
+    base = base_of(name, folder)
     settings = preset("tiny", "all", seed, base=base)
-    run = shared.run_folder("", "tiny", "all", seed) if base == "tiny" else bases / f"{width}-seed{seed}"
+    run = shared.run_folder("", "tiny", "all", seed) if base == "tiny" else folder / f"{name}-seed{seed}"
     answered = controls.rows_of_seed(controls.asking(settings, QUESTIONS), models_of(run, settings), (0.0, 1.0))
     judged = reward_models.measure(settings, run, FRESH, ("SFT",), ("likelihood", "scalar head"), PAIRS)
     rewards = [
@@ -70,25 +69,25 @@ def rows_of(seed: int, width: int, bases: Path) -> list[dict]:
         for row in judged
         if " minus " not in row["reward"] or row["reward"].endswith(f"minus {reward_models.UNTRAINED}")
     ]
-    size = {"width": width, "parameters": models.model_size(models.load_policy(base)), "temperature": 1.0}
-    return [{name: (size | row)[name] for name in COLUMNS} for row in answered + rewards]
+    own = {"base": name, "parameters": models.model_size(models.load_policy(base)), "temperature": 1.0}
+    return [{column: (own | row)[column] for column in COLUMNS} for row in answered + rewards]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--widths", type=int, nargs="+", default=[OWN_WIDTH], help="multiples of 32")
-    parser.add_argument("--bases", type=Path, default=Path("runs", "bases"), help="bases and their runs")
+    parser.add_argument("--bases", nargs="+", default=[OWN], metavar="NAME", help="such as llama-192")
+    parser.add_argument("--folder", type=Path, default=Path("runs", "bases"), help="of bases and their runs")
     parser.add_argument("--out", type=Path, default=variants.TABLE.with_name("sizes.csv"))
     args = parser.parse_args()
     rows = controls.measured(args.out, KINDS)
     for seed in args.seeds:
-        for width in args.widths:
-            if any((row["seed"], row["width"]) == (seed, width) for row in rows):
+        for name in args.bases:
+            if any((row["seed"], row["base"]) == (seed, name) for row in rows):
                 continue
-            rows += rows_of(seed, width, args.bases)
+            rows += rows_of(seed, name, args.folder)
             write(rows + controls.over_seeds(rows, COLUMNS), COLUMNS, args.out)
-            print(f"seed {seed}, width {width}: done", flush=True)
+            print(f"seed {seed}, {name}: done", flush=True)
 
 
 if __name__ == "__main__":

@@ -245,6 +245,8 @@ def _pretrain_options(pretrain: argparse.ArgumentParser) -> None:
     )
     pretrain.add_argument("--hidden", default=128, **NUMBER, help="hidden size, a multiple of 32 (default 128)")
     pretrain.add_argument("--layers", default=3, **NUMBER, help="number of layers (default 3)")
+    kinds = get_args(declared.Architecture)
+    pretrain.add_argument("--architecture", default="llama", choices=kinds, help="kind of model (default llama)")
     pretrain.add_argument(
         "--start-from", type=Path, metavar="FOLDER", help="base to continue from (default: random weights)"
     )
@@ -634,6 +636,7 @@ def make_base(args: argparse.Namespace) -> None:
     from smlib import pretraining
 
     pretraining.make_base(
-        Path(args.out), documents=args.documents, hidden=args.hidden, layers=args.layers, start_from=args.start_from,
-        tokens_per_batch=args.tokens_per_batch, seed=args.seed,
+        Path(args.out), documents=args.documents, hidden=args.hidden, layers=args.layers,
+        architecture=args.architecture, start_from=args.start_from, tokens_per_batch=args.tokens_per_batch,
+        seed=args.seed,
     )  # fmt: skip

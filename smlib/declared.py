@@ -59,6 +59,7 @@ Dtype = Literal["float32", "bfloat16", "nf4", "auto"]
 EngineName = Literal["native", "vllm", "auto"]
 Prompt = Literal["plain", "chat"]
 Completion = Literal["shortest", "random", "most_likely"]
+Architecture = Literal["llama", "gpt2", "mistral", "qwen3"]  # of a base that `smlib pretrain` makes
 Text = Annotated[str, Field(pattern=r"^\P{Cc}*[^\s\p{Cc}]\P{Cc}*$")]  # not blank, one line
 
 _WORDS = {

@@ -166,6 +166,15 @@ def test_main_writes_a_model_that_loads_with_its_card_and_twice_the_same(short_c
     assert phase["final_loss"] < 0.98 * torch.log(torch.tensor(float(len(spelled))))  # it learned a little
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "mistral", "qwen3"])
+def test_other_architectures_learn_are_sampled_and_load(architecture, short_corpus, tmp_path, capsys):
+    options = f"--out {tmp_path / 'base'} --documents 60 --hidden 96 --layers 1 --architecture {architecture}"
+    assert main(["pretrain", *options.split()]) == 0
+    model = models.load_policy(tmp_path / "base")
+    assert model.config.model_type == architecture
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
 def test_one_document_is_enough(short_corpus, tmp_path, capsys):
     assert main(f"pretrain --out {tmp_path / 'one'} --documents 1 --hidden 32 --layers 1".split()) == 0
     assert (tmp_path / "one" / "model.safetensors").is_file()

@@ -519,6 +519,7 @@ def test_pretrain_passes_its_options_on(monkeypatch, tmp_path):
     assert main(["pretrain", "--out", str(tmp_path / "base"), "--seed", "1"]) == 0
     ((out, options),) = asked
     assert out == tmp_path / "base" and options.pop("seed") == 1
+    assert options.pop("architecture") == "llama"
     assert options == {"documents": 150_000, "hidden": 128, "layers": 3, "start_from": None, "tokens_per_batch": 4096}
 
 
