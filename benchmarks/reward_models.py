@@ -28,6 +28,7 @@ import argparse
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -84,9 +85,10 @@ def judged(score: Score, problems: dict[str, Problem], answers: Sequence[Answers
         right = [place for place in distinct.values() if correct[place]]
         wrong = [place for place in distinct.values() if not correct[place]]
         problem = problems[answer["id"]]
-        sound = [place for place in right if steps.is_sound(problem, split_answer(texts[place])[0])]
-        lucky = [place for place in right if place not in sound]
-        values = {RANKED: wins(scores, right, wrong), SOUND: wins(scores, sound, lucky)}
+        values = {RANKED: wins(scores, right, wrong)}
+        if steps.knows(problem.dataset):
+            sound = [place for place in right if steps.is_sound(problem, split_answer(texts[place])[0])]
+            values[SOUND] = wins(scores, sound, [place for place in right if place not in sound])
         values[BEST] = evaluation.best_of_n(scores, correct)
         for metric, value in values.items():
             if value is not None:
@@ -126,7 +128,7 @@ def rows_of(seed: int, judgements: Judgements, tasks: dict[str, str]) -> list[di
 def own_pairs(settings: Settings, writer: str, folder: Path, most: int) -> tuple[list[Problem], list[Pair]]:
     """(questions, at least `most` pairs) of a writer's samples on questions that come after those of stage 01."""
     each = int(most / PER_QUESTION[writer] / len(settings.tasks))
-    problems = questions.second_problems(preset(settings.preset, "all", settings.seed, reward={"questions": each}))
+    problems = questions.second_problems(replace(settings, reward=replace(settings.reward, questions=each)))
     with shared.load_engine(settings, folder) as engine:
         params = shared.sampling_params(settings, "sampling")
         written = rationales.sample_open(engine, problems, SAMPLES, params, author="sft", progress=f"{writer}'s pairs")
@@ -287,6 +289,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--task", default="all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--pairs", type=int, nargs="*", default=[], help="numbers of pairs to train on (default: none)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS_OF_REWARD, default=["likelihood", "scalar head"])
@@ -300,11 +303,12 @@ def main() -> None:
         known = {key(row) for row in rows}
         if {(seed, *one) for one in asked} <= known:
             continue
-        settings, run = preset(args.preset, "all", seed), shared.run_folder("", args.preset, "all", seed)
+        settings = preset(args.preset, args.task, seed)
+        run = shared.run_folder("", args.preset, args.task, seed)
         found = measure(settings, run, args.questions, args.writers, args.kinds, args.pairs)
         rows += [row for row in found if key(row) not in known]
         write(rows + controls.over_seeds(rows, COLUMNS), COLUMNS, args.out)
-    if len({row["seed"] for row in rows}) > 1:
+    if args.task == "all" and len({row["seed"] for row in rows}) > 1:
         pooled = controls.over_seeds(rows, COLUMNS)
         print(markdown(pooled), by_pairs(pooled), sep="\n\n")
 
