@@ -32,7 +32,6 @@ import torch
 import variants
 from ablations import write
 
-from smlib.files.artifacts import require
 from smlib.judging.answers import grade
 from smlib.problems import prompts
 from smlib.problems.datasets import TASKS, Problem
@@ -49,7 +48,10 @@ KINDS = {"seed": int, "temperature": float, "value": float, "low": float, "high"
 TEMPERATURES = {0.0: 1, 0.25: 4, 0.5: 4, 0.75: 4, 1.0: 8}  # temperature -> samples of a question
 UNTRAINED, LEARNED = "SML, untrained reward", "SML"
 METHODS = ("base", "SFT", UNTRAINED, LEARNED)
+SOURCES = {"SFT on open r+": "open", "SFT on conditioned r+": "conditioned"}  # of the same samples
+WEI = "base, exemplars of Wei et al."
 CONTRASTS = (("SFT", "base"), (LEARNED, "SFT"), (UNTRAINED, "SFT"), (LEARNED, UNTRAINED))
+MORE_CONTRASTS = ((WEI, "base"), *((one, "base") for one in SOURCES), *(("SFT", one) for one in SOURCES))
 EQUAL = "right at SML's entropy"
 Values = dict[tuple[str, float, str], dict[str, float]]  # (method, temperature, metric) -> question id -> value
 
@@ -57,12 +59,15 @@ Values = dict[tuple[str, float, str], dict[str, float]]  # (method, temperature,
 def model_of(method: str, seed: int, preset_name: str, task: str) -> Path | str:
     """The folder of a method's model, which is trained first where it is missing."""
     settings, run = preset(preset_name, task, seed), shared.run_folder("", preset_name, task, seed)
-    if method == "base":
+    if method in ("base", WEI):
         return settings.base
-    if method == "SFT":
-        for stage in ("01_sampling", "02_ranking", "02_sft"):
+    if method in ("SFT", *SOURCES):
+        for stage in ("01_sampling", "02_ranking"):
             self_motivated.STAGES[stage](run, settings, progress=True)
-        return require(run, "02_sft").path("model")
+        if method in SOURCES:
+            run = variants.branch(run, method.replace(" ", "-"), ("01_sampling", "02_ranking"))
+            settings = preset(preset_name, task, seed, sft={"source": SOURCES[method]})
+        return self_motivated.train_sft(run, settings).path("model")
     self_motivated.before_policy(run, settings)
     if method == LEARNED:
         return self_motivated.train_policy(run, settings).path("model")
@@ -136,7 +141,8 @@ def rows_of_seed(
     contrasts: Sequence[tuple[str, str]] = CONTRASTS,
 ) -> list[dict]:
     """`rows_of` what the models, (name, folder), answer to the test questions of stage 05. The base gets exemplars as
-    in stage 01. A folder is asked for when its turn has come, so that it may be trained then."""
+    in stage 01, or those that its name says. A folder is asked for when its turn has come, so that it may be trained
+    then."""
     sets = questions.test_problems(settings)
     tasks = {task: [problem.id for problem in problems] for task, problems in sets.items()}
     together = MEAN if len({len(names) for names in tasks.values()}) == 1 else ALL
@@ -144,7 +150,7 @@ def rows_of_seed(
     asked, values = [problem for problems in sets.values() for problem in problems], {}
     for name, path in models:
         with shared.load_engine(settings, path) as engine:
-            shots = settings.sampling.shots if name == "base" else "none"
+            shots = {"base": settings.sampling.shots, WEI: "wei"}.get(name, "none")
             found = answer(engine, asked, settings, shots, temperatures)
         values |= {(name, *key): per_question for key, per_question in found.items()}
         print(f"seed {settings.seed}: {name}", flush=True)
@@ -234,7 +240,7 @@ def main() -> None:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--task", default="all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, *SOURCES, WEI), default=METHODS)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[*TEMPERATURES])
     parser.add_argument("--questions", type=int, default=0, help="questions per task (default: as in stage 05)")
     parser.add_argument("--out", type=Path, default=variants.TABLE.with_name("controls.csv"))
@@ -245,7 +251,7 @@ def main() -> None:
             continue
         settings = asking(preset(args.preset, args.task, seed), args.questions)
         models = ((method, model_of(method, seed, args.preset, args.task)) for method in args.methods)
-        rows += rows_of_seed(settings, models, args.temperatures)
+        rows += rows_of_seed(settings, models, args.temperatures, (*CONTRASTS, *MORE_CONTRASTS))
         write(rows, COLUMNS, args.out)
     equal = at_equal_entropy(rows)
     pooled = over_seeds(rows + equal)
