@@ -11,8 +11,9 @@ model has to beat) and by the run's reward model. With --pairs, reward models of
 model for each of these numbers, on that many pairs of other samples of the SFT model, in one pass:
 
 likelihood            as in stage 03, with its learning rate
-scalar head           on the last token, as in the paper and most of the field, with TRL's own RewardTrainer; its
-                      SCALAR_RATE is the best of four rates on the fresh questions of seed 10 after 5,000 pairs
+scalar head           on the last token, as in the paper and most of the field, with TRL's own RewardTrainer; all weights
+                      learn at a rate of SCALAR_RATES, that of tiny the best of four on the fresh questions of seed 10
+                      after 5,000 pairs
 margin                a likelihood whose loss asks a pair's rewards to be MARGIN apart: -log sigmoid(R+ - R- - MARGIN)
 three of them         the mean of three likelihoods that read the pairs in another order each
 half of SML's pairs   a likelihood, half of whose pairs are samples of the policy that PPO trained
@@ -60,7 +61,8 @@ COLUMNS = ("seed", "reward", "pairs", "writer", "task", "metric", "value", "low"
 KINDS = {"seed": int, "pairs": int, "value": float, "low": float, "high": float, "n": int}
 UNTRAINED, OWN = "untrained", "reward model"
 RANKED, SOUND, BEST = "pairs ranked right", "sound above lucky", "best of 8"
-SAMPLES, SCALAR_RATE, MARGIN, ORDERS = 8, 5e-4, 1.0, 3
+SAMPLES, MARGIN, ORDERS = 8, 1.0, 3
+SCALAR_RATES = {"tiny": 5e-4, "smoke": 5e-4, "smollm2": 2e-5}
 WRITERS = ("SFT", "base", "SML")
 PER_QUESTION = {"SFT": 1.5, "SML": 0.35}  # pairs of a writer that a question gives at least, on the mean
 Score = Callable[[Sequence[Problem], Sequence[Sequence[int]]], list[float]]
@@ -125,11 +127,11 @@ def rows_of(seed: int, judgements: Judgements, tasks: dict[str, str]) -> list[di
     return rows
 
 
-def own_pairs(settings: Settings, writer: str, folder: Path, most: int) -> tuple[list[Problem], list[Pair]]:
+def own_pairs(settings: Settings, writer: str, run: Path, most: int) -> tuple[list[Problem], list[Pair]]:
     """(questions, at least `most` pairs) of a writer's samples on questions that come after those of stage 01."""
     each = int(most / PER_QUESTION[writer] / len(settings.tasks))
     problems = questions.second_problems(replace(settings, reward=replace(settings.reward, questions=each)))
-    with shared.load_engine(settings, folder) as engine:
+    with shared.load_engine(settings, folder_of(writer, run, settings)) as engine:
         params = shared.sampling_params(settings, "sampling")
         written = rationales.sample_open(engine, problems, SAMPLES, params, author="sft", progress=f"{writer}'s pairs")
         written = rationales.reanswer(engine, problems, written, seed=settings.seed)
@@ -148,7 +150,7 @@ def likelihood(
     settings: Settings, folder: Path, problems: list[Problem], pairs: list[Pair], order: int = 0, margin: float = 0.0
 ) -> Score:
     """A reward model of stage 03, trained on these pairs in one pass."""
-    model, tokenizer = models.load_policy(folder), shared.load_tokenizer(settings)
+    model, tokenizer = shared.load_trainable(settings, folder, "03_reward_model"), shared.load_tokenizer(settings)
     options = shared.trainer_kwargs(settings, "reward") | {"epochs": 1.0, "seed": settings.seed + 1_000 * order}
     plain = reward_model.pair_loss
     with mock.patch.object(reward_model, "pair_loss", lambda chosen, rejected: plain(chosen - margin, rejected)):
@@ -161,9 +163,7 @@ def three_of_them(settings: Settings, folder: Path, problems: list[Problem], pai
     return lambda asked, ids: np.mean([score(asked, ids) for score in scores], axis=0).tolist()
 
 
-def scalar_head(
-    settings: Settings, folder: Path, problems: list[Problem], pairs: list[Pair], rate: float = SCALAR_RATE
-) -> Score:
+def scalar_head(settings: Settings, folder: Path, problems: list[Problem], pairs: list[Pair]) -> Score:
     """A head on the last token of the SFT model's trunk, trained on these pairs in one pass."""
     tokenizer, by_id = shared.load_tokenizer(settings), {problem.id: problem for problem in problems}
     rows = [
@@ -174,7 +174,7 @@ def scalar_head(
     with tempfile.TemporaryDirectory() as out, own_draws(settings.seed):
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
         model.config.pad_token_id = tokenizer.pad_token_id
-        options = trainer_options(model, 1.0, rate, settings.reward.batch, settings.seed, out)
+        options = trainer_options(model, 1.0, SCALAR_RATES[settings.preset], settings.reward.batch, settings.seed, out)
         trainer = RewardTrainer(
             model=model,
             args=RewardConfig(**options, max_length=None, remove_unused_columns=False),
@@ -237,14 +237,17 @@ KINDS_OF_REWARD = {
 }
 
 
-def folders(run: Path, settings: Settings) -> dict[str, Path | str]:
-    """Writer -> its model; trained first where it is missing."""
+def folder_of(writer: str, run: Path, settings: Settings) -> Path | str:
+    """A writer's model, trained first where it is missing."""
+    if writer == "base":
+        return settings.base
     self_motivated.before_policy(run, settings)
-    return {"SFT": require(run, "02_sft").path("model"), "base": settings.base, "SML": run / "04_ppo" / "model"}
+    stage = require(run, "02_sft") if writer == "SFT" else self_motivated.train_policy(run, settings)
+    return stage.path("model")
 
 
-def answers_of(settings: Settings, folder: Path | str, writer: str, fresh: list[Problem]) -> list[Answers]:
-    with shared.load_engine(settings, folder) as engine:
+def answers_of(writer: str, run: Path, settings: Settings, fresh: list[Problem]) -> list[Answers]:
+    with shared.load_engine(settings, folder_of(writer, run, settings)) as engine:
         how, shots = shared.sampling_params(settings, "evaluation"), settings.sampling.shots
         shots = shots if writer == "base" else "none"
         return evaluation.evaluate(engine, fresh, SAMPLES, how, shots=shots, progress=f"{writer}, seed {settings.seed}")
@@ -255,19 +258,19 @@ def rewards(
 ) -> Iterator[tuple[str, int, Score, set[str]]]:
     """(reward, number of pairs, its score, ids of the questions that it was trained on): the untrained one, the run's
     own, and one of every kind for every number of pairs."""
-    where, tokenizer = folders(run, settings), shared.load_tokenizer(settings)
-    for reward, folder in ((UNTRAINED, where["SFT"]), (OWN, require(run, "03_reward_model").path("model"))):
+    tuned, tokenizer = folder_of("SFT", run, settings), shared.load_tokenizer(settings)
+    for reward, folder in ((UNTRAINED, tuned), (OWN, require(run, "03_reward_model").path("model"))):
         model = models.load_policy(folder)
         yield reward, 0, lambda asked, ids, model=model: reward_model.score(model, tokenizer, asked, ids), set()
     sources = ("SFT", "SML") if "half of SML's pairs" in kinds else ("SFT",)
-    drawn = {writer: own_pairs(settings, writer, where[writer], max(numbers)) for writer in sources if numbers}
+    drawn = {writer: own_pairs(settings, writer, run, max(numbers)) for writer in sources if numbers}
     for n, kind in product(numbers, kinds):
         problems, pairs = drawn["SFT"]
         if kind == "half of SML's pairs":
             more, others = drawn["SML"]
             problems = list({problem.id: problem for problem in problems + more}.values())
             pairs = pairs[: n // 2] + others[: n - n // 2]
-        yield kind, n, KINDS_OF_REWARD[kind](settings, where["SFT"], problems, pairs[:n]), {pair.id for pair in pairs}
+        yield kind, n, KINDS_OF_REWARD[kind](settings, tuned, problems, pairs[:n]), {pair.id for pair in pairs}
 
 
 def measure(
@@ -275,8 +278,7 @@ def measure(
 ) -> list[dict]:
     """All rows of a seed; number: of questions per task."""
     fresh = {problem.id: problem for problem in questions.fresh_problems(settings, number)}
-    judgements, where = {}, folders(run, settings)
-    answers = {writer: answers_of(settings, where[writer], writer, [*fresh.values()]) for writer in writers}
+    judgements, answers = {}, {writer: answers_of(writer, run, settings, [*fresh.values()]) for writer in writers}
     for reward, pairs, score, used in rewards(settings, run, kinds, numbers):
         for writer in writers:
             unseen = [answer for answer in answers[writer] if answer["id"] not in used]
