@@ -11,9 +11,9 @@ model has to beat) and by the run's reward model. With --pairs, reward models of
 model for each of these numbers, on that many pairs of other samples of the SFT model, in one pass:
 
 likelihood            as in stage 03, with its learning rate
-scalar head           on the last token, as in the paper and most of the field, with TRL's own RewardTrainer; all weights
-                      learn at a rate of SCALAR_RATES, that of tiny the best of four on the fresh questions of seed 10
-                      after 5,000 pairs
+scalar head           on the last token, as in the paper and most of the field, with TRL's own RewardTrainer; all
+                      weights learn, at a rate of SCALAR_RATES, that of tiny the best of four on the fresh questions of
+                      seed 10 after 5,000 pairs
 margin                a likelihood whose loss asks a pair's rewards to be MARGIN apart: -log sigmoid(R+ - R- - MARGIN)
 three of them         the mean of three likelihoods that read the pairs in another order each
 half of SML's pairs   a likelihood, half of whose pairs are samples of the policy that PPO trained
