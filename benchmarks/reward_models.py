@@ -48,11 +48,12 @@ from smlib.learning import ranking, rationales, reward_model
 from smlib.learning.rows import Pair
 from smlib.learning.trainers import dataset, fit, trainer_options
 from smlib.problems import steps
-from smlib.problems.datasets import Problem
+from smlib.problems.datasets import TASKS, Problem
 from smlib.problems.prompts import split_answer
 from smlib.reports import evaluation
 from smlib.reports.evaluation import Answers
 from smlib.reports.results import ALL
+from smlib.reports.wording import with_interval
 from smlib.runs import questions, self_motivated, shared
 from smlib.runs.settings import Settings, preset
 from smlib.sampling import models
@@ -143,7 +144,9 @@ def own_pairs(settings: Settings, writer: str, run: Path, most: int) -> tuple[li
             f"{len(problems)} questions of {writer} gave {len(made)} pairs, not {most}: lower PER_QUESTION"
         )
     place = {problem.id: number % each for number, problem in enumerate(problems)}  # within its task
-    return problems, sorted(made, key=lambda pair: place[pair.id])  # the first n are the same ones for any `most`
+    return problems, sorted(
+        made, key=lambda pair: place[pair.id]
+    )  # the first n are of the same questions, for any `most`
 
 
 def likelihood(
@@ -198,25 +201,53 @@ def scalar_head(settings: Settings, folder: Path, problems: list[Problem], pairs
     return score
 
 
-def markdown(rows: Sequence[dict]) -> str:
-    """The table of docs/results.md: what training adds, by task, from the rows over seeds."""
-    found = {(row["metric"], row["task"], row["reward"]): row for row in rows
-             if row["seed"] == "all" and int(row["pairs"]) == 0 and row["writer"] == "SFT"}  # fmt: skip
+def _before_and_after(rows: Sequence[dict], places: dict[str, tuple[str, str]]) -> str:
+    """A table of what training adds, from the rows over seeds; places: label of a line -> its task and writer."""
+    found = {(row["metric"], row["task"], row["writer"], row["reward"]): row for row in rows
+             if row["seed"] == "all" and int(row["pairs"]) == 0}  # fmt: skip
     names = {UNTRAINED: "untrained", OWN: "trained", f"{OWN} minus {UNTRAINED}": "difference"}
     heads = [f"{metric}: untrained | trained | difference" for metric in (RANKED, BEST)]
-    lines = [f"| % | {' | '.join(heads)} |"]
-    lines.append("|---" * (1 + 2 * len(names)) + "|")
-    for task in dict.fromkeys(task for _, task, _ in found):
+    lines = [f"| % | {' | '.join(heads)} |", "|---" * (1 + 2 * len(names)) + "|"]
+    for label, place in places.items():
         cells = []
         for metric, (reward, name) in product((RANKED, BEST), names.items()):
-            value, low, high = (100 * float(found[metric, task, reward][part]) for part in ("value", "low", "high"))
+            value, low, high = (100 * float(found[metric, *place, reward][part]) for part in ("value", "low", "high"))
             cells.append(f"{value:+.1f} [{low:+.1f}, {high:+.1f}]" if name == "difference" else f"{value:.1f}")
-        lines.append(f"| {' | '.join([task.replace('_', ' '), *cells])} |")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def markdown(rows: Sequence[dict]) -> str:
+    """The first table of docs/results.md: what training adds on the SFT model's samples, by task."""
+    return _before_and_after(rows, {task.replace("_", " "): (task, "SFT") for task in (*TASKS, ALL)})
+
+
+def by_writer(rows: Sequence[dict]) -> str:
+    """The second: on whose samples."""
+    return _before_and_after(rows, {f"samples of {writer}": (ALL, writer) for writer in ("base", "SFT", "SML")})
+
+
+def of_kinds(rows: Sequence[dict], seed: int = 0, pairs: int = 5_000) -> str:
+    """The fourth: other kinds of reward model beside a likelihood, of one seed, with intervals over questions."""
+    found = {(row["reward"], row["writer"], row["metric"]): row for row in rows
+             if (row["seed"], row["pairs"], row["task"]) == (str(seed), str(pairs), ALL)}  # fmt: skip
+    places = list(product(("SFT", "SML"), (RANKED, BEST)))
+    lines = [f"| % | {' | '.join(f'{metric}, samples of {writer}' for writer, metric in places)} |", "|---" * 5 + "|"]
+    for kind in KINDS_OF_REWARD:
+        if kind == "scalar head":
+            continue
+        cells = []
+        for place in places:
+            value = f"{100 * float(found[kind, *place]['value']):.1f}"
+            if more := found.get((f"{kind} minus likelihood", *place)):
+                value += f" ({with_interval(*(100 * float(more[x]) for x in ('value', 'low', 'high')), signed=True)})"
+            cells.append(value)
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def by_pairs(rows: Sequence[dict]) -> str:
-    """The second table of docs/results.md: likelihood and scalar head after as many pairs, means over seeds."""
+    """The third: likelihood and scalar head after as many pairs, means over seeds."""
     found = {(row["reward"], int(row["pairs"]), row["metric"]): 100 * float(row["value"]) for row in rows
              if row["seed"] == "all" and row["task"] == ALL and row["writer"] == "SFT"}  # fmt: skip
     names = ("likelihood", "scalar head")

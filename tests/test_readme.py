@@ -131,7 +131,13 @@ def test_the_real_model_s_gain_is_that_of_the_results(readme):
     assert f"are {tuned} right; the base's, with eight exemplars, are {base}." in told
 
 
-def test_the_table_of_the_reward_models_is_that_of_the_results():
+def test_the_tables_of_the_reward_models_are_those_of_the_results():
     reward_models, rows = benchmark("reward_models")
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert reward_models.markdown(rows) in page and reward_models.by_pairs(rows) in page
+    for table in (reward_models.markdown, reward_models.by_writer, reward_models.by_pairs, reward_models.of_kinds):
+        assert table(rows) in page
+
+
+def test_the_table_of_the_rounds_is_that_of_the_results():
+    rounds, rows = benchmark("rounds")
+    assert rounds.markdown(rows, 3) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
