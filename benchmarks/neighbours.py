@@ -219,7 +219,7 @@ def of_seed(settings: Settings, run: Path) -> list[dict]:
         values[name] = measured(settings, stages[-1].path("model"), asked)
         seconds = sum(stage.manifest["wall_seconds"] for stage in stages)
         costs[name] = {"drawn": drawn_tokens(stages), "seconds": round(seconds, 1)}
-        print(f"seed {settings.seed}: {name}", flush=True)
+        print(f"seed {settings.seed}: {name} ({neighbour.paper}; reads gold answers: {neighbour.gold})", flush=True)
     return rows_of(settings.seed, values, costs, tasks)
 
 

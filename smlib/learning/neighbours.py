@@ -1,4 +1,4 @@
-"""What related work trains on, made from the same samples: one function each, for notebook 07.
+"""What related work trains on, made from the same samples: one function each (benchmarks/neighbours.py trains on it).
 
 The rewards of related work are in smlib.learning.reward_model; here are the rationales and pairs.
 """
