@@ -56,9 +56,8 @@ EQUAL = "right at SML's entropy"
 Values = dict[tuple[str, float, str], dict[str, float]]  # (method, temperature, metric) -> question id -> value
 
 
-def model_of(method: str, seed: int, preset_name: str, task: str) -> Path | str:
+def model_of(method: str, run: Path, settings: Settings) -> Path | str:
     """The folder of a method's model, which is trained first where it is missing."""
-    settings, run = preset(preset_name, task, seed), shared.run_folder("", preset_name, task, seed)
     if method in ("base", WEI):
         return settings.base
     if method in ("SFT", *SOURCES):
@@ -66,12 +65,12 @@ def model_of(method: str, seed: int, preset_name: str, task: str) -> Path | str:
             self_motivated.STAGES[stage](run, settings, progress=True)
         if method in SOURCES:
             run = variants.branch(run, method.replace(" ", "-"), ("01_sampling", "02_ranking"))
-            settings = preset(preset_name, task, seed, sft={"source": SOURCES[method]})
+            settings = replace(settings, sft=replace(settings.sft, source=SOURCES[method]))
         return self_motivated.train_sft(run, settings).path("model")
     self_motivated.before_policy(run, settings)
     if method == LEARNED:
         return self_motivated.train_policy(run, settings).path("model")
-    other = preset(preset_name, task, seed, ppo={"reward": "untrained"})
+    other = replace(settings, ppo=replace(settings.ppo, reward="untrained"))
     return variants.policy(run, other, "PPO-untrained-reward", "ppo").path("model")
 
 
@@ -250,7 +249,8 @@ def main() -> None:
         if any(row["seed"] == seed for row in rows):
             continue
         settings = asking(preset(args.preset, args.task, seed), args.questions)
-        models = ((method, model_of(method, seed, args.preset, args.task)) for method in args.methods)
+        run = shared.run_folder("", args.preset, args.task, seed)
+        models = ((method, model_of(method, run, settings)) for method in args.methods)
         rows += rows_of_seed(settings, models, args.temperatures, (*CONTRASTS, *MORE_CONTRASTS))
         write(rows, COLUMNS, args.out)
     equal = at_equal_entropy(rows)

@@ -99,10 +99,8 @@ def by_edits(run: Path, settings: Settings, name: str) -> list[Stage]:
     stage = Stage(folder, "03_reward_model", shared.stage_keys(settings, "reward") | {"edits": True}, read)
     if not stage.done:
         with stage.recording():
-            tokenizer, model = (
-                shared.load_tokenizer(settings),
-                shared.load_trainable(settings, tuned.path("model"), name),
-            )
+            tokenizer = shared.load_tokenizer(settings)
+            model = shared.load_trainable(settings, tuned.path("model"), stage.name)
             pairs = ranked.read_rows("pairs", Pair) + second.read_rows("pairs", Pair)
             problems = shared.problems_of(sampled) + shared.problems_of(second)
             both = [one for pair in pairs for one in (pair, *neighbours.edits(tokenizer, [pair]))]

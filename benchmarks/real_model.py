@@ -61,12 +61,14 @@ def sampled(settings: Settings, part: str, name: str, number: int) -> list[dict]
             engine, asked, SAMPLES, shared.sampling_params(settings, "sampling"), author="base",
             shots=settings.sampling.shots, progress=f"{part}: {name}",
         )  # fmt: skip
-    texts = {problem.id: {one.text for one in written if one.id == problem.id and one.correct} for problem in asked}
-    right = [float(np.mean([one.correct for one in written if one.id == problem.id])) for problem in asked]
+    texts, right = {problem.id: set() for problem in asked}, {problem.id: [] for problem in asked}
+    for one in written:
+        right[one.id].append(one.correct)
+        texts[one.id] |= {one.text} if one.correct else set()
     return [
-        row(part, name, "right", right),
-        row(part, name, "questions with a right one", [float(bool(texts[problem.id])) for problem in asked]),
-        row(part, name, "different right ones per question", [float(len(texts[problem.id])) for problem in asked]),
+        row(part, name, "right", [float(np.mean(values)) for values in right.values()]),
+        row(part, name, "questions with a right one", [float(bool(found)) for found in texts.values()]),
+        row(part, name, "different right ones per question", [float(len(found)) for found in texts.values()]),
     ]
 
 

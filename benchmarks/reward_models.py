@@ -132,7 +132,7 @@ def own_pairs(settings: Settings, writer: str, run: Path, most: int) -> tuple[li
     """(questions, at least `most` pairs) of a writer's samples on questions that come after those of stage 01."""
     each = int(most / PER_QUESTION[writer] / len(settings.tasks))
     problems = questions.second_problems(replace(settings, reward=replace(settings.reward, questions=each)))
-    with shared.load_engine(settings, folder_of(writer, run, settings)) as engine:
+    with shared.load_engine(settings, controls.model_of(writer, run, settings)) as engine:
         params = shared.sampling_params(settings, "sampling")
         written = rationales.sample_open(engine, problems, SAMPLES, params, author="sft", progress=f"{writer}'s pairs")
         written = rationales.reanswer(engine, problems, written, seed=settings.seed)
@@ -268,17 +268,8 @@ KINDS_OF_REWARD = {
 }
 
 
-def folder_of(writer: str, run: Path, settings: Settings) -> Path | str:
-    """A writer's model, trained first where it is missing."""
-    if writer == "base":
-        return settings.base
-    self_motivated.before_policy(run, settings)
-    stage = require(run, "02_sft") if writer == "SFT" else self_motivated.train_policy(run, settings)
-    return stage.path("model")
-
-
 def answers_of(writer: str, run: Path, settings: Settings, fresh: list[Problem]) -> list[Answers]:
-    with shared.load_engine(settings, folder_of(writer, run, settings)) as engine:
+    with shared.load_engine(settings, controls.model_of(writer, run, settings)) as engine:
         how, shots = shared.sampling_params(settings, "evaluation"), settings.sampling.shots
         shots = shots if writer == "base" else "none"
         return evaluation.evaluate(engine, fresh, SAMPLES, how, shots=shots, progress=f"{writer}, seed {settings.seed}")
@@ -289,7 +280,8 @@ def rewards(
 ) -> Iterator[tuple[str, int, Score, set[str]]]:
     """(reward, number of pairs, its score, ids of the questions that it was trained on): the untrained one, the run's
     own, and one of every kind for every number of pairs."""
-    tuned, tokenizer = folder_of("SFT", run, settings), shared.load_tokenizer(settings)
+    self_motivated.before_policy(run, settings)
+    tuned, tokenizer = controls.model_of("SFT", run, settings), shared.load_tokenizer(settings)
     for reward, folder in ((UNTRAINED, tuned), (OWN, require(run, "03_reward_model").path("model"))):
         model = models.load_policy(folder)
         yield reward, 0, lambda asked, ids, model=model: reward_model.score(model, tokenizer, asked, ids), set()

@@ -1,6 +1,6 @@
 """What does a second round bring? SML again from the SML model; writes results/rounds.csv.
 
-    python benchmarks/rounds.py --questions 100 --rounds 3 --seeds 0 1 2
+    python benchmarks/rounds.py --questions 100 --rounds 3 --seeds 0 1 2 3 4
 
 A round is stages 01 to 04: the model of the round before is the base that answers new questions, is trained on its own
 right rationales (SFT), samples again, gets a new reward model, and is trained by PPO. Three controls could explain a
@@ -21,9 +21,8 @@ import controls
 import variants
 from ablations import write
 
-from smlib.files.artifacts import require
-from smlib.runs import self_motivated, shared
-from smlib.runs.settings import Settings, preset
+from smlib.runs import shared
+from smlib.runs.settings import preset
 
 TABLE = variants.TABLE.with_name("rounds.csv")
 APART = 1_000  # between the seeds of two rounds, so that each asks questions of its own
@@ -41,28 +40,17 @@ def models_of(preset_name: str, task: str, seed: int, rounds: int) -> Iterator[t
         folder = run if number == 1 else run / "rounds" / str(number)
         at = preset_name, task, seed + APART * (number - 1)
         if number > 1:
-            alone = tuned(run / "rounds" / f"{number}-sft-alone", preset(*at, base=str(alone)))
+            alone_run = run / "rounds" / f"{number}-sft-alone"
+            alone = controls.model_of("SFT", alone_run, preset(*at, base=str(alone)))
             yield f"round {number}, SFT alone", alone
         settings = preset(*at, base=str(base))
-        self_motivated.before_policy(folder, settings)
-        yield f"round {number}, SFT", require(folder, "02_sft").path("model")
-        other = preset(*at, base=str(base), ppo={"reward": "untrained"})
-        yield (
-            f"round {number}, untrained reward",
-            variants.policy(folder, other, "PPO-untrained-reward", "ppo").path("model"),
-        )
-        base = self_motivated.train_policy(folder, settings).path("model")
+        yield f"round {number}, SFT", controls.model_of("SFT", folder, settings)
+        yield f"round {number}, untrained reward", controls.model_of(controls.UNTRAINED, folder, settings)
+        base = controls.model_of(controls.LEARNED, folder, settings)
         yield f"round {number}, SML", base
         if number == 1:
             longer = preset(*at, base=settings.base, ppo={"updates": 2 * settings.ppo.updates})
             yield LONGER, variants.policy(folder, longer, "PPO-twice-the-updates", "ppo").path("model")
-
-
-def tuned(folder: Path, settings: Settings) -> Path:
-    """The SFT model of a run that goes no further."""
-    for stage in ("01_sampling", "02_ranking", "02_sft"):
-        self_motivated.STAGES[stage](folder, settings, progress=True)
-    return require(folder, "02_sft").path("model")
 
 
 def contrasts(rounds: int) -> list[tuple[str, str]]:

@@ -17,7 +17,6 @@ table to measure again.
 """
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 
 import controls
@@ -26,9 +25,8 @@ import variants
 from ablations import write
 
 from smlib import pretraining
-from smlib.files.artifacts import require
-from smlib.runs import self_motivated, shared
-from smlib.runs.settings import Settings, preset
+from smlib.runs import shared
+from smlib.runs.settings import preset
 from smlib.sampling import models
 
 COLUMNS = ("seed", "method", "base", "parameters", "task", "temperature", "metric", "value", "low", "high", "n")
@@ -47,22 +45,13 @@ def base_of(name: str, folder: Path) -> str:
     return str(folder / name)
 
 
-def models_of(run: Path, settings: Settings) -> Iterator[tuple[str, Path | str]]:
-    """(method of `controls`, folder), trained where it is missing."""
-    self_motivated.before_policy(run, settings)
-    yield "base", settings.base
-    yield "SFT", require(run, "02_sft").path("model")
-    control = preset("tiny", "all", settings.seed, base=settings.base, ppo={"reward": "untrained"})
-    yield controls.UNTRAINED, variants.policy(run, control, "PPO-untrained-reward", "ppo").path("model")
-    yield controls.LEARNED, self_motivated.train_policy(run, settings).path("model")
-
-
 def rows_of(seed: int, name: str, folder: Path) -> list[dict]:
     """All rows of a base and a seed."""
     base = base_of(name, folder)
     settings = preset("tiny", "all", seed, base=base)
     run = shared.run_folder("", "tiny", "all", seed) if base == "tiny" else folder / f"{name}-seed{seed}"
-    answered = controls.rows_of_seed(controls.asking(settings, QUESTIONS), models_of(run, settings), (0.0, 1.0))
+    made = ((method, controls.model_of(method, run, settings)) for method in controls.METHODS)
+    answered = controls.rows_of_seed(controls.asking(settings, QUESTIONS), made, (0.0, 1.0))
     judged = reward_models.measure(settings, run, FRESH, ("SFT",), ("likelihood", "scalar head"), PAIRS)
     rewards = [
         row | {"method": f"{row['reward']}, {row['pairs']:,} pairs" if row["pairs"] else row["reward"]}

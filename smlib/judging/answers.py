@@ -9,8 +9,8 @@ make an answer doubtful.
 
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -59,6 +59,14 @@ def majority_vote(answers: Sequence[str | None]) -> str | None:
     """The most frequent answer, the first seen among equals. Invalid answers (None) have no vote."""
     votes = Counter(answer for answer in answers if answer is not None)
     return max(votes, key=votes.get, default=None)
+
+
+def majorities(stated: Iterable[tuple[str, str | None]]) -> dict[str, str | None]:
+    """Question -> the `majority_vote` of its answers; stated: (question, answer)."""
+    answers: dict[str, list[str | None]] = defaultdict(list)
+    for identity, answer in stated:
+        answers[identity].append(answer)
+    return {identity: majority_vote(votes) for identity, votes in answers.items()}
 
 
 def _grade_math(output: str, problem: Problem) -> Verdict:

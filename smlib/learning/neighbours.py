@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from smlib.judging.answers import before_answer, majority_vote
+from smlib.judging.answers import before_answer, majorities
 from smlib.learning.rows import Pair, Rationale
 from smlib.problems.prompts import split_answer
 from smlib.sampling import encoding
@@ -24,15 +24,12 @@ def of_the_majority(rationales: Sequence[Rationale]) -> list[Rationale]:
     LMSI (2210.11610) does so with 32 samples of a model of 540 billion weights, from few-shot prompts, and also trains
     on other forms of prompt; here every question has `sampling.samples`. Exact duplicates go.
     """
-    answers: dict[str, list[str | None]] = defaultdict(list)
-    for one in rationales:
-        if one.source == "open":
-            answers[one.id].append(one.answer)
-    chosen = {identity: majority_vote(votes) for identity, votes in answers.items()}
+    written = [one for one in rationales if one.source == "open"]
+    chosen = majorities((one.id, one.answer) for one in written)
     kept = {
         (one.id, one.text): replace(one, side="+")
-        for one in rationales
-        if one.source == "open" and one.answer is not None and one.answer == chosen[one.id]
+        for one in written
+        if one.answer is not None and one.answer == chosen[one.id]
     }
     return list(kept.values())
 

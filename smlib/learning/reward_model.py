@@ -19,7 +19,6 @@ the two differ, is added (iterative RPO, 2404.19733, eq. 1, adds the same term o
 
 import math
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -33,7 +32,7 @@ from trl.models.utils import _ForwardRedirection
 
 from smlib.draws import own_draws
 from smlib.errors import UsageError
-from smlib.judging.answers import Reward, before_answer, grade, majority_vote
+from smlib.judging.answers import Reward, before_answer, grade, majorities
 from smlib.learning.reward_formula import parse_reward
 from smlib.learning.rows import Pair
 from smlib.learning.trainers import SharedBatches, dataset, fit, trainer_options
@@ -304,10 +303,7 @@ def majority_reward(problems: Sequence[Problem], texts: Sequence[str]) -> list[f
     texts of a question must come in one call, as PPO's do.
     """
     answers = [grade(problem, text).extracted for problem, text in zip(problems, texts, strict=True)]
-    asked: dict[str, list[str | None]] = defaultdict(list)
-    for problem, answer in zip(problems, answers, strict=True):
-        asked[problem.id].append(answer)
-    chosen = {identity: majority_vote(votes) for identity, votes in asked.items()}
+    chosen = majorities((problem.id, answer) for problem, answer in zip(problems, answers, strict=True))
     return [
         float(answer is not None and answer == chosen[problem.id])
         for problem, answer in zip(problems, answers, strict=True)
