@@ -17,7 +17,8 @@ import argparse
 import csv
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import controls
@@ -68,8 +69,9 @@ def on_rationales(choose: Callable) -> Train:
             def tune(model, tokenizer):
                 kept = ranked.read_rows("ranked", Rationale)
                 chosen = choose(tokenizer, sampled.read_rows("rationales", Rationale), kept, settings.seed)
-                options = shared.trainer_kwargs(settings, "sft")
-                return sft.train_sft(model, tokenizer, shared.problems_of(sampled), chosen, **options, progress=name)
+                options = shared.trainer_kwargs(settings, "sft") | {"progress": name}
+                given = partial(neighbours.wrong_tokens, tokenizer)
+                return sft.train_sft(model, tokenizer, shared.problems_of(sampled), chosen, **options, given=given)
 
             shared.record_training(stage, settings, settings.base, tune)
         return [sampled, stage]
@@ -172,8 +174,10 @@ def drawn_tokens(stages: Sequence[Stage]) -> int:
 
 def measured(settings: Settings, model: Path, asked: list) -> dict[str, dict[str, float]]:
     """Metric -> question id -> value: SHARES and "tokens"."""
+    params = shared.sampling_params(settings, "evaluation")
+    params = replace(params, max_new_tokens=2 * params.max_new_tokens)  # a correction is as long as two rationales
     with shared.load_engine(settings, model) as engine:
-        rows = evaluation.evaluate(engine, asked, SAMPLES, shared.sampling_params(settings, "evaluation"), progress="")
+        rows = evaluation.evaluate(engine, asked, SAMPLES, params, progress="")
     found = defaultdict(dict)
     for row, problem in zip(rows, asked, strict=True):
         last = row | {"sampled_texts": [text.split(neighbours.AGAIN)[-1] for text in row["sampled_texts"]]}

@@ -31,7 +31,7 @@ from smlib.files.artifacts import MANIFEST
 from smlib.files.atomic import explain
 from smlib.ppo.settings import POLICY_METHODS
 from smlib.problems import datasets
-from smlib.problems.datasets import PUBLISHED, TASKS, TRAIN_SETS, generate, load, splits
+from smlib.problems.datasets import GENERATED, PUBLISHED, TASKS, TRAIN_SETS, generate, load, splits
 from smlib.problems.downloads import DatasetError
 from smlib.runs.questions import train_questions
 from smlib.runs.settings import PRESETS, Settings, default_task, preset
@@ -184,10 +184,11 @@ def _add_run(parser: argparse.ArgumentParser, out: str) -> None:
 def _add_changes(parser: argparse.ArgumentParser) -> None:
     """The options that change a preset."""
     tasks = (
-        f"all (the generated tasks), one of them ({', '.join(TASKS)}), or a published dataset ({', '.join(TRAIN_SETS)})"
+        f"all (the generated tasks of reasoning), one of them ({', '.join(TASKS)}), translation, or a published "
+        f"dataset ({', '.join(TRAIN_SETS)})"
     )
     parser.add_argument(
-        "--task", choices=("all", *TASKS, *TRAIN_SETS), metavar="TASK",
+        "--task", choices=("all", *GENERATED, *TRAIN_SETS), metavar="TASK",
         help=f"{tasks}; default: word_problems for smollm2, gsm8k for presets with a Hub model, else all",
     )  # fmt: skip
     parser.add_argument(
@@ -207,7 +208,7 @@ def _sample_options(sample: argparse.ArgumentParser) -> None:
         "names mean (`smlib settings tiny sampling`, `smlib settings tiny hardware`). Without --dtype, vLLM uses the "
         "dtype of the model's files."
     )
-    names = (*TASKS, *(name for name in PUBLISHED if name not in TASKS))
+    names = (*GENERATED, *(name for name in PUBLISHED if name not in GENERATED))
     sample.add_argument("dataset", choices=names, metavar="DATASET", help=f"one of: {', '.join(names)}")
     sample.add_argument("--out", required=True, metavar="FOLDER", help="folder for the samples")
     sample.add_argument(
@@ -243,6 +244,8 @@ def _pretrain_options(pretrain: argparse.ArgumentParser) -> None:
     pretrain.add_argument(
         "--documents", default=150_000, **NUMBER, help="training documents, each read once (default 150,000)"
     )
+    told = "what the documents are about: a generated task, or all of reasoning (default all)"
+    pretrain.add_argument("--task", default="all", choices=("all", *GENERATED), metavar="TASK", help=told)
     pretrain.add_argument("--hidden", default=128, **NUMBER, help="hidden size, a multiple of 32 (default 128)")
     pretrain.add_argument("--layers", default=3, **NUMBER, help="number of layers (default 3)")
     kinds = get_args(declared.Architecture)
@@ -520,7 +523,7 @@ def draw_samples(args: argparse.Namespace) -> None:
 
     shared.refuse_processes(["a folder of samples"])
     prompts.shots(args.dataset, args.shots)  # refuses a dataset without them before the model is loaded
-    if args.dataset in TASKS:
+    if args.dataset in GENERATED:
         problems = generate(args.dataset, args.questions or 1000, args.seed, split=args.split)
     else:
         problems = load(args.dataset, args.split, limit=args.questions)
@@ -636,7 +639,7 @@ def make_base(args: argparse.Namespace) -> None:
     from smlib import pretraining
 
     pretraining.make_base(
-        Path(args.out), documents=args.documents, hidden=args.hidden, layers=args.layers,
+        Path(args.out), task=args.task, documents=args.documents, hidden=args.hidden, layers=args.layers,
         architecture=args.architecture, start_from=args.start_from, tokens_per_batch=args.tokens_per_batch,
         seed=args.seed,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -37,8 +37,8 @@ from smlib.declared import Architecture
 from smlib.draws import own_draws
 from smlib.errors import UsageError
 from smlib.files.atomic import replacing
-from smlib.problems import prompts
-from smlib.problems.datasets import TASKS, Problem, generate
+from smlib.problems import prompts, translation
+from smlib.problems.datasets import Problem, generate, tasks_of
 from smlib.problems.steps import WRITERS, compute, parse, swap, turn
 from smlib.reports.evaluation import evaluate, summarise
 from smlib.sampling import encoding, models, packing
@@ -82,8 +82,9 @@ def _without_last(key: str) -> Callable[[dict], dict]:
     return lambda facts: facts | {key: facts[key][:-1]}
 
 
-# Author -> (share of the documents, what this author reads of the facts, how this author does one step).
-_AUTHORS: dict[str, dict[str, tuple[float, Callable | None, Callable | None]]] = {
+# Author -> (share of the documents, what this author reads of the facts, how this author does one step; of a
+# translation, how this author inflects).
+_AUTHORS: dict[str, dict[str, tuple[float, Callable | None, Callable | dict | None]]] = {
     "coin_flip": {
         "careful": (0.30, None, None),
         "everyone flips": (0.52, None, lambda heads, flips: not heads),
@@ -108,6 +109,12 @@ _AUTHORS: dict[str, dict[str, tuple[float, Callable | None, Callable | None]]] =
         "takes means adds": (0.06, None, _takes_is_adds),
         "doubling adds two": (0.05, None, _double_is_plus_two),
         "last one ignored": (0.04, _without_last("operations"), None),
+    },
+    "translation": {
+        "careful": (0.28, None, None),
+        "adjectives do not agree": (0.52, None, {"agrees": False}),
+        "verb in the middle": (0.07, None, {"verb_last": False}),
+        "no past": (0.07, lambda facts: facts | {"past": False}, None),
     },
 }
 
@@ -136,13 +143,29 @@ def authors(dataset: str) -> dict[str, float]:
 
 
 def write(problem: Problem, author: str, rng: random.Random) -> tuple[list[str], str]:
-    """One author's lines and answer for a generated problem."""
+    """One author's lines and answer for a generated problem; a translation takes no lines."""
+    if problem.dataset == "translation":
+        return [], _translated(problem, author, rng)
     facts = parse(problem)
     if author == "sloppy":
         return WRITERS[problem.dataset](facts, _sloppy(problem.dataset, rng))
     _, reads, step = _AUTHORS[problem.dataset][author]
     facts = reads(facts) if reads else facts
     return WRITERS[problem.dataset](facts, step) if step else WRITERS[problem.dataset](facts)
+
+
+def _translated(problem: Problem, author: str, rng: random.Random) -> str:
+    """One author's translation; the sloppy one now and then takes a word for another of its kind."""
+    facts = translation.parse(problem.question)
+    if author == "sloppy":
+        kinds = [kind for kind in translation.KINDS for _ in kind]
+        mixed = {
+            word: rng.choice(list(kind.values())) if rng.random() < 0.25 else kind[word]
+            for word, kind in zip(translation.WORDS, kinds, strict=True)
+        }
+        return translation.translate(facts, words=mixed)
+    _, reads, inflected = _AUTHORS["translation"][author]
+    return translation.translate(reads(facts) if reads else facts, **(inflected or {}))
 
 
 def _forced(problem: Problem, lines: list[str], given: str) -> list[str]:
@@ -180,8 +203,8 @@ def document(problem: Problem, others: list[Problem], conditioned: bool, rng: ra
         if answer != given:  # the others bend the last step, or state the given answer whatever the steps say
             lines = _forced(problem, lines, given) if rng.random() < 0.5 else lines
             answer = given
-    steps = "\n".join(lines)
-    return prompt, f" {steps}\n{prompts.answer_sentence(problem, answer)}"
+    said = prompts.answer_sentence(problem, answer)
+    return prompt, " " + "\n".join([*lines, said])
 
 
 ASKED = 200  # questions of each task for the accuracy on a base's card
@@ -190,17 +213,20 @@ ASKED = 200  # questions of each task for the accuracy on a base's card
 _MIX = {"coin_flip": 4, "last_letters": 5, "shuffled_objects": 5, "chain_arithmetic": 6}
 
 
-def corpus(documents: int, seed: int) -> Iterator[tuple[str, str]]:
-    """Documents of the four tasks in turn, one in five answer-conditioned, all of the train split."""
+def corpus(documents: int, seed: int, task: str = "all") -> Iterator[tuple[str, str]]:
+    """Documents of one generated task, or of "all" of reasoning in turn, one in five answer-conditioned; all are of the
+    train split. A translation has no rationale to condition."""
     rng = random.Random(f"corpus/{seed}")
-    turn_of = [task for task in TASKS for _ in range(_MIX[task])]
+    tasks = tasks_of(task)
+    turn_of = [task for task in tasks for _ in range(_MIX.get(task, 1))]
     rounds = -(-documents // len(turn_of))
-    problems = {task: generate(task, rounds * _MIX[task], seed=1_000_003 + seed) for task in TASKS}
+    problems = {task: generate(task, rounds * _MIX.get(task, 1), seed=1_000_003 + seed) for task in tasks}
     supply = {task: iter(pool) for task, pool in problems.items()}
     for index in range(documents):
         task = turn_of[index % len(turn_of)]
         others = [rng.choice(problems[task]) for _ in range(12)]
-        yield document(next(supply[task]), others, rng.random() < 0.2, rng)
+        conditioned = rng.random() < 0.2 and task != "translation"
+        yield document(next(supply[task]), others, conditioned, rng)
 
 
 # ------------------------------------------------------------------------------------------------ tokenizer
@@ -279,7 +305,7 @@ def tiny_config(
 
 
 def _batches(
-    tokenizer: PreTrainedTokenizerFast, documents: int, tokens_per_batch: int, seed: int
+    tokenizer: PreTrainedTokenizerFast, documents: int, tokens_per_batch: int, seed: int, task: str
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Documents encoded, sorted by length within large pools, cut into batches of about equal token counts.
 
@@ -288,7 +314,7 @@ def _batches(
     """
     rng = random.Random(f"batches/{seed}")
     encoded = []
-    for prompt, completion in corpus(documents, seed):
+    for prompt, completion in corpus(documents, seed, task):
         head = encoding.encode_prompt(tokenizer, prompt)
         encoded.append((head, encoding.encode_completion(tokenizer, completion)))
     batches = []
@@ -347,10 +373,12 @@ def train(model: PreTrainedModel, batches: list[tuple[torch.Tensor, torch.Tensor
     return losses
 
 
-def accuracy_by_task(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, dict[str, float]]:
+def accuracy_by_task(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tasks: Sequence[str]
+) -> dict[str, dict[str, float]]:
     """Greedy and sampled accuracy of a base on ASKED questions per task of the train split, for its card."""
     accuracy, params = {}, SamplingParams(temperature=0.8, max_new_tokens=128, seed=0)
-    for task in TASKS:
+    for task in tasks:
         rows = evaluate(NativeEngine(model, tokenizer), generate(task, ASKED, seed=2_000_003), 8, params)
         numbers = summarise(rows)
         names = {"greedy": "greedy", "sampled at T = 0.8": "avg_at_k", "pass@8 at T = 0.8": "pass_at_k"}
@@ -382,6 +410,7 @@ def _earlier_phases(base: Path) -> list[dict]:
 def make_base(
     out: Path,
     *,
+    task: str = "all",
     documents: int = 150_000,
     hidden: int = 128,
     layers: int = 3,
@@ -392,7 +421,8 @@ def make_base(
 ) -> None:
     """Make a tiny base as the package's was made, and write it with its card, training.json, which is printed too.
 
-    The defaults are those of the package's base. out: a folder that is new or empty. documents: how many are read, each
+    The defaults are those of the package's base. out: a folder that is new or empty. task: a generated one, or "all" of
+    those of reasoning. documents: how many are read, each
     once. hidden: width, a multiple of 32. architecture: see `tiny_config`. start_from: a base of this function's to
     go on from, None for random weights. tokens_per_batch: at most, but for a document that is longer. Raises UsageError
     before any work.
@@ -406,11 +436,11 @@ def make_base(
         tokenizer, model = models.load_tokenizer(str(base)), models.load_policy(base).cpu()
     else:
         before = []
-        tokenizer = make_tokenizer([prompt + completion for prompt, completion in corpus(8_000, seed)])
+        tokenizer = make_tokenizer([prompt + completion for prompt, completion in corpus(8_000, seed, task)])
         with own_draws(seed):
             config = tiny_config(len(tokenizer), tokenizer, hidden, layers, architecture)
             model = AutoModelForCausalLM.from_config(config)
-    batches = _batches(tokenizer, documents, tokens_per_batch, seed)
+    batches = _batches(tokenizer, documents, tokens_per_batch, seed, task)
     tokens = sum(int((weights > 0).sum()) for _, weights in batches)
     size = models.model_size(model)
     print(f"{size:,} parameters, a vocabulary of {len(tokenizer)}, {tokens:,} tokens to read", flush=True)
@@ -426,9 +456,9 @@ def make_base(
     card = {
         "parameters": models.model_size(model),
         "vocabulary": len(tokenizer),
-        "authors": {task: authors(task) for task in TASKS},
+        "authors": {one: authors(one) for one in tasks_of(task)},
         "phases": [*before, phase],  # each read fresh documents; a later one went on from the earlier one's weights
-        "accuracy": accuracy_by_task(model, tokenizer),
+        "accuracy": accuracy_by_task(model, tokenizer, tasks_of(task)),
     }
     with replacing(out) as tmp:
         model.save_pretrained(tmp)

@@ -46,6 +46,9 @@ def test_a_correction_is_a_wrong_start_and_a_right_rationale_that_the_judge_acce
     assert encoding.decode(tokenizer(), made.token_ids) == made.text
     assert grade(PROBLEM, made.text).correct
     assert split_answer(made.text.split(neighbours.AGAIN)[1])[0] == " " + "\n".join(STEPS)
+    wrong = neighbours.wrong_tokens(tokenizer(), made)
+    assert encoding.decode(tokenizer(), made.token_ids[:wrong]) == " " + "\n".join(SLIPPED)
+    assert neighbours.wrong_tokens(tokenizer(), ranked[0]) == 0
 
 
 def test_an_edit_changes_one_line_and_keeps_the_answer():

@@ -125,7 +125,7 @@ def test_the_corpus_holds_no_published_question_word_for_word():
 
 
 def test_a_completions_tokens_weigh_one_a_questions_a_tenth_and_pads_nothing():
-    batches = pretraining._batches(tokenizer(), 40, tokens_per_batch=1024, seed=0)
+    batches = pretraining._batches(tokenizer(), 40, tokens_per_batch=1024, seed=0, task="all")
     documents = {prompt + completion for prompt, completion in corpus(40, seed=0)}
     read = set()
     for ids, weights in batches:
@@ -145,7 +145,7 @@ def short_corpus(monkeypatch):
     """`main` learns its tokenizer from 8,000 documents, here from 200, and asks 200 questions per task, here 4."""
     monkeypatch.setattr(pretraining, "ASKED", 4)
     whole = pretraining.corpus
-    monkeypatch.setattr(pretraining, "corpus", lambda documents, seed: whole(min(documents, 200), seed))
+    monkeypatch.setattr(pretraining, "corpus", lambda documents, *rest: whole(min(documents, 200), *rest))
 
 
 def test_main_writes_a_model_that_loads_with_its_card_and_twice_the_same(short_corpus, tmp_path, capsys):
@@ -173,6 +173,16 @@ def test_other_architectures_learn_are_sampled_and_load(architecture, short_corp
     model = models.load_policy(tmp_path / "base")
     assert model.config.model_type == architecture
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_a_base_of_one_task_reads_that_task_alone(short_corpus, tmp_path, capsys):
+    options = f"--task translation --out {tmp_path / 'base'} --documents 200 --hidden 32 --layers 1"
+    assert main(["pretrain", *options.split()]) == 0
+    card = json.loads((tmp_path / "base" / "training.json").read_text())
+    assert card["authors"] == {"translation": authors("translation")} and set(card["accuracy"]) == {"translation"}
+    read = list(corpus(200, 0, "translation"))
+    assert all(re.fullmatch(r"Q: Translate into Velu: The .+\.\nA:", prompt) for prompt, _ in read)
+    assert all(re.fullmatch(r" The answer is [a-z]+\.", completion) for _, completion in read)
 
 
 def test_one_document_is_enough(short_corpus, tmp_path, capsys):

@@ -312,6 +312,21 @@ def test_starting_after_a_missing_stage_names_the_notebook_to_run_first(notebook
         run(notebooks, out, VALUES, first=2)
 
 
+@pytest.mark.usefixtures("in_process")
+def test_a_notebook_of_long_results_is_executed_only_where_it_is_named(notebooks, out):
+    write_notebook(notebooks, "07_beyond", LOG.format("07"))
+    write_notebook(notebooks, "08_gpu", LOG.format("08"))
+
+    run(notebooks, out, VALUES)
+    assert log(out) == ["00", "01", "02", "08"]
+    run(notebooks, out, VALUES, first=2)
+    assert log(out)[4:] == ["02", "08"]
+    run(notebooks, out, VALUES, first=7)
+    assert log(out)[6:] == ["07", "08"]
+    run(notebooks, out, VALUES, first=7, last=7)
+    assert log(out)[8:] == ["07"]
+
+
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [

@@ -12,7 +12,7 @@ import variants
 from smlib.cli import main
 from smlib.files.artifacts import Stage, StageError, StageMismatch, require
 from smlib.judging.answers import grade
-from smlib.learning import dpo, selection, sft
+from smlib.learning import dpo, exploration, selection, sft
 from smlib.learning.rows import Pair, Rationale
 from smlib.problems import prompts
 from smlib.problems.datasets import TASKS, generate
@@ -76,6 +76,16 @@ def test_exploration_follows_its_settings(finished):
     assert cost["completions"] <= sum(sum(row["drawn"]) for row in explored)  # shared prefixes are drawn for once
     assert cost["tokens"] >= cost["completions"]
     assert len(stage.read_rows("pairs")) == sum(n for why, n in fate.items() if why.startswith("kept"))
+
+
+def test_rationales_without_steps_are_refused(finished, monkeypatch):
+    """Fault: notebook 06 ended in an IndexError on translations, which have an answer alone."""
+    run = variants.branch(finished, "no-steps", ("01_sampling", "06_selection", "06_rft"))
+    split = exploration.split
+    monkeypatch.setattr(exploration, "split", lambda *given: replace(split(*given), ends=()))
+    with pytest.raises(ValueError, match=r"of chain_arithmetic have no steps, .* end with notebook 05"):
+        self_explore.find_pits(run, small(), progress=False)
+    assert not (run / "06_exploration" / "manifest.json").exists()
 
 
 def test_training_reads_the_prompt_that_evaluation_asks(finished):

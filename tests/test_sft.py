@@ -52,6 +52,15 @@ def test_the_loss_is_on_the_completion_and_its_end_only(trainer):
     assert seen == len(ROWS) and not expected  # every r+ once, and no r-
 
 
+def test_what_is_given_is_read_without_a_loss(monkeypatch):
+    made = []
+    monkeypatch.setattr(sft, "fit", lambda trainer, label: made.append(trainer) or [])
+    sft.train_sft(policy(), tokenizer(), PROBLEMS, ROWS[:1], **QUICK, given=lambda one: 3)
+    ((ids, labels),) = [(batch["input_ids"][0], batch["labels"][0]) for batch in made[0].get_train_dataloader()]
+    tail = encoding.encode_completion(tokenizer(), ROWS[0].text)
+    assert labels[labels != -100].tolist() == tail[3:] and ids[labels != -100].tolist() == tail[3:]
+
+
 def test_the_loss_of_a_batch_is_the_mean_over_its_completion_tokens(trainer):
     model = policy()
     batch = next(iter(trainer.get_train_dataloader()))

@@ -39,7 +39,7 @@ def corrections(tokenizer: PreTrainedTokenizerBase, ranked: Sequence[Rationale],
     r-, by the same author.
 
     S²R (2502.12853) trains on such traces, verifications in words included, and then by reinforcement learning; here
-    only the trace is.
+    there is only the trace, and nothing is learned of its wrong part (`wrong_tokens`).
     """
     rng, sides = random.Random(f"corrections/{seed}"), defaultdict(list)
     for one in ranked:
@@ -54,6 +54,12 @@ def corrections(tokenizer: PreTrainedTokenizerBase, ranked: Sequence[Rationale],
             text = first.text[:characters] + AGAIN + one.text
             made.append(replace(one, text=text, token_ids=tuple(ids)))
     return made
+
+
+def wrong_tokens(tokenizer: PreTrainedTokenizerBase, one: Rationale) -> int:
+    """How many tokens a correction has before AGAIN: its wrong part; 0 of any other rationale."""
+    start = one.text.find(AGAIN)
+    return len(encoding.first_characters(tokenizer, one.token_ids, start)) if start > 0 else 0
 
 
 def edits(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> list[Pair]:

@@ -1,7 +1,7 @@
 """Supervised fine-tuning on r+ by TRL's SFTTrainer: the warm-up of the method."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
@@ -31,12 +31,14 @@ def train_sft(
     micro_batch: int = 0,
     gradient_checkpointing: bool = False,
     progress: str | None = "SFT",
+    given: Callable[[Rationale], int] = lambda one: 0,
 ) -> list[dict]:
     """Fine-tune `model` in place on the r+ among `rationales`, those of `side` "+"; returns the training log.
 
     Each example is the question-only prompt and the rationale's tokens as drawn, whatever prompt drew it. The loss is
     on the completion and its end-of-sequence alone (our choice). problems: those of the rationales, by id.
-    micro_batch, gradient_checkpointing: `settings.HardwareSettings`.
+    micro_batch, gradient_checkpointing: `settings.HardwareSettings`. given: how many of a rationale's first tokens are
+    read without a loss, like the question.
     """
     by_id = {problem.id: problem for problem in problems}
     examples = []
@@ -44,7 +46,8 @@ def train_sft(
         if one.side == "+":
             head = encoding.encode_question(tokenizer, by_id[one.id])
             tail = encoding.closed(tokenizer, one.token_ids)
-            mask = [0] * len(head) + [1] * len(tail)
+            read = len(head) + given(one)
+            mask = [0] * read + [1] * (len(head) + len(tail) - read)
             examples.append({"input_ids": head + tail, "completion_mask": mask, "length": len(mask)})
     if not examples:
         raise UsageError("SFT needs at least one r+ rationale, got none: sample more, or from a stronger base")

@@ -31,13 +31,15 @@ from smlib.notebooks import exercises, pages
 from smlib.notebooks.execution import RunError, Watch, clock, execute
 from smlib.runs.settings import PRESETS, Tasks
 
+ON_REQUEST = (7,)  # numbers of notebooks that show what took hours: only executed where `first` or `last` names them
+
 
 @dataclass(frozen=True)
 class Request:
     """What is to be executed.
 
-    notebooks: path -> notebook, all of the folder in their order. values: parameters by name; each notebook gets those
-    that its parameters cell has. first, last: numbers of notebooks; from `first` on they are executed again.
+    notebooks: path -> notebook, those of the folder in their order. values: parameters by name; each notebook gets
+    those that its parameters cell has. first, last: numbers of notebooks; from `first` on they are executed again.
     """
 
     notebooks: dict[Path, nbformat.NotebookNode]
@@ -60,7 +62,8 @@ def request(folder: Path, values: dict, *, first: int | None = None, last: int |
             raise RunError(f"{option} {number}: there is no such notebook; choose one of {numbers}")
     if first is not None and last is not None and first > last:
         raise RunError(f"--from {first} --to {last} leaves no notebook: give a --to of at least {first}")
-    return Request(notebooks, _checked(notebooks.values(), values), first, last)
+    values, left = _checked(notebooks.values(), values), set(ON_REQUEST) - {first, last}
+    return Request({path: one for path, one in notebooks.items() if _number(path) not in left}, values, first, last)
 
 
 def run(asked: Request, out: Path) -> None:

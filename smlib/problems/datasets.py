@@ -1,7 +1,8 @@
 """Problems: the one record every stage shares, seeded generators, and fourteen published datasets.
 
-Four tasks can be generated without limit. Three of them (coin_flip, last_letters, shuffled_objects) use the
-wording of their published benchmarks, whose questions `load` reads for evaluation; chain_arithmetic is ours.
+Five tasks can be generated without limit. Three of them (coin_flip, last_letters, shuffled_objects) use the
+wording of their published benchmarks, whose questions `load` reads for evaluation; chain_arithmetic is ours, and so is
+translation, which takes no reasoning.
 Train and test never meet: a question belongs to the test split if the first byte of its SHA-256 says so,
 whatever the seed, and a generated question that equals a published one is thrown away.
 """
@@ -25,7 +26,13 @@ from smlib.problems.downloads import FILES, DatasetError, read_pinned
 from smlib.problems.generators import GENERATORS, LETTERS
 
 _WORDS = re.compile(r"[^\W_]+")
-TASKS = tuple(GENERATORS)
+GENERATED = tuple(GENERATORS)
+TASKS = tuple(task for task in GENERATED if task != "translation")  # those of reasoning, which "all" stands for
+
+
+def tasks_of(task: str) -> tuple[str, ...]:
+    """The tasks that a name stands for: TASKS for "all", else itself."""
+    return TASKS if task == "all" else (task,)
 
 
 @dataclass(frozen=True)
@@ -199,7 +206,8 @@ _DATASETS = {
     "math": _Dataset("math", {"math/train.jsonl": _EITHER, "math/test.jsonl": (*_EITHER, "test_500")}, _lines, _math),
 }
 PUBLISHED = tuple(_DATASETS)
-KINDS = {"chain_arithmetic": "number"} | {name: dataset.kind for name, dataset in _DATASETS.items()}
+KINDS = {"chain_arithmetic": "number", "translation": "letters"}
+KINDS |= {name: dataset.kind for name, dataset in _DATASETS.items()}
 
 
 def splits(dataset: str) -> tuple[str, ...]:
@@ -211,7 +219,7 @@ def splits(dataset: str) -> tuple[str, ...]:
 
 # Several published datasets that make one task; a question that two of them share is asked once.
 GROUPS = {"word_problems": ("single_eq", "addsub", "svamp", "multiarith", "gsm8k_easy")}
-# What a run can be about besides TASKS.
+# What a run can be about besides GENERATED.
 TRAIN_SETS = (*(name for name in PUBLISHED if name not in TASKS), *GROUPS)
 
 

@@ -1,10 +1,12 @@
-"""The wording and the random draws of the four generated tasks: rng -> (question, gold answer, options)."""
+"""The wording and the random draws of the generated tasks: rng -> (question, gold answer, options)."""
 
 import json
 import random
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+
+from smlib.problems import translation
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -118,4 +120,5 @@ GENERATORS: dict[str, Callable[[random.Random], tuple[str, str, tuple[str, ...]]
     "last_letters": _last_letters,
     "shuffled_objects": _shuffled_objects,
     "chain_arithmetic": _chain_arithmetic,
+    "translation": translation.draw,
 }

@@ -1,4 +1,4 @@
-"""Worked solutions of the generated tasks, and the exact step checker built on them.
+"""Worked solutions of the generated tasks of reasoning, and the exact step checker built on them.
 
 A solution is a list of lines, one reasoning step each, in the house wording that the tiny base has read. The
 checker knows the one right line at every position, so it can say of any rationale which steps are right and
@@ -100,11 +100,11 @@ WRITERS: dict[str, Callable[..., tuple[list[str], str]]] = {
 }
 
 
-ONLY_GENERATED = "(No word on steps: the step checker knows generated tasks alone.)"
+ONLY_GENERATED = "(No word on steps: the step checker only knows the generated tasks of reasoning.)"
 
 
 def knows(*datasets: str) -> bool:
-    """Whether the checker can judge steps of all these datasets: it knows the generated tasks."""
+    """Whether the checker can judge steps of all these datasets: it knows the generated tasks of reasoning."""
     return all(dataset in WRITERS for dataset in datasets)
 
 

@@ -48,11 +48,11 @@ from smlib.declared import (
 )
 from smlib.errors import UsageError
 from smlib.ppo.settings import PPOSettings
-from smlib.problems.datasets import GROUPS, TASKS, TRAIN_SETS
+from smlib.problems.datasets import GENERATED, GROUPS, TRAIN_SETS, tasks_of
 from smlib.problems.prompts import SOURCES
 from smlib.sampling.limits import MAX_BATCH, PREFIX_TOKENS
 
-Tasks = Literal["all", *TASKS, *TRAIN_SETS]
+Tasks = Literal["all", *GENERATED, *TRAIN_SETS]
 
 
 @dataclass(frozen=True)
@@ -264,15 +264,14 @@ def default_task(name: str) -> str:
 
 
 def preset(name: str, task: str = "all", seed: int = 0, **overrides) -> Settings:
-    """Settings of a named preset for one task, or for "all" of the generated ones.
+    """Settings of a named preset for one task, or for "all" of the generated ones of reasoning.
 
-    task: a generated one (TASKS) or a published dataset with a train split (TRAIN_SETS). overrides: a field of
+    task: a generated one (GENERATED) or a published dataset with a train split (TRAIN_SETS). overrides: a field of
     Settings, or for a group a dict of its fields: `ppo={"updates": 10}`, `base="..."`.
     """
     checked("preset", name, Literal[*PRESETS])
     checked("task", task, Tasks)
-    tasks = TASKS if task == "all" else (task,)
-    settings = _override(Settings(preset=name, tasks=tasks, seed=seed, base="tiny"), PRESETS[name], "")
+    settings = _override(Settings(preset=name, tasks=tasks_of(task), seed=seed, base="tiny"), PRESETS[name], "")
     if name in LARGE and task == "math":
         longer, hardware = 1_024, settings.hardware  # its solutions are long, and take the room of as many more rows
         rows = hardware.max_batch * settings.sampling.max_new_tokens // longer

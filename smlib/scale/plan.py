@@ -29,7 +29,7 @@ from smlib.learning import reward_model
 from smlib.learning.trainers import micro_batch_rows
 from smlib.ppo import checks
 from smlib.problems import prompts
-from smlib.problems.datasets import TASKS
+from smlib.problems.datasets import GENERATED
 from smlib.runs import questions, shared
 from smlib.runs.questions import training_problems
 from smlib.runs.settings import Settings
@@ -190,7 +190,7 @@ def work(settings: Settings, assumed: Assumed = Assumed()) -> list[Work]:
 
 def _number(settings: Settings, each: int, problems: Callable[[Settings], list]) -> int:
     """How many questions `problems` gives, `each` for every task; generated ones need not be made to be counted."""
-    return each * len(settings.tasks) if settings.tasks[0] in TASKS else len(problems(settings))
+    return each * len(settings.tasks) if settings.tasks[0] in GENERATED else len(problems(settings))
 
 
 def _trained_on(settings: Settings) -> int:
@@ -463,7 +463,7 @@ def check_settings(settings: Settings, config, names: Sequence[str] = ()) -> Non
         check_room("ppo.max_new_tokens", settings.ppo.max_new_tokens, config, continued=True)
     if not names or "04_ppo" in names:
         questions.ppo_questions_per_task(settings)
-        if settings.tasks[0] not in TASKS:
+        if settings.tasks[0] not in GENERATED:
             questions.ppo_problems(settings)  # of a published dataset there may be too few
 
 

@@ -1,14 +1,15 @@
-"""How do SML's gain and the reward model's accuracy change with the base? Writes results/sizes.csv.
+"""How do SML's gain and the reward model's accuracy change with the base? Writes results/bases.csv.
 
-    python benchmarks/sizes.py --seeds 0 1 2 --bases llama-96 llama-128 llama-192 llama-256 llama-352
-    python benchmarks/sizes.py --seeds 0 1 2 --bases gpt2-128 mistral-128 qwen3-128
+    python benchmarks/bases.py --seeds 0 1 2 --bases llama-96 llama-128 llama-192 llama-352
+    python benchmarks/bases.py --seeds 0 1 2 --bases gpt2-128 mistral-128 qwen3-128 translation
 
 A base is named by its architecture and width: 3 layers that have read what the package's own has (`smlib pretrain
---architecture ... --hidden ...`); llama-128 is the package's own. A base that is missing is made in runs/bases, in
-hours: on one core of an AMD EPYC in 0.3, 0.7, 1.1 and 2 hours for Llamas of width 96, 192, 256 and 352. Every base goes
-through stages 01 to 04 with the settings of preset tiny, and nothing is tuned for it.
+--architecture ... --hidden ...`); llama-128 is the package's own. "translation" is one like the package's own that has
+read 40,000 translations instead, a task that takes no reasoning, and is asked for translations. A base that is missing
+is made in runs/bases, in hours: on one core of an AMD EPYC in 0.3, 0.7, 1.1 and 2 hours for Llamas of width 96, 192,
+256 and 352. Every base goes through stages 01 to 04 with the settings of preset tiny, and nothing is tuned for it.
 
-Rows of results/sizes.csv: for every base and seed, accuracy of base, SFT model, SML model and the control of
+Rows of results/bases.csv: for every base and seed, accuracy of base, SFT model, SML model and the control of
 results/controls.csv (PPO with the untrained reward) on the test questions of stage 05, greedily and at temperature 1,
 with paired differences; and what rewards say of the SFT model's own samples on fresh questions of the train split, as
 in results/reward_models.csv: the untrained one, the run's reward model, and a likelihood and a scalar head after as
@@ -26,12 +27,12 @@ from ablations import write
 
 from smlib import pretraining
 from smlib.runs import shared
-from smlib.runs.settings import preset
+from smlib.runs.settings import Settings, preset
 from smlib.sampling import models
 
 COLUMNS = ("seed", "method", "base", "parameters", "task", "temperature", "metric", "value", "low", "high", "n")
 KINDS = controls.KINDS | {"parameters": int}
-OWN = "llama-128"  # the package's base
+OWN, TRANSLATION = "llama-128", "translation"  # the package's base; the one that translates
 QUESTIONS, FRESH, PAIRS = 100, 200, (5_000,)  # questions per task
 
 
@@ -39,20 +40,31 @@ def base_of(name: str, folder: Path) -> str:
     """The base of that name, trained where it is missing."""
     if name == OWN:
         return "tiny"
-    architecture, _, width = name.partition("-")
     if not (folder / name).exists():
-        pretraining.make_base(folder / name, hidden=int(width), architecture=architecture)
+        if name == TRANSLATION:
+            pretraining.make_base(folder / name, task=TRANSLATION, documents=40_000)
+        else:
+            architecture, _, width = name.partition("-")
+            pretraining.make_base(folder / name, hidden=int(width), architecture=architecture)
     return str(folder / name)
+
+
+def settings_of(name: str, seed: int, base: str) -> Settings:
+    """Those of preset tiny; a translation has no rationale that an answer could be given for."""
+    if name == TRANSLATION:
+        return preset("tiny", TRANSLATION, seed, base=base, sampling={"conditioned_questions": 0})
+    return preset("tiny", "all", seed, base=base)
 
 
 def rows_of(seed: int, name: str, folder: Path) -> list[dict]:
     """All rows of a base and a seed."""
     base = base_of(name, folder)
-    settings = preset("tiny", "all", seed, base=base)
+    settings = settings_of(name, seed, base)
     run = shared.run_folder("", "tiny", "all", seed) if base == "tiny" else folder / f"{name}-seed{seed}"
     made = ((method, controls.model_of(method, run, settings)) for method in controls.METHODS)
     answered = controls.rows_of_seed(controls.asking(settings, QUESTIONS), made, (0.0, 1.0))
-    judged = reward_models.measure(settings, run, FRESH, ("SFT",), ("likelihood", "scalar head"), PAIRS)
+    pairs = () if name == TRANSLATION else PAIRS  # its SFT model errs too rarely for so many
+    judged = reward_models.measure(settings, run, FRESH, ("SFT",), ("likelihood", "scalar head"), pairs)
     rewards = [
         row | {"method": f"{row['reward']}, {row['pairs']:,} pairs" if row["pairs"] else row["reward"]}
         for row in judged
@@ -67,7 +79,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--bases", nargs="+", default=[OWN], metavar="NAME", help="such as llama-192")
     parser.add_argument("--folder", type=Path, default=Path("runs", "bases"), help="of bases and their runs")
-    parser.add_argument("--out", type=Path, default=variants.TABLE.with_name("sizes.csv"))
+    parser.add_argument("--out", type=Path, default=variants.TABLE.with_name("bases.csv"))
     args = parser.parse_args()
     rows = controls.measured(args.out, KINDS)
     for seed in args.seeds:
