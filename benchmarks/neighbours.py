@@ -9,12 +9,15 @@ temperature 1. Run the same command again to resume; delete the table to measure
 
 Metrics: "greedy" and "avg@8" (right answers), "sound@8" (right answers with every step right, by the step checker; of a
 rationale that corrects itself the steps after the correction), "tokens" (of a sampled answer), "drawn" (tokens that all
-stages draw, stage 01 included) and "seconds" (of all stages, on one thread of a machine that did other work beside it).
+stages draw, stage 01 included) and "seconds" (of all stages, on one thread of a machine that did other work beside it);
+of the model that learns from corrections also "corrected" (samples that say they were wrong) and "rightly corrected"
+(the share of these in which a step before that is wrong).
 A row "A minus B" has the paired differences. Seed "all" has means over the seeds with their t intervals.
 """
 
 import argparse
 import csv
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +32,7 @@ from ablations import write
 from smlib.files.artifacts import Stage, require
 from smlib.learning import neighbours, reward_model, sft
 from smlib.learning.rows import Pair, Rationale
+from smlib.problems import steps
 from smlib.reports import evaluation, results
 from smlib.reports.results import MEAN
 from smlib.runs import questions, self_motivated, shared
@@ -41,11 +45,11 @@ Train = Callable[[Path, Settings, str], list[Stage]]  # run, settings, name -> t
 
 
 def by_reward(formula: str) -> Train:
-    """The same PPO for another reward."""
+    """The same PPO for another reward; the control is that of benchmarks/controls.py."""
 
     def train(run, settings, name):
         other = preset(settings.preset, "all", settings.seed, ppo={"reward": formula})
-        stage = variants.policy(run, other, name, "ppo")
+        stage = variants.policy(run, other, name + "-reward" * (formula == "untrained"), "ppo")
         learned = ["03_second_sampling", "03_reward_model"] if "learned" in formula else []
         return [*(require(run, one) for one in [*FIRST, *learned]), stage]
 
@@ -127,28 +131,24 @@ SML, ALL_STAGES = "Self-motivated Learning, 2404.07017", "all"
 NEIGHBOURS = {
     "SFT on r+": Neighbour(SML, ALL_STAGES, own(*FIRST)),
     "SML": Neighbour(SML, ALL_STAGES, own(*FIRST, "03_second_sampling", "03_reward_model", "04_ppo")),
-    "PPO, untrained reward": Neighbour("a control", "SFT", by_reward("untrained")),
+    "PPO, untrained": Neighbour("a control", "SFT", by_reward("untrained")),
     "PPO, checker": Neighbour("a control", ALL_STAGES, by_reward("checker")),
+    "PPO, majority": Neighbour("LMSI, 2210.11610", "SFT", by_reward("majority")),
+    "PPO, gold": Neighbour("LaTRO, 2411.04282", ALL_STAGES, by_reward("gold")),
+    "PPO, gold - 0.1*words": Neighbour("Rational Metareasoning, 2410.05563", ALL_STAGES, by_reward("gold - 0.1*words")),
+    "PPO, learned + 5*checker": Neighbour("LM-guided CoT, 2404.03414", ALL_STAGES, by_reward("learned + 5*checker")),
+    "PPO, checker + 0.02*words": Neighbour("RLSP, 2502.06773", ALL_STAGES, by_reward("checker + 0.02*words")),
     "SFT on the majority": Neighbour(
         "LMSI, 2210.11610", "none", on_rationales(lambda t, written, ranked, seed: neighbours.of_the_majority(written))
     ),
-    "PPO, majority": Neighbour("LMSI, 2210.11610", "SFT", by_reward("majority")),
-    "PPO, gold answer's likelihood": Neighbour("LaTRO, 2411.04282", ALL_STAGES, by_reward("gold")),
-    "PPO, gold answer's likelihood less a price on words": Neighbour(
-        "Rational Metareasoning, 2410.05563", ALL_STAGES, by_reward("gold - 0.1*words")
-    ),
-    "PPO, learned reward and checker": Neighbour(
-        "LM-guided CoT, 2404.03414", ALL_STAGES, by_reward("learned + 5*checker")
-    ),
-    "PPO, checker and a bonus on words": Neighbour("RLSP, 2502.06773", ALL_STAGES, by_reward("checker + 0.02*words")),
     "SFT on r+ and corrections": Neighbour(
         "S²R, 2502.12853",
         ALL_STAGES,
         on_rationales(lambda t, written, ranked, seed: [*ranked, *neighbours.corrections(t, ranked, seed)]),
     ),
-    "SML, half of the pairs edits": Neighbour("CLOMO, 2311.17438", ALL_STAGES, by_edits),
-    "SFT on r+ of twice the questions": Neighbour("more data", ALL_STAGES, more(2)),
-    "SFT on r+ of four times the questions": Neighbour("more data", ALL_STAGES, more(4)),
+    "SML, half of the pairs edited": Neighbour("CLOMO, 2311.17438", ALL_STAGES, by_edits),
+    "SFT on r+, twice the questions": Neighbour("more data", ALL_STAGES, more(2)),
+    "SFT on r+, four times the questions": Neighbour("more data", ALL_STAGES, more(4)),
 }
 CONTRASTS = (
     *((name, "SFT on r+") for name in NEIGHBOURS if name != "SFT on r+"),
@@ -172,20 +172,27 @@ def drawn_tokens(stages: Sequence[Stage]) -> int:
     return tokens
 
 
-def measured(settings: Settings, model: Path, asked: list) -> dict[str, dict[str, float]]:
-    """Metric -> question id -> value: SHARES and "tokens"."""
+def measured(settings: Settings, model: Path, asked: list) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """(metric -> question id -> value, of SHARES and "tokens"; what corrections there are in the samples)."""
     params = shared.sampling_params(settings, "evaluation")
     params = replace(params, max_new_tokens=2 * params.max_new_tokens)  # a correction is as long as two rationales
     with shared.load_engine(settings, model) as engine:
         rows = evaluation.evaluate(engine, asked, SAMPLES, params, progress="")
-    found = defaultdict(dict)
+    found, before = defaultdict(dict), []
     for row, problem in zip(rows, asked, strict=True):
+        before += [
+            (problem, text.split(neighbours.AGAIN)[0]) for text in row["sampled_texts"] if neighbours.AGAIN in text
+        ]
         last = row | {"sampled_texts": [text.split(neighbours.AGAIN)[-1] for text in row["sampled_texts"]]}
         values = results.question_values(last, problem)
         for metric, name in SHARES.items():
             found[metric][problem.id] = values[name]
         found["tokens"][problem.id] = float(np.mean([len(ids) for ids in row["sampled_ids"]]))
-    return dict(found)
+    if not before:
+        return dict(found), {}
+    rightly = np.mean([not steps.is_sound(problem, text) for problem, text in before])
+    corrected = {"corrected": len(before) / (SAMPLES * len(asked)), "rightly corrected": float(rightly)}
+    return dict(found), {name: round(share, 5) for name, share in corrected.items()}
 
 
 def rows_of(seed: int, values: dict[str, dict], costs: dict[str, dict[str, float]], tasks: dict[str, list[str]]):
@@ -217,10 +224,10 @@ def of_seed(settings: Settings, run: Path) -> list[dict]:
     tasks = {task: [problem.id for problem in problems] for task, problems in sets.items()}
     tasks[MEAN] = [name for names in tasks.values() for name in names]
     for name, neighbour in NEIGHBOURS.items():
-        stages = neighbour.train(run, settings, name.replace(" ", "-").replace(",", "").replace("'", ""))
-        values[name] = measured(settings, stages[-1].path("model"), asked)
+        stages = neighbour.train(run, settings, re.sub(r"[^\w.+]+", "-", name))
+        values[name], corrected = measured(settings, stages[-1].path("model"), asked)
         seconds = sum(stage.manifest["wall_seconds"] for stage in stages)
-        costs[name] = {"drawn": drawn_tokens(stages), "seconds": round(seconds, 1)}
+        costs[name] = {"drawn": drawn_tokens(stages), "seconds": round(seconds, 1)} | corrected
         print(f"seed {settings.seed}: {name} ({neighbour.paper}; reads gold answers: {neighbour.gold})", flush=True)
     return rows_of(settings.seed, values, costs, tasks)
 
