@@ -109,11 +109,12 @@ def _announced(number: int) -> Iterator[None]:
     """Within, the signal says before it is handled that its end may take some time."""
 
     def handler(*arguments):
-        print("\nStopping: the current step may finish and be saved first. Ctrl-C again stops at once.", flush=True)
+        print(f"\nStopping: the current step may finish and be saved first. {again} again stops at once.", flush=True)
         if Kernel.latest:
             Kernel.latest.shutdown_wait_time = 2 * PATIENCE  # it takes half of it before SIGTERM
         before(*arguments)
 
+    again = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     before = signal.getsignal(number)
     with handling(number, handler) if callable(before) else nullcontext():
         yield
