@@ -13,11 +13,12 @@ Rows of results/bases.csv: for every base and seed, accuracy of base, SFT model,
 results/controls.csv (PPO with the untrained reward) on the test questions of stage 05, greedily and at temperature 1,
 with paired differences; and what rewards say of the SFT model's own samples on fresh questions of the train split, as
 in results/reward_models.csv: the untrained one, the run's reward model, and a likelihood and a scalar head after as
-many PAIRS. Seed "all" has means over the seeds with their t intervals. Run the same command again to resume; delete the
-table to measure again.
+many PAIRS (not of translations, of which the SFT model gets too few wrong). Seed "all" has means over the seeds with
+their t intervals. Run the same command again to resume; delete the table to measure again.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import controls
@@ -26,6 +27,8 @@ import variants
 from ablations import write
 
 from smlib import pretraining
+from smlib.reports.results import ALL, MEAN
+from smlib.reports.wording import with_interval
 from smlib.runs import shared
 from smlib.runs.settings import Settings, preset
 from smlib.sampling import models
@@ -50,10 +53,8 @@ def base_of(name: str, folder: Path) -> str:
 
 
 def settings_of(name: str, seed: int, base: str) -> Settings:
-    """Those of preset tiny; a translation has no rationale that an answer could be given for."""
-    if name == TRANSLATION:
-        return preset("tiny", TRANSLATION, seed, base=base, sampling={"conditioned_questions": 0})
-    return preset("tiny", "all", seed, base=base)
+    """Those of preset tiny."""
+    return preset("tiny", TRANSLATION if name == TRANSLATION else "all", seed, base=base)
 
 
 def rows_of(seed: int, name: str, folder: Path) -> list[dict]:
@@ -74,6 +75,32 @@ def rows_of(seed: int, name: str, folder: Path) -> list[dict]:
     return [{column: (own | row)[column] for column in COLUMNS} for row in answered + rewards]
 
 
+def markdown(rows: Sequence[dict]) -> str:
+    """The table of docs/results.md, from the rows over seeds, in percent; a translation's is of its own task."""
+    shown = {
+        "SFT, greedy": ("SFT", 0.0, "right"),
+        "SML minus SFT, greedy": ("SML minus SFT", 0.0, "right"),
+        "SML minus untrained reward, greedy": (f"SML minus {controls.UNTRAINED}", 0.0, "right"),
+        "SML minus SFT, samples": ("SML minus SFT", 1.0, "right"),
+        "pairs ranked right, untrained": (reward_models.UNTRAINED, 1.0, reward_models.RANKED),
+        "likelihood": ("likelihood, 5,000 pairs", 1.0, reward_models.RANKED),
+        "scalar head": ("scalar head, 5,000 pairs", 1.0, reward_models.RANKED),
+    }
+    found = {(row["base"], row["method"], float(row["temperature"]), row["metric"]): row for row in rows
+             if row["seed"] == "all" and row["task"] in (MEAN, ALL)}  # fmt: skip
+    sizes = {row["base"]: int(row["parameters"]) for row in rows}
+    lines = [f"| % | parameters | {' | '.join(shown)} |", "|---" * (len(shown) + 2) + "|"]
+    for base, size in sorted(sizes.items(), key=lambda one: (not one[0].startswith("llama"), one[1])):
+        cells = [f"{size / 1e6:.2f} M"]
+        for method, *place in shown.values():
+            row = found.get((base, method, *place))
+            signed = " minus " in method
+            numbers = [100 * float(row[name]) for name in ("value", "low", "high")] if row else []
+            cells.append("" if not row else with_interval(*numbers, signed) if signed else f"{numbers[0]:.1f}")
+        lines.append(f"| {base} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -89,6 +116,8 @@ def main() -> None:
             rows += rows_of(seed, name, args.folder)
             write(rows + controls.over_seeds(rows, COLUMNS), COLUMNS, args.out)
             print(f"seed {seed}, {name}: done", flush=True)
+    if pooled := controls.over_seeds(rows, COLUMNS):
+        print(f"\n{markdown(pooled)}")
 
 
 if __name__ == "__main__":

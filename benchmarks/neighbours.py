@@ -67,7 +67,8 @@ def on_rationales(choose: Callable) -> Train:
         folder = variants.branch(run, f"sft-{name}", ("01_sampling", "02_ranking"))
         sampled, ranked = require(folder, "01_sampling"), require(folder, "02_ranking")
         read = {sampled: ["problems.jsonl", "rationales.jsonl"], ranked: ["ranked.jsonl"]}
-        stage = Stage(folder, "02_sft", shared.stage_keys(settings, "sft") | {"rationales": name}, read)
+        keys = {"rationales": name, "learned": "after AGAIN"}
+        stage = Stage(folder, "02_sft", shared.stage_keys(settings, "sft") | keys, read)
         if not stage.done:
 
             def tune(model, tokenizer):
@@ -190,7 +191,12 @@ def measured(settings: Settings, model: Path, asked: list) -> tuple[dict[str, di
         found["tokens"][problem.id] = float(np.mean([len(ids) for ids in row["sampled_ids"]]))
     if not before:
         return dict(found), {}
-    rightly = np.mean([not steps.is_sound(problem, text) for problem, text in before])
+    rightly = np.mean(
+        [
+            any(check.line and not check.correct for check in steps.check_steps(problem, text))
+            for problem, text in before
+        ]
+    )
     corrected = {"corrected": len(before) / (SAMPLES * len(asked)), "rightly corrected": float(rightly)}
     return dict(found), {name: round(share, 5) for name, share in corrected.items()}
 
@@ -240,6 +246,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=variants.TABLE.with_name("neighbours.csv"))
     args = parser.parse_args()
     rows = controls.measured(args.out, {"seed": int, "value": float, "n": int})
+    if other := {row["method"] for row in rows if " minus " not in row["method"]} - NEIGHBOURS.keys():
+        raise SystemExit(f"{args.out} has other methods ({', '.join(sorted(other))}): delete it to measure again")
     for seed in args.seeds:
         if any(row["seed"] == seed for row in rows):
             continue

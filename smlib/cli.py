@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run_options(run: argparse.ArgumentParser) -> None:
     _add_run(run, "run folder")
     again = "execute notebooks again, from number N on; they read finished stages (to redo one, delete its folder)"
-    run.add_argument("--from", dest="first", **NUMBER, help=again)
+    run.add_argument("--from", dest="first", **NUMBER, help=again + "; notebook 07 runs only where N is 7")
     run.add_argument("--to", dest="last", **NUMBER, help="stop after notebook N")
     run.add_argument("--dry-run", action="store_true", help="only print what it takes: samples, memory, hours, disk")
     run.add_argument("--verify", action="store_true", help="only read every file of the run, and say what is damaged")
@@ -244,7 +244,7 @@ def _pretrain_options(pretrain: argparse.ArgumentParser) -> None:
     pretrain.add_argument(
         "--documents", default=150_000, **NUMBER, help="training documents, each read once (default 150,000)"
     )
-    told = "what the documents are about: a generated task, or all of reasoning (default all)"
+    told = f"what the documents are about: all (the generated tasks of reasoning), or one of {', '.join(GENERATED)}"
     pretrain.add_argument("--task", default="all", choices=("all", *GENERATED), metavar="TASK", help=told)
     pretrain.add_argument("--hidden", default=128, **NUMBER, help="hidden size, a multiple of 32 (default 128)")
     pretrain.add_argument("--layers", default=3, **NUMBER, help="number of layers (default 3)")

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -422,10 +423,10 @@ def make_base(
     """Make a tiny base as the package's was made, and write it with its card, training.json, which is printed too.
 
     The defaults are those of the package's base. out: a folder that is new or empty. task: a generated one, or "all" of
-    those of reasoning. documents: how many are read, each
-    once. hidden: width, a multiple of 32. architecture: see `tiny_config`. start_from: a base of this function's to
-    go on from, None for random weights. tokens_per_batch: at most, but for a document that is longer. Raises UsageError
-    before any work.
+    those of reasoning. documents: how many are read, each once. hidden: width, a multiple of 32. architecture: see
+    `tiny_config`. start_from: a base of this function's to go on from, None for random weights. tokens_per_batch: at
+    most, but for a document that is longer. Raises UsageError before any
+    work.
     """
     out = out.resolve()
     _check_place(out)
@@ -446,6 +447,7 @@ def make_base(
     print(f"{size:,} parameters, a vocabulary of {len(tokenizer)}, {tokens:,} tokens to read", flush=True)
     losses = train(model, batches)
     phase = {
+        "task": task,
         "documents": documents,
         "tokens": tokens,
         "seed": seed,
@@ -453,10 +455,11 @@ def make_base(
         "seconds": round(time.time() - started),
         "final_loss": round(sum(losses[-50:]) / len(losses[-50:]), 4),
     }
+    read = dict.fromkeys(chain(*(tasks_of(one.get("task", "all")) for one in (*before, phase))))
     card = {
         "parameters": models.model_size(model),
         "vocabulary": len(tokenizer),
-        "authors": {one: authors(one) for one in tasks_of(task)},
+        "authors": {one: authors(one) for one in read},
         "phases": [*before, phase],  # each read fresh documents; a later one went on from the earlier one's weights
         "accuracy": accuracy_by_task(model, tokenizer, tasks_of(task)),
     }

@@ -32,7 +32,7 @@ def test_a_sheet_has_as_many_of_each_task_and_knows_who_is_right_and_who_is_soun
     assert {row["score"]: (row["right"], row["sound"]) for row in rows} == {
         3.0: (True, True), 2.0: (True, False), 1.0: (False, False)
     }  # fmt: skip
-    assert agreement.draw(PROBLEMS, [answered(one) for one in PROBLEMS], 12, seed=1) != rows
+    assert agreement.draw(PROBLEMS, [answered(one, scores=[3.0, 2.0, 1.0]) for one in PROBLEMS], 12, seed=1) != rows
 
 
 def test_of_a_task_without_steps_the_sheet_knows_no_sound_ones():
@@ -78,6 +78,31 @@ def test_kappa_by_hand():
 def test_judges_who_agree_on_all_have_kappa_one_and_opposites_minus_one():
     one = [True, False] * 5
     assert agreement.kappa(one, one)[0] == 1 and agreement.cohens_kappa(one, np.logical_not(one)) == -1
+
+
+def test_an_almost_one_sided_sheet_has_an_interval():
+    """Fault: one draw of the bootstrap with a single verdict took the interval away."""
+    one = [True] * 54 + [False] * 6
+    value, low, high = agreement.kappa(one, [True] * 55 + [False] * 5)
+    assert low < value <= high and value == pytest.approx(0.9006, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        ([True, None], [True, False], "1 of 2 verdicts are missing: the step checker knows only"),
+        ([True], [True, False], "1 verdicts beside 2: give both judges the same rationales, at least one"),
+        ([], [], "0 verdicts beside 0"),
+    ],
+)
+def test_judges_who_cannot_be_compared_are_refused(one, other, told):
+    with pytest.raises(ValueError, match=told):
+        agreement.kappa(one, other)
+
+
+def test_missing_verdicts_are_not_turned_round():
+    with pytest.raises(ValueError, match="2 of 2 verdicts are missing"):
+        agreement.turned([None, None], 0.1, seed=0)
 
 
 def test_one_sided_judges_have_no_kappa():

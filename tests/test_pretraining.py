@@ -175,14 +175,31 @@ def test_other_architectures_learn_are_sampled_and_load(architecture, short_corp
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def test_a_base_of_one_task_reads_that_task_alone(short_corpus, tmp_path, capsys):
+def test_a_base_of_one_task_reads_that_task_alone(short_corpus, tmp_path, capsys, monkeypatch):
+    asked, batched = [], pretraining._batches
+    monkeypatch.setattr(pretraining, "_batches", lambda *given: asked.append(given[-1]) or batched(*given))
     options = f"--task translation --out {tmp_path / 'base'} --documents 200 --hidden 32 --layers 1"
     assert main(["pretrain", *options.split()]) == 0
     card = json.loads((tmp_path / "base" / "training.json").read_text())
     assert card["authors"] == {"translation": authors("translation")} and set(card["accuracy"]) == {"translation"}
-    read = list(corpus(200, 0, "translation"))
+    assert [phase["task"] for phase in card["phases"]] == ["translation"]
+    spelled, read = models.load_tokenizer(str(tmp_path / "base")), list(corpus(200, 0, "translation"))
+    assert asked == ["translation"]
+    batches = batched(spelled, 200, 1024, 0, "translation")
+    seen = {spelled.decode(row, skip_special_tokens=True) for ids, _ in batches for row in ids}
+    assert seen == {prompt + completion for prompt, completion in read}
     assert all(re.fullmatch(r"Q: Translate into Velu: The .+\.\nA:", prompt) for prompt, _ in read)
     assert all(re.fullmatch(r" The answer is [a-z]+\.", completion) for _, completion in read)
+
+
+def test_the_card_of_a_base_that_went_on_has_both_tasks(short_corpus, tmp_path, capsys):
+    first, then = tmp_path / "first", tmp_path / "then"
+    options = "--documents 60 --hidden 32 --layers 1"
+    assert main(f"pretrain --out {first} --task translation {options}".split()) == 0
+    assert main(f"pretrain --out {then} --task coin_flip --start-from {first} {options}".split()) == 0
+    card = json.loads((then / "training.json").read_text())
+    assert [phase["task"] for phase in card["phases"]] == ["translation", "coin_flip"]
+    assert set(card["authors"]) == {"translation", "coin_flip"} and set(card["accuracy"]) == {"coin_flip"}
 
 
 def test_one_document_is_enough(short_corpus, tmp_path, capsys):

@@ -325,6 +325,21 @@ def test_a_notebook_of_long_results_is_executed_only_where_it_is_named(notebooks
     assert log(out)[6:] == ["07", "08"]
     run(notebooks, out, VALUES, first=7, last=7)
     assert log(out)[8:] == ["07"]
+    run(notebooks, out, VALUES)
+    assert log(out)[9:] == []  # 08 reads nothing of 07, so it is still done
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_refresh_leaves_a_notebook_on_request_as_it_is_until_it_is_executed(notebooks, out):
+    write_notebook(notebooks, "07_beyond", 'print("seven")', parameters=PARAMETERS.replace("../runs/x", ""))
+    for path in sorted(notebooks.glob("0[0-2]*")):
+        write_notebook(notebooks, path.stem, 'print("other")', parameters=PARAMETERS.replace("../runs/x", ""))
+    run(notebooks, out, VALUES)
+    refresh(out, notebooks)
+    assert (output_text(notebooks / "07_beyond.ipynb"), output_text(notebooks / "00_start.ipynb")) == ("", "other\n")
+    run(notebooks, out, VALUES, first=7)
+    refresh(out, notebooks)
+    assert output_text(notebooks / "07_beyond.ipynb") == "seven\n"
 
 
 @pytest.mark.parametrize(
@@ -535,7 +550,15 @@ def test_pretrain_passes_its_options_on(monkeypatch, tmp_path):
     ((out, options),) = asked
     assert out == tmp_path / "base" and options.pop("seed") == 1
     assert options.pop("architecture") == "llama"
-    assert options == {"documents": 150_000, "hidden": 128, "layers": 3, "start_from": None, "tokens_per_batch": 4096}
+    rest = {
+        "task": "all",
+        "documents": 150_000,
+        "hidden": 128,
+        "layers": 3,
+        "start_from": None,
+        "tokens_per_batch": 4096,
+    }
+    assert options == rest
 
 
 def test_parameters_are_the_literals_of_the_tagged_cell():

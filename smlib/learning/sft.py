@@ -46,7 +46,7 @@ def train_sft(
         if one.side == "+":
             head = encoding.encode_question(tokenizer, by_id[one.id])
             tail = encoding.closed(tokenizer, one.token_ids)
-            read = len(head) + given(one)
+            read = len(head) + min(given(one), len(tail))
             mask = [0] * read + [1] * (len(head) + len(tail) - read)
             examples.append({"input_ids": head + tail, "completion_mask": mask, "length": len(mask)})
     if not examples:

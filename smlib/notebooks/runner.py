@@ -94,7 +94,8 @@ def _execute_all(asked: Request, out: Path) -> None:
         if same and asked.first is None and not _lost(out, before, _number(path)):
             print(f"{label} · already done")
             continue
-        timings = {stem: one for stem, one in timings.items() if stem < name}  # the rest gets new inputs
+        if _number(path) not in ON_REQUEST:  # the rest gets new inputs
+            timings = {stem: one for stem, one in timings.items() if stem < name}
         _write_json(out / "timings.json", timings)
         there = _written(out)
         try:
@@ -362,11 +363,14 @@ def publish(out: Path, root: Path, times: bool) -> None:
 def refresh(out: Path, notebooks_dir: Path) -> None:
     """Put a run's executed notebooks into the repository, as if a reader had executed them in place.
 
-    Only a run with the notebooks' own parameters can be: else their outputs would contradict their source.
+    Only a run with the notebooks' own parameters can be: else their outputs would contradict their source. Those on
+    request that it has not executed stay as they are.
     """
     timings = _read_timings(out)
     for path in sorted(notebooks_dir.glob("[0-9][0-9]_*.ipynb")):
         defaults = parameters(read_notebook(path))
+        if path.stem not in timings and _number(path) in ON_REQUEST:
+            continue
         if path.stem not in timings:
             raise RunError(f"{out} has not finished {path.stem}: run it before --refresh")
         for name, value in timings[path.stem]["parameters"].items():

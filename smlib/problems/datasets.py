@@ -79,7 +79,8 @@ def generate(dataset: str, n: int, seed: int, split: str = "train") -> list[Prob
 
     The same (dataset, n, seed, split) gives the same list, and a smaller n gives its beginning. One question
     in eight belongs to split "test", the others to "train", decided by the question's own hash: no seed can
-    leak a test question into training. Raises ValueError for an unknown dataset or split, and for such an n.
+    leak a test question into training. Raises ValueError for an unknown dataset or split, and for an n that is not
+    allowed, or larger than the task.
     """
     checked("n", n, Asked)
     if dataset not in GENERATORS:
@@ -88,13 +89,19 @@ def generate(dataset: str, n: int, seed: int, split: str = "train") -> list[Prob
         raise UsageError(f"unknown split {split!r}; allowed: 'train', 'test'")
     rng = random.Random(f"{dataset}/{split}/{seed}")
     problems: dict[str, Problem] = {}
+    draws = 0  # since the last new question
     while len(problems) < n:
         question, answer, choices = GENERATORS[dataset](rng)
+        draws += 1
+        if draws > 10_000:
+            raise UsageError(
+                f"{dataset} has hardly more than {len(problems):,} {split} questions: ask for fewer than {n:,}"
+            )
         digest = _digest(question)
         in_test = int(digest[:2], 16) < 32
         if digest[:12] in problems or digest[:12] in _published_digests() or in_test != (split == "test"):
             continue
-        identity = f"{dataset}/{split}/{digest[:12]}"
+        draws, identity = 0, f"{dataset}/{split}/{digest[:12]}"
         problems[digest[:12]] = Problem(identity, dataset, question, answer, KINDS[dataset], choices)
     return list(problems.values())
 

@@ -23,7 +23,7 @@ _CHAIN = re.compile(r"(\w+) (?:(adds|takes) (\d+)|(doubles) the \w+)\.")
 
 
 def parse(problem: Problem) -> dict:
-    """What a question of a generated task says, as data. Raises ValueError for another wording or dataset."""
+    """What a question of a generated task of reasoning says, as data. Raises ValueError for any other."""
     text = problem.question
     if problem.dataset == "coin_flip" and (acts := _COIN.findall(text)):
         return {"acts": [(who, act == "flips") for who, act in acts]}
@@ -34,7 +34,7 @@ def parse(problem: Problem) -> dict:
     if problem.dataset == "chain_arithmetic" and (start := re.search(r"holds (\d+) ", text)):
         operations = [(who, verb or double, int(count or 2)) for who, verb, count, double in _CHAIN.findall(text)]
         return {"start": int(start[1]), "operations": operations}
-    raise ValueError(f"{problem.id}: not worded like a question of a generated task: {text[:60]!r}")
+    raise ValueError(f"{problem.id}: not worded like a question of a generated task of reasoning: {text[:60]!r}")
 
 
 def turn(heads: bool, flips: bool) -> bool:

@@ -1,8 +1,10 @@
 """A sheet of rationales for a reader to judge, and how far two judges agree.
 
-rows = draw(problems, answers, 60, seed=0)      # what is on the sheet, the verdict hidden
-mine = read_verdicts("ynnyy ...", len(rows))    # a reader's, one letter for each rationale
-value, low, high = kappa(mine, step_checker)
+A judge says of every rationale whether it is sound, right in the answer and in every step:
+
+    rows = draw(problems, answers, 60, seed=0)  # question, rationale, and what programs say of it
+    mine = read_verdicts("ynnyy ...", len(rows))  # a reader's, one letter for each rationale
+    value, low, high = kappa(mine, [row["sound"] for row in rows])
 """
 
 import random
@@ -10,8 +12,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
+from smlib.declared import Questions, checked
 from smlib.errors import UsageError
 from smlib.problems.datasets import Problem, with_options
 from smlib.problems.prompts import split_answer
@@ -19,6 +21,7 @@ from smlib.problems.steps import is_sound, knows
 from smlib.reports.evaluation import Answers
 
 VERDICTS = {"y": True, "n": False}
+DRAWS = 10_000  # of the bootstrap
 
 
 def draw(problems: Sequence[Problem], answers: Sequence[Answers], n: int, seed: int) -> list[dict]:
@@ -29,12 +32,15 @@ def draw(problems: Sequence[Problem], answers: Sequence[Answers], n: int, seed: 
     step too, by the step checker; None of a task that it does not know) and score (by the reward model; None without
     one). Raises ValueError where there are too few questions.
     """
+    checked("n", n, Questions)
     rng, pools = random.Random(f"sheet/{seed}"), defaultdict(list)
     for problem, answer in zip(problems, answers, strict=True):
         pools[problem.dataset].append((problem, answer))
+    if not pools:
+        raise UsageError("a sheet needs questions, got none: give the rows of a finished stage 05")
     each, odd = divmod(n, len(pools))
-    if odd or any(len(pool) < each for pool in pools.values()):
-        fewest = min(len(pool) for pool in pools.values())
+    fewest = min(len(pool) for pool in pools.values())
+    if odd or fewest < each:
         raise UsageError(
             f"n = {n} is not allowed: give a multiple of the {len(pools)} datasets, at most {fewest * len(pools)}"
         )
@@ -65,9 +71,21 @@ def read_verdicts(text: str, n: int) -> list[bool]:
 
 
 def turned(verdicts: Sequence[bool], share: float, seed: int) -> list[bool]:
-    """Verdicts of which some are turned round, each with probability `share`: a judge who slips."""
+    """Verdicts of which some are turned round, each with probability `share`: a judge who slips.
+
+    Raises ValueError where one is missing (None).
+    """
+    _refuse_missing(verdicts)
     rng = random.Random(f"turned/{seed}")
     return [verdict != (rng.random() < share) for verdict in verdicts]
+
+
+def _refuse_missing(verdicts: Sequence[bool | None]) -> None:
+    if missing := sum(one is None for one in verdicts):
+        raise UsageError(
+            f"{missing} of {len(verdicts)} verdicts are missing: the step checker knows only the generated tasks of "
+            "reasoning; take a sheet of these, or another judge"
+        )
 
 
 def cohens_kappa(one: Sequence[bool], other: Sequence[bool], axis: int = -1) -> np.ndarray:
@@ -85,13 +103,15 @@ def cohens_kappa(one: Sequence[bool], other: Sequence[bool], axis: int = -1) -> 
 def kappa(one: Sequence[bool], other: Sequence[bool]) -> tuple[float, float, float]:
     """Cohen's kappa of two judges of the same rationales, and the ends of its 95 % bootstrap interval over them.
 
-    The ends are nan where the sheet is too short, or too one-sided, for the bootstrap.
+    nan where kappa is not defined; of judges who agree on everything the interval has no width. Raises ValueError for a
+    verdict that is missing, and for judges of different numbers of rationales, or of none.
     """
-    value = float(cohens_kappa(one, other))
-    if np.isnan(value) or value == 1:
-        return value, np.nan, np.nan
-    drawn = stats.bootstrap(
-        (np.asarray(one, dtype=int), np.asarray(other, dtype=int)), cohens_kappa, paired=True, vectorized=True,
-        method="percentile", rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    return value, float(drawn.low), float(drawn.high)
+    _refuse_missing(one)
+    _refuse_missing(other)
+    if len(one) != len(other) or not len(one):
+        raise UsageError(f"{len(one)} verdicts beside {len(other)}: give both judges the same rationales, at least one")
+    places = np.random.default_rng(0).integers(len(one), size=(DRAWS, len(one)))
+    drawn = cohens_kappa(np.asarray(one)[places], np.asarray(other)[places])
+    drawn = drawn[~np.isnan(drawn)]  # a draw may have one verdict only
+    low, high = np.percentile(drawn, (2.5, 97.5)) if len(drawn) else (np.nan, np.nan)
+    return float(cohens_kappa(one, other)), float(low), float(high)

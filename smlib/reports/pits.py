@@ -97,7 +97,9 @@ def fate(counts: dict[str, int]) -> str:
 def pit_table(rows: list[dict]) -> str:
     """report.jsonl in percent: how often the first pit is the first wrong step, and what chance gives."""
     if not rows:
-        return "No pit report: the step checker, which knows only generated tasks, finds no wrong step."
+        return (
+            "No pit report: the step checker finds no wrong step, and it knows only the generated tasks of reasoning."
+        )
     shares = {
         "exact": "exact", "early": "early", "early_expected": "early, expected", "late": "late", "none": "no pit",
         "repeated": "repeated", "false_pits": "false pits", "expected": "false pits, expected",

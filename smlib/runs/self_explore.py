@@ -118,7 +118,8 @@ def find_pits(run_dir: Path, settings: Settings, progress: bool = True) -> Stage
         if outcome and not any(row["steps"] for part in parts for row in part["explored"]):
             raise UsageError(
                 f"the {len(outcome):,} wrong rationales of {', '.join(settings.tasks)} have no steps, so there is no "
-                "first pit to find: Self-Explore is for tasks with steps; end with notebook 05 (--to 5)"
+                "first pit to find: Self-Explore is for tasks with steps; for others, end with notebook 05 "
+                "(smlib run --to 5)"
             )
         stage.write_rows("explored", [row for part in parts for row in part["explored"]])
         stage.write_rows("pairs", [row for part in parts for row in part["pairs"]])

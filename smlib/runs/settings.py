@@ -246,10 +246,16 @@ class Settings(Declared):
                 "hardware.rollout_engine = 'vllm' needs LoRA and a base that is not in 4 bits: give lora.rank of at "
                 "least 1 and a hardware.dtype other than 'nf4', or hardware.rollout_engine = 'native'"
             )
-        if self.sampling.shots != "none" and "chain_arithmetic" in self.tasks:
+        bare = [task for task in self.tasks if task in ("chain_arithmetic", "translation")]
+        if self.sampling.shots != "none" and bare:
             raise UsageError(
                 f"preset {self.preset!r} shows exemplars (sampling.shots = {self.sampling.shots!r}), and task "
-                "'chain_arithmetic' has none: choose another task, such as gsm8k, or sampling.shots = 'none'"
+                f"{bare[0]!r} has none: choose another task, such as gsm8k, or sampling.shots = 'none'"
+            )
+        if self.sampling.conditioned_questions and "translation" in self.tasks:
+            raise UsageError(
+                f"sampling.conditioned_questions = {self.sampling.conditioned_questions} is not allowed for task "
+                "'translation', which has no rationale to write for a given answer: give 0"
             )
 
 
@@ -259,7 +265,7 @@ LARGE = tuple(name for name, values in PRESETS.items() if "/" in values.get("bas
 
 
 def default_task(name: str) -> str:
-    """What a preset is for where nothing is said: published questions for models that can read, else all generated."""
+    """What a preset is for where nothing is said: published questions for models that can read, else "all"."""
     return "word_problems" if name == "smollm2" else "gsm8k" if name in LARGE else "all"
 
 
@@ -271,7 +277,12 @@ def preset(name: str, task: str = "all", seed: int = 0, **overrides) -> Settings
     """
     checked("preset", name, Literal[*PRESETS])
     checked("task", task, Tasks)
-    settings = _override(Settings(preset=name, tasks=tasks_of(task), seed=seed, base="tiny"), PRESETS[name], "")
+    values, sampling = PRESETS[name], SamplingSettings()
+    if task == "translation":  # nobody writes a rationale for a given answer
+        sampling = replace(sampling, conditioned_questions=0)
+        values = values | {"sampling": values.get("sampling", {}) | {"conditioned_questions": 0}}
+    plain = Settings(preset=name, tasks=tasks_of(task), seed=seed, base="tiny", sampling=sampling)
+    settings = _override(plain, values, "")
     if name in LARGE and task == "math":
         longer, hardware = 1_024, settings.hardware  # its solutions are long, and take the room of as many more rows
         rows = hardware.max_batch * settings.sampling.max_new_tokens // longer

@@ -453,6 +453,13 @@ def check(settings: Settings, names: Iterable[str] = ()) -> None:
 def check_settings(settings: Settings, config, names: Sequence[str] = ()) -> None:
     """Raise ValueError if one of the stages named, or any, would refuse a setting for this model, its questions or
     the number of processes."""
+    if "translation" in settings.tasks and settings.base == "tiny":
+        raise UsageError(
+            "the base tiny has not read translations: make one that has, by `smlib pretrain --task translation "
+            "--documents 40000 --out FOLDER`, and give --model FOLDER"
+        )
+    if "translation" in settings.tasks and any(name.startswith("06") for name in names):
+        raise UsageError("Self-Explore is for tasks with steps, and a translation has none: choose another --task")
     _check_batches(settings, names, devices.process_state().num_processes)  # from here on each process sees its own GPU
     models.check_targets(config, settings.lora.rank, settings.lora.targets)
     check_room("sampling.max_new_tokens", settings.sampling.max_new_tokens, config)
