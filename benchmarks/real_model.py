@@ -2,13 +2,15 @@
 results/smollm2_tuning.csv.
 
     python benchmarks/real_model.py --part sampling prompt
-    python benchmarks/real_model.py --part sft
+    python benchmarks/real_model.py --part sft coverage
 
 sampling: the base's rationales, eight for each question, at several temperatures: how many are right, how many
 questions have a right one, how many different right ones there are (in questions, and in texts).
 prompt: the same at SAMPLING's best temperature, by the way of asking: plain or chat, with and without exemplars.
 sft: greedy accuracy, without exemplars, after SFT on stage 02's r+ of the run runs/smollm2-word_problems-seed0, by what
 is trained (adapters or all weights) and at which rate, on questions of the train split that no stage uses.
+coverage: of the questions that this run's stage 01 also asked with a given answer, how many have an open and how many an
+answer-conditioned rationale that states the gold answer, and that supports it when it is read again (as r+ must).
 
 Nothing here asks a test question. Shares have 95 % intervals over questions. A setting's rows are written when it is
 done, and the next call keeps them; delete the table to measure again.
@@ -27,6 +29,7 @@ from ablations import write
 
 from smlib.files.artifacts import require
 from smlib.learning import rationales, sft
+from smlib.learning.ranking import side
 from smlib.learning.rows import Rationale
 from smlib.reports import evaluation
 from smlib.runs import questions, self_motivated, shared
@@ -99,6 +102,21 @@ def tuned(name: str, number: int) -> list[dict]:
     ]
 
 
+def covered(settings: Settings) -> list[dict]:
+    """Rows of what answer-conditioned rationales add to open ones, question by question."""
+    run = shared.run_folder("", settings.preset, "word_problems", settings.seed)
+    written = require(run, "01_sampling").read_rows("rationales", Rationale)
+    asked = list(dict.fromkeys(one.id for one in written if one.source == "conditioned"))
+    sources = {"open": ("open",), "conditioned": ("conditioned",), "open or conditioned": ("open", "conditioned")}
+    rows = []
+    for name, among in sources.items():
+        mine = [one for one in written if one.source in among]
+        stated, supported = {one.id for one in mine if one.correct}, {one.id for one in mine if side(one)[0] == "+"}
+        rows.append(row("coverage", name, "states the gold answer", [float(one in stated) for one in asked]))
+        rows.append(row("coverage", name, "and supports it", [float(one in supported) for one in asked]))
+    return rows
+
+
 def of_part(part: str, number: int) -> Iterator[tuple[str, object]]:
     """(setting, function that measures it) of a part."""
     base = preset("smollm2", "word_problems", 0)
@@ -113,6 +131,8 @@ def of_part(part: str, number: int) -> Iterator[tuple[str, object]]:
         for name, (prompt, shots) in PROMPTS.items():
             settings = replace(base, sampling=replace(base.sampling, prompt=prompt, shots=shots))
             yield name, lambda s=settings, n=name: sampled(s, part, n, number)
+    if part == "coverage":
+        yield "all", lambda: covered(base)
     if part == "sft":
         for name in TRAININGS:
             yield name, lambda n=name: tuned(n, number)
@@ -120,7 +140,7 @@ def of_part(part: str, number: int) -> Iterator[tuple[str, object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", choices=("sampling", "prompt", "sft"), default=["sampling"])
+    parser.add_argument("--part", nargs="+", choices=("sampling", "prompt", "sft", "coverage"), default=["sampling"])
     parser.add_argument("--questions", type=int, default=120)
     parser.add_argument("--out", type=Path, default=variants.TABLE.with_name("smollm2_tuning.csv"))
     args = parser.parse_args()
