@@ -9,8 +9,8 @@ questions have a right one, how many different right ones there are (in question
 prompt: the same at SAMPLING's best temperature, by the way of asking: plain or chat, with and without exemplars.
 sft: greedy accuracy, without exemplars, after SFT on stage 02's r+ of the run runs/smollm2-word_problems-seed0, by what
 is trained (adapters or all weights) and at which rate, on questions of the train split that no stage uses.
-coverage: of the questions that this run's stage 01 also asked with a given answer, how many have an open and how many an
-answer-conditioned rationale that states the gold answer, and that supports it when it is read again (as r+ must).
+coverage: of the questions that this run's stage 01 also asked with a given answer, how many have an open rationale, and
+how many an answer-conditioned one, that states the gold answer; and that supports it when it is read again, as r+ must.
 
 Nothing here asks a test question. Shares have 95 % intervals over questions. A setting's rows are written when it is
 done, and the next call keeps them; delete the table to measure again.
