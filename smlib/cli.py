@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run_options(run: argparse.ArgumentParser) -> None:
     _add_run(run, "run folder")
     again = "execute notebooks again, from number N on; they read finished stages (to redo one, delete its folder)"
-    run.add_argument("--from", dest="first", **NUMBER, help=again + "; notebook 07 runs only where N is 7")
+    run.add_argument("--from", dest="first", **NUMBER, help=again)
     run.add_argument("--to", dest="last", **NUMBER, help="stop after notebook N")
     run.add_argument("--dry-run", action="store_true", help="only print what it takes: samples, memory, hours, disk")
     run.add_argument("--verify", action="store_true", help="only read every file of the run, and say what is damaged")

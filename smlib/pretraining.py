@@ -425,8 +425,7 @@ def make_base(
     The defaults are those of the package's base. out: a folder that is new or empty. task: a generated one, or "all" of
     those of reasoning. documents: how many are read, each once. hidden: width, a multiple of 32. architecture: see
     `tiny_config`. start_from: a base of this function's to go on from, None for random weights. tokens_per_batch: at
-    most, but for a document that is longer. Raises UsageError before any
-    work.
+    most, but for a document that is longer. Raises UsageError before any work.
     """
     out = out.resolve()
     _check_place(out)
