@@ -202,6 +202,38 @@ def test_the_card_of_a_base_that_went_on_has_both_tasks(short_corpus, tmp_path, 
     assert set(card["authors"]) == {"translation", "coin_flip"} and set(card["accuracy"]) == {"coin_flip"}
 
 
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(short_corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pretraining, "EVERY", 2)
+    options = "--documents 200 --hidden 32 --layers 1 --tokens-per-batch 1024"
+    assert main(f"pretrain --out {tmp_path / 'whole'} {options}".split()) == 0
+    saved, save = [], pretraining._save_checkpoint
+
+    def killed_after_the_second(*given):
+        save(*given)
+        saved.append(len(given[-1]))
+        if len(saved) == 2:
+            raise Killed
+
+    monkeypatch.setattr(pretraining, "_save_checkpoint", killed_after_the_second)
+    with pytest.raises(Killed):
+        main(f"pretrain --out {tmp_path / 'other'} {options}".split())
+    left = tmp_path / "other.training"
+    assert [path.name for path in left.iterdir()] == ["checkpoint-000004"] and not (tmp_path / "other").exists()
+    capsys.readouterr()
+    assert main(f"pretrain --out {tmp_path / 'other'} {options} --seed 1".split()) == 1
+    assert "was made with seed = 0, and now seed = 1 is asked for" in capsys.readouterr().err
+    assert main(f"pretrain --out {tmp_path / 'other'} {options}".split()) == 0
+    assert "going on after 4 batches" in capsys.readouterr().out and saved[2] == 6
+    whole, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "other"))
+    assert whole == other and not left.exists()
+    cards = [json.loads((tmp_path / name / "training.json").read_text())["phases"][0] for name in ("whole", "other")]
+    assert cards[0]["final_loss"] == cards[1]["final_loss"]
+
+
 def test_one_document_is_enough(short_corpus, tmp_path, capsys):
     assert main(f"pretrain --out {tmp_path / 'one'} --documents 1 --hidden 32 --layers 1".split()) == 0
     assert (tmp_path / "one" / "model.safetensors").is_file()
