@@ -138,6 +138,11 @@ def test_the_tables_of_the_reward_models_are_those_of_the_results():
         assert table(rows) in page
 
 
+def test_the_table_of_the_bases_is_that_of_the_results():
+    bases, rows = benchmark("bases")
+    assert bases.markdown(rows) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
 def test_the_table_of_the_rounds_is_that_of_the_results():
     rounds, rows = benchmark("rounds")
     assert rounds.markdown(rows, 3) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
