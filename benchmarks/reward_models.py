@@ -128,13 +128,12 @@ def rows_of(seed: int, judgements: Judgements, tasks: dict[str, str]) -> list[di
     return rows
 
 
-def own_pairs(settings: Settings, writer: str, run: Path, most: int) -> tuple[list[Problem], list[Pair]]:
-    """(questions, at least `most` pairs) of a writer's samples on questions that come after those of stage 01."""
-    return own_pairs_of(settings, writer, run, most, int(most / PER_QUESTION[writer] / len(settings.tasks)))
+def own_pairs(settings: Settings, writer: str, run: Path, most: int, each: int = 0) -> tuple[list[Problem], list[Pair]]:
+    """(questions, at least `most` pairs) of a writer's samples on questions that come after those of stage 01.
 
-
-def own_pairs_of(settings: Settings, writer: str, run: Path, most: int, each: int) -> tuple[list[Problem], list[Pair]]:
-    """The same, of so many questions per task, or of more where they give too few pairs."""
+    each: questions per task, by default as many as PER_QUESTION says; half as many again where these are too few.
+    """
+    each = each or int(most / PER_QUESTION[writer] / len(settings.tasks))
     problems = questions.second_problems(replace(settings, reward=replace(settings.reward, questions=each)))
     with shared.load_engine(settings, controls.model_of(writer, run, settings)) as engine:
         params = shared.sampling_params(settings, "sampling")
@@ -143,11 +142,12 @@ def own_pairs_of(settings: Settings, writer: str, run: Path, most: int, each: in
     ranked, _ = ranking.rank(written, settings.ranking.max_per_side)
     made = ranking.pairs(ranked, settings.ranking.max_pairs_per_question, settings.seed)
     made = [pair for pair in made if not pair.held_out]
-    if len(made) < most:  # a better writer is rarely wrong
-        print(
-            f"{len(problems):,} questions of {writer} gave {len(made):,} pairs, not {most:,}: asking more", flush=True
-        )
-        return own_pairs_of(settings, writer, run, most, each * 3 // 2)
+    told = f"{len(problems):,} questions of {writer} gave {len(made):,} pairs, not {most:,}"
+    if 2 * len(made) < most:
+        raise SystemExit(f"{told}: it is rarely wrong; give fewer --pairs")
+    if len(made) < most:
+        print(f"{told}: asking more", flush=True)
+        return own_pairs(settings, writer, run, most, each * 3 // 2)
     place = {problem.id: number % each for number, problem in enumerate(problems)}  # within its task
     return problems, sorted(
         made, key=lambda pair: place[pair.id]

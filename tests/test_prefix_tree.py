@@ -46,14 +46,16 @@ def test_the_nodes_of_a_prompt_are_its_tokens_and_the_last_one_is_its_own(asked)
 
 
 @given(prompts(least=2))
+@example([[3] * 30, [3] * 30 + [5, 6, 7], [3] * 16 + [4], [3] * 30 + [5, 6, 7, 8]])  # the third cuts off 14 tokens
 def test_two_prompts_share_what_they_agree_on_but_for_a_few_tokens(asked):
-    """Fewer than LEAST_SHARED at the end of what is common, and the last token of each, are read for each."""
+    """Fewer than LEAST_SHARED at the end of what is common, and the last token of each, are read for each; so are as
+    many again where a prompt has cut off a node's end that is too short to be found."""
     tree = PrefixTree(0)
     paths = [leaf.path() for leaf in [tree.insert(ids) for ids in asked]]
     for (one, path), (other, others) in itertools.combinations(zip(asked, paths, strict=True), 2):
         shared = sum(len(node.tokens) for node in set(path) & set(others))
         common = agreement(one, other)
-        assert min(common, len(one) - 1, len(other) - 1) - LEAST_SHARED < shared <= common
+        assert min(common, len(one) - 1, len(other) - 1) - 2 * LEAST_SHARED < shared <= common
 
 
 @given(st.lists(prompts(), min_size=1, max_size=4), st.integers(0, 200))
