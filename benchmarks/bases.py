@@ -6,8 +6,9 @@
 A base is named by its architecture and width: 3 layers that have read what the package's own has (`smlib pretrain
 --architecture ... --hidden ...`); llama-128 is the package's own. "translation" is one like the package's own that has
 read 40,000 translations instead, a task that takes no reasoning, and is asked for translations. A base that is missing
-is made in runs/bases, in hours: on one core of an AMD EPYC in 0.3, 0.7, 1.1 and 2 hours for Llamas of width 96, 192,
-256 and 352. Every base goes through stages 01 to 04 with the settings of preset tiny, and nothing is tuned for it.
+is made in runs/bases, in hours: on one core of an AMD EPYC, beside other work, in 0.4, 0.9 and 2.5 hours for Llamas of
+width 96, 192 and 352. Every base goes through stages 01 to 04 with the settings of preset tiny, and nothing is tuned
+for it.
 
 Rows of results/bases.csv: for every base and seed, accuracy of base, SFT model, SML model and the control of
 results/controls.csv (PPO with the untrained reward) on the test questions of stage 05, greedily and at temperature 1,
@@ -30,7 +31,7 @@ from smlib import pretraining
 from smlib.reports.results import ALL, MEAN
 from smlib.reports.wording import with_interval
 from smlib.runs import shared
-from smlib.runs.settings import Settings, preset
+from smlib.runs.settings import preset
 from smlib.sampling import models
 
 COLUMNS = ("seed", "method", "base", "parameters", "task", "temperature", "metric", "value", "low", "high", "n")
@@ -52,15 +53,10 @@ def base_of(name: str, folder: Path) -> str:
     return str(folder / name)
 
 
-def settings_of(name: str, seed: int, base: str) -> Settings:
-    """Those of preset tiny."""
-    return preset("tiny", TRANSLATION if name == TRANSLATION else "all", seed, base=base)
-
-
 def rows_of(seed: int, name: str, folder: Path) -> list[dict]:
     """All rows of a base and a seed."""
     base = base_of(name, folder)
-    settings = settings_of(name, seed, base)
+    settings = preset("tiny", TRANSLATION if name == TRANSLATION else "all", seed, base=base)
     run = shared.run_folder("", "tiny", "all", seed) if base == "tiny" else folder / f"{name}-seed{seed}"
     made = ((method, controls.model_of(method, run, settings)) for method in controls.METHODS)
     answered = controls.rows_of_seed(controls.asking(settings, QUESTIONS), made, (0.0, 1.0))

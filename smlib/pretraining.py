@@ -163,10 +163,10 @@ def _translated(problem: Problem, author: str, rng: random.Random) -> str:
     """One author's translation; the sloppy one now and then takes a word for another of its kind."""
     facts = translation.parse(problem.question)
     if author == "sloppy":
-        kinds = [kind for kind in translation.KINDS for _ in kind]
         mixed = {
-            word: rng.choice(list(kind.values())) if rng.random() < 0.25 else kind[word]
-            for word, kind in zip(translation.WORDS, kinds, strict=True)
+            word: rng.choice(list(kind.values())) if rng.random() < 0.25 else said
+            for kind in translation.KINDS
+            for word, said in kind.items()
         }
         return translation.translate(facts, words=mixed)
     _, reads, inflected = _AUTHORS["translation"][author]
