@@ -15,17 +15,17 @@ rows are those of results/controls.csv.
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import controls
 import variants
 from ablations import write
 
-from smlib.runs import shared
+from smlib.runs import self_motivated, shared
 from smlib.runs.settings import preset
 
 TABLE = variants.TABLE.with_name("rounds.csv")
-APART = 1_000  # between the seeds of two rounds, so that each asks questions of its own
 NAMES = ("SFT alone", "SFT", "untrained reward", "SML")  # of a round's models; in the first both kinds of SFT are one
 LONGER = "round 1, twice the updates"
 SHOWN = [("greedy", controls.MEAN, 0.0, "right"), ("temperature 1", controls.MEAN, 1.0, "right")]
@@ -33,24 +33,23 @@ SHOWN = [("greedy", controls.MEAN, 0.0, "right"), ("temperature 1", controls.MEA
 
 def models_of(preset_name: str, task: str, seed: int, rounds: int) -> Iterator[tuple[str, Path | str]]:
     """(name, folder) of the base and of every round's models, trained where they are missing."""
-    run, base = shared.run_folder("", preset_name, task, seed), preset(preset_name, task, seed).base
-    yield "base", base
-    alone = run / "02_sft" / "model"
+    run, settings = shared.run_folder("", preset_name, task, seed), preset(preset_name, task, seed)
+    alone, alone_settings = run / "02_sft" / "model", settings
+    yield "base", settings.base
     for number in range(1, rounds + 1):
-        folder = run if number == 1 else run / "rounds" / str(number)
-        at = preset_name, task, seed + APART * (number - 1)
+        folder = self_motivated.round_folder(run, number)
         if number > 1:
-            alone_run = run / "rounds" / f"{number}-sft-alone"
-            alone = controls.model_of("SFT", alone_run, preset(*at, base=str(alone)))
+            alone_settings = self_motivated.next_round(alone_settings, alone)
+            alone = controls.model_of("SFT", run / "rounds" / f"{number}-sft-alone", alone_settings)
             yield f"round {number}, SFT alone", alone
-        settings = preset(*at, base=str(base))
         yield f"round {number}, SFT", controls.model_of("SFT", folder, settings)
         yield f"round {number}, untrained reward", controls.model_of(controls.UNTRAINED, folder, settings)
-        base = controls.model_of(controls.LEARNED, folder, settings)
-        yield f"round {number}, SML", base
+        learned = controls.model_of(controls.LEARNED, folder, settings)
+        yield f"round {number}, SML", learned
         if number == 1:
-            longer = preset(*at, base=settings.base, ppo={"updates": 2 * settings.ppo.updates})
+            longer = replace(settings, ppo=replace(settings.ppo, updates=2 * settings.ppo.updates))
             yield LONGER, variants.policy(folder, longer, "PPO-twice-the-updates", "ppo").path("model")
+        settings = self_motivated.next_round(settings, learned)
 
 
 def contrasts(rounds: int) -> list[tuple[str, str]]:

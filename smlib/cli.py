@@ -14,7 +14,7 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -27,7 +27,7 @@ from pydantic import Field
 from smlib import declared
 from smlib.errors import UsageError, UserError, of_extra
 from smlib.files import folders
-from smlib.files.artifacts import MANIFEST
+from smlib.files.artifacts import MANIFEST, require
 from smlib.files.atomic import explain
 from smlib.ppo.settings import POLICY_METHODS
 from smlib.problems import datasets
@@ -65,6 +65,7 @@ OPTIONS = {name: one.kind for name, one in DRAWING.items()} | {  # what an optio
     "samples": declared.Samples,
     "shard": declared.Rows,
     "documents": Annotated[int, Field(ge=1, le=10_000_000)],
+    "rounds": Annotated[int, Field(ge=1, le=100)],
     "hidden": Annotated[int, Field(ge=32, le=65_536)],
     "layers": Annotated[int, Field(ge=1, le=1_000)],
     "tokens_per_batch": declared.Tokens,
@@ -132,6 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     stages = "stage to make, such as 02_sft or 06_rft (default: all from 01_sampling to 05_evaluation)"
     stage.add_argument("names", nargs="*", metavar="NAME", help=stages)
     _add_run(stage, "run folder; the earlier stages must be in it")
+    rounds = "rounds of these stages; each starts from the SML model of the one before, in RUN/rounds/2 and so on"
+    stage.add_argument("--rounds", default=1, **NUMBER, help=f"{rounds} (default 1)")
     policy = command("train-policy", train_policy, "train the policy (stage 04) by PPO, RLOO or GRPO")
     _add_run(policy, "run folder with stages 01 to 03")
     policy.add_argument("--method", default="ppo", choices=POLICY_METHODS, help="RLOO and GRPO are TRL's (default ppo)")
@@ -447,7 +450,6 @@ def make_stages(args: argparse.Namespace) -> None:
     asked = _asked(args)
     settings = _settings(asked)
     from smlib.runs import self_explore, self_motivated, shared
-    from smlib.sampling import devices
     from smlib.scale import plan
 
     stages = self_motivated.STAGES | self_explore.STAGES
@@ -456,17 +458,29 @@ def make_stages(args: argparse.Namespace) -> None:
     names = [name for name in stages if name in (args.names or self_motivated.STAGES)]
     shared.refuse_processes(names)
     run = _run_folder(args, asked)
-    if missing := [name for name in names if not (run / name / MANIFEST).exists()]:
-        plan.check(settings, missing)
-    main = devices.process_state().is_main_process
     with _luck_warned_of_once():
-        for name in names:
-            state = " (already done)" if (run / name / MANIFEST).exists() else ""
-            manifest = stages[name](run, settings, progress=main).manifest
-            if main:
-                rows = ", ".join(f"{count:,} {file}" for file, count in manifest["counts"].items())
-                print(f"{run / name}: {rows}, {manifest['wall_seconds']:.1f} s{state}", flush=True)
+        for number in range(1, args.rounds + 1):
+            folder = self_motivated.round_folder(run, number)
+            if number > 1:
+                policy = require(self_motivated.round_folder(run, number - 1), "04_ppo").path("model")
+                settings = self_motivated.next_round(settings, policy.resolve())
+            if missing := [name for name in names if not (folder / name / MANIFEST).exists()]:
+                plan.check(settings, missing)
+            for name in names:
+                _make_stage(folder, name, partial(stages[name], folder, settings))
     shared.end_process_group()
+
+
+def _make_stage(run: Path, name: str, make: Callable) -> None:
+    """Make a stage, and print in the main process where it is and its headline."""
+    from smlib.sampling import devices
+
+    main = devices.process_state().is_main_process
+    state = " (already done)" if (run / name / MANIFEST).exists() else ""
+    manifest = make(progress=main).manifest
+    if main:
+        rows = ", ".join(f"{count:,} {file}" for file, count in manifest["counts"].items())
+        print(f"{run / name}: {rows}, {manifest['wall_seconds']:.1f} s{state}", flush=True)
 
 
 @contextmanager
@@ -535,9 +549,7 @@ def draw_samples(args: argparse.Namespace) -> None:
         source["dtype"] = dtype
     if args.prompt != "plain":
         source["prompt"] = args.prompt
-    adapter = models.adapter_config(args.model)
-    config = models.load_config(adapter.base_model_name_or_path if adapter else args.model)
-    check_room("--max-new-tokens", args.max_new_tokens, config)
+    check_room("--max-new-tokens", args.max_new_tokens, models.load_config(args.model))
     params = SamplingParams(
         args.temperature, args.max_new_tokens, args.seed, top_p=args.top_p, stop=prompts.stop(args.shots)
     )

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from smlib.cli import main
 from smlib.errors import UsageError
 from smlib.files.artifacts import StageError, StageMismatch, require
 from smlib.learning import reward_model
@@ -195,6 +196,31 @@ def test_with_lora_one_base_holds_every_role(with_adapters, tmp_path):
             torch.testing.assert_close(models.load_policy(folder)(ids).logits, logits, rtol=1e-4, atol=1e-4)
             assert not torch.equal(base(ids).logits, logits)
     assert (require(moved, "04_ppo").path("model") / "value" / "adapter_config.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_second_round_asks_other_questions_of_the_policy_an_adapter_too(with_adapters, tmp_path, capsys):
+    run, _ = with_adapters
+    file, copied = tmp_path / "settings.yaml", tmp_path / "run"
+    overrides = SMALL | {"lora": {"rank": 4}, "ppo": SMALL["ppo"] | {"value": "model"}}
+    file.write_text(json.dumps({"PRESET": "smoke", "OVERRIDES": overrides}), encoding="utf-8")
+    shutil.copytree(run, copied)
+    command = ["stage", "01_sampling", "02_ranking", "02_sft", "--rounds", "2", "--config", str(file), "--out"]
+    assert main([*command, str(copied)]) == 0
+    assert f"{copied / 'rounds' / '2' / '02_sft'}: 1 log" in capsys.readouterr().out
+    second = require(copied / "rounds" / "2", "01_sampling")
+    assert second.settings["base"] == str(copied / "04_ppo" / "model") and second.settings["seed"] == 1000
+    asked = [{row["id"] for row in one.read_rows("problems")} for one in (require(run, "01_sampling"), second)]
+    assert not asked[0] & asked[1]
+    shutil.rmtree(copied / "04_ppo")
+    assert main([*command, str(copied)]) == 1 and "04_ppo does not exist" in capsys.readouterr().err
+
+
+def test_later_rounds_answer_without_exemplars():
+    first = preset("smollm2", "word_problems")
+    assert first.sampling.shots == "smlib"
+    sampling = replace(first.sampling, shots="none")
+    assert self_motivated.next_round(first, "model") == replace(first, base="model", seed=1000, sampling=sampling)
 
 
 def test_the_reward_adapter_scores_as_the_reward_model_did(with_adapters):

@@ -10,6 +10,7 @@ import copy
 import shutil
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -38,6 +39,7 @@ from smlib.sampling.engines import Engine
 from smlib.sampling.factory import make_engine
 
 ROLLOUT_SHARE = 0.35  # of a card, for vLLM beside the models that train
+ROUND_SEEDS = 1_000  # between the seeds of two rounds, so that each asks questions of its own
 
 
 def sample_rationales(run_dir: Path, settings: Settings, progress: bool = True) -> Stage:
@@ -336,6 +338,17 @@ def run(run_dir: Path, settings: Settings, progress: bool = True) -> dict[str, f
         stage(run_dir, settings, progress=progress)
         seconds[name] = time.perf_counter() - started
     return seconds
+
+
+def round_folder(run_dir: Path, number: int) -> Path:
+    """Where a round of the method lies: the first is the run itself, the others are in its folder rounds."""
+    return run_dir if number == 1 else run_dir / "rounds" / str(number)
+
+
+def next_round(settings: Settings, model: Path) -> Settings:
+    """The settings of the round after: its base is a model that this round has trained, which needs no exemplars."""
+    sampling = replace(settings.sampling, shots="none")
+    return replace(settings, base=str(model), seed=settings.seed + ROUND_SEEDS, sampling=sampling)
 
 
 def before_policy(run_dir: Path, settings: Settings, progress: bool = True) -> None:

@@ -170,8 +170,9 @@ def _reason(place: str, revision: str | None, causes: list[BaseException], files
 
 
 def load_config(name: str) -> PretrainedConfig:
-    """The model's configuration. Raises ModelError where there is none to be had."""
-    place, revision = locate(name)
+    """The model's configuration, of an adapter that of its base. Raises ModelError where there is none to be had."""
+    adapter = adapter_config(name)
+    place, revision = locate(adapter.base_model_name_or_path if adapter else name)
     with _explained(place, revision, "config.json"):
         return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
 

@@ -56,9 +56,7 @@ class RayEngine(Engine):
         engine_kwargs = {"dtype": dtype, "max_batch": max_batch, "cache_tokens": cache_tokens, "prompt": prompt}
         self.name = inner  # the samples are those of the inner engine, whatever the number of workers
         self.tokenizer = models.load_tokenizer(base, prompt)
-        adapter = models.adapter_config(base)
-        config = models.load_config(adapter.base_model_name_or_path if adapter else base)
-        self.limit = getattr(config, "max_position_embeddings", None)
+        self.limit = getattr(models.load_config(base), "max_position_embeddings", None)
         self._pool = Pool(_Worker, (base, inner, engine_kwargs, workers), workers)
 
     def start(self) -> None:
