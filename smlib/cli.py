@@ -42,6 +42,7 @@ EXAMPLES = """examples:
   smlib settings llama2-7b hardware
   smlib sample gsm8k --model smollm2 --samples 4 --out samples"""
 NUMBER = {"type": int, "metavar": "N"}
+MEASURED_TOKENS = 32  # of a completion, to measure how fast a machine is
 ASKED = ("PRESET", "TASK", "SEED", "OVERRIDES")  # what a run is asked to be, in run.json and in --config
 PRESET = {
     "choices": PRESETS,
@@ -431,15 +432,24 @@ def run_notebooks(args: argparse.Namespace) -> int | None:
 
 
 def dry_run(settings: Settings) -> str:
-    """The plan; where the dataset's questions are not to be had, of the generated coin flips in their place."""
+    """The plan, with this machine's hours where the base is here; where the dataset's questions are not to be had, of
+    the generated coin flips in their place."""
+    from smlib.sampling import models
     from smlib.scale import plan
 
+    told = ""
     try:
         plan.check_settings(settings, plan.config_of(settings.base))
-        return plan.describe(settings)
     except DatasetError as error:
-        found = plan.describe(replace(settings, tasks=("coin_flip",)))
-        return f"{error}\nThis plan is for the generated coin flips instead, whose questions are short:\n\n{found}"
+        told = f"{error}\nThis plan is for the generated coin flips instead, whose questions are short:\n\n"
+        settings = replace(settings, tasks=("coin_flip",))
+    here = None
+    if models.weights_sha256(settings.base):
+        print(
+            f"Measuring how fast this machine is with {settings.base}; a real model takes a minute or two.", flush=True
+        )
+        here = plan.measure(settings, settings.base, tokens=MEASURED_TOKENS)
+    return told + plan.describe(settings, here)
 
 
 def make_stages(args: argparse.Namespace) -> None:

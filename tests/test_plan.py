@@ -104,6 +104,16 @@ def test_counts_are_those_of_a_run(tmp_path):
     assert found.drawn == pytest.approx(sum(drawn) * 80 / 64 + 256, rel=0.1)
 
 
+def test_exemplars_are_read_once():
+    settings = preset("smoke", "coin_flip", sampling={"shots": "smlib"})
+    few, many = (
+        stage(plan.work(replace(settings, sampling=replace(settings.sampling, questions=n))), "01_sampling").read
+        for n in (16, 32)
+    )
+    question = plan.token_lengths(settings).question
+    assert many - few == pytest.approx(16 * question, rel=0.2)
+
+
 def test_more_of_everything_takes_longer():
     settings, at = preset("smoke", "coin_flip"), Speeds(1e3, 1e3, 1e3, 1e3, 1e3)
     plain = {one.stage: plan.hours(one, at) for one in plan.work(settings)}
@@ -228,6 +238,19 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(name, tmp_path, capsys):
     for wanted in ("01_sampling", "06_exploration", "RTX 4090", "H100 80 GB", "Disk: ", "Assumed: ", "not measured"):
         assert wanted in shown
     assert not out.exists()
+
+
+def test_a_dry_run_of_a_base_that_is_here_has_this_machine_s_hours(monkeypatch, capsys):
+    """Speeds of one token a second make the hours countable: 3,600 tokens an hour."""
+    asked = []
+    monkeypatch.setattr(plan, "measure", lambda *args, **options: asked.append(args[1]) or Speeds(1, 1, 1, 1, 1))
+    assert main(["run", "--preset", "smoke", "--task", "coin_flip", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert asked == ["tiny"] and max(map(len, shown.splitlines())) <= 120
+    ppo = stage(plan.work(preset("smoke", "coin_flip"), plan.MEASURED["tiny"]), "04_ppo")
+    minutes = round(sum(astuple(ppo)[2:]) / 60)
+    assert re.search(rf"^04_ppo .* {minutes // 60}:{minutes % 60:02}( +0:00){{4}}$", shown, re.MULTILINE)
+    assert re.search(r"GB +here +RTX 4090", shown)
 
 
 def test_the_recipes_fit_their_cards():

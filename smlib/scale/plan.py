@@ -5,6 +5,7 @@
     check(settings)                            # raises DoesNotFit, with the settings to change
     at = measure(settings, folder)             # speeds of the model in a folder, on this machine
     {one.stage: hours(one, at) for one in work(settings)}
+    print(describe(settings, at))              # the same, with the hours on this machine
 
 Tokens come from the questions themselves; how many rationales will be right, how long they get and how fast a card is
 has to be assumed: the assumptions are the constants below, and `describe` prints them. Once a model is there, `measure`
@@ -47,6 +48,7 @@ LAUNCH = 0.7e-3  # seconds per layer and step that transformers takes at least; 
 BUSY = 0.9  # rows of the sampler that still draw, on average (measured on a CPU: 227 of 256)
 ASKED = 10_000  # questions of a task that are looked at for their lengths
 WIDTH = 108  # characters of the plan's lines
+TRAINED = 8  # micro batches that `measure` trains on
 VLLM_ROWS = 256  # that vLLM draws at once; it starts its kernels as a graph, and LAUNCH does not hold
 
 
@@ -60,6 +62,12 @@ class Assumed:
     tuned: float = 0.4  # the same, of the tuned model
     distinct: float = 0.95  # share of a question's samples that repeats no other
     solution: float = 120.0  # tokens of a rationale
+
+
+MEASURED = {  # of bases whose runs are known, on the tasks of their presets
+    "tiny": Assumed(base=0.52, tuned=0.69, distinct=0.48, solution=55.0),
+    "smollm2": Assumed(base=0.035, tuned=0.13, distinct=0.95, solution=77.0),
+}
 
 
 @dataclass(frozen=True)
@@ -203,7 +211,8 @@ def _motivated(settings: Settings, lengths: Lengths, assumed: Assumed, fresh: in
     questions, text = _trained_on(settings), lengths.question + lengths.solution
     hinted = len(settings.tasks) * min(drawing.conditioned_questions, questions) * 2 * drawing.conditioned_samples
     opened = questions * drawing.samples
-    prompt, again = lengths.shown + lengths.question, 16  # tokens of an answer that is read off a rationale
+    again = 16  # tokens of an answer that is read off a rationale
+    exemplars = len(settings.datasets) * (2 * lengths.shown + lengths.conditioned)  # all prompts share them
     held_out = 1 / 8  # of the pairs (ranking.held_out)
     limit = ranked.max_per_side
 
@@ -225,8 +234,7 @@ def _motivated(settings: Settings, lengths: Lengths, assumed: Assumed, fresh: in
     return [
         Work(
             "01_sampling", opened + 2 * hinted,
-            questions * prompt + hinted * (lengths.conditioned + lengths.question)
-            + hinted * (prompt + lengths.solution),
+            exemplars + (questions + 2 * hinted) * lengths.question + hinted * lengths.solution,
             (opened + hinted) * lengths.solution + hinted * again,
         ),
         Work("02_sft", trained=learned * text * settings.sft.epochs),
@@ -276,13 +284,13 @@ def _explored(settings: Settings, lengths: Lengths, assumed: Assumed) -> list[Wo
 
 
 def _evaluation(stage: str, settings: Settings, lengths: Lengths, first: bool) -> Work:
-    """In the first of the two the base reads exemplars, and the reward model scores what was sampled."""
+    """In the first of the two the base reads exemplars, once, and the reward model scores what was sampled."""
     published, _ = questions.published_problems(settings)
     methods = 3  # in each of the two stages
     sampled = _number(settings, settings.evaluation.questions, _tested)
     asked = sampled + sum(map(len, published.values()))
     samples = methods * (asked + sampled * settings.evaluation.samples)
-    read = methods * asked * lengths.question + first * asked * lengths.shown
+    read = methods * asked * lengths.question + first * len(settings.datasets) * lengths.shown
     scored = first * methods * sampled * settings.evaluation.samples * (lengths.question / 4 + lengths.solution)
     return Work(stage, samples, read, samples * lengths.solution, scored)
 
@@ -338,10 +346,16 @@ def hours(done: Work, at: Speeds) -> float:
     return sum(tokens / speed for tokens, speed in zip(astuple(done)[2:], by_kind, strict=True)) / 3600
 
 
-def measure(settings: Settings, path: str, questions: int = 32) -> Speeds:
+def _hours_minutes(time: float) -> str:
+    """Hours as a text, 1.5 as "1:30"."""
+    return "{}:{:02}".format(*divmod(round(60 * time), 60))
+
+
+def measure(settings: Settings, path: str, questions: int = 32, tokens: int = 0) -> Speeds:
     """Speeds of the native sampler, of scoring and of training on this machine, of the model in a folder or of the hub.
 
     A minute on a GPU, seconds with the tiny base: each of the four runs once to warm up, and once with the clock.
+    tokens: of a completion, at most (0: as the settings have it).
     """
     tokenizer, model = shared.load_tokenizer(settings), shared.load_trainable(settings, path, "measure")
     problems = training_problems(settings)[:questions]
@@ -356,7 +370,7 @@ def measure(settings: Settings, path: str, questions: int = 32) -> Speeds:
         params = SamplingParams(temperature=1.0, max_new_tokens=tokens, seed=0)
         return engine.sample_ids(heads, samples, params, keys=[one.id for one in problems])
 
-    samples, tokens = settings.sampling.samples, settings.sampling.max_new_tokens
+    samples, tokens = settings.sampling.samples, tokens or settings.sampling.max_new_tokens
     reading, _ = _timed(lambda: draw(1, 1))
     both, drawn = _timed(lambda: draw(samples, tokens))  # reading and drawing
     texts = [(problem, one.text) for problem, group in zip(problems, drawn, strict=True) for one in group]
@@ -367,7 +381,8 @@ def measure(settings: Settings, path: str, questions: int = 32) -> Speeds:
         for one in group
     ]
     at_once = hardware.micro_batch or settings.sft.batch
-    training, _ = _timed(lambda: _train(model, tokenizer, rows, at_once, hardware.gradient_checkpointing))
+    learned = sorted(rows, key=lambda row: len(row[0]) + len(row[1][0]))[:: -(-len(rows) // (TRAINED * at_once))]
+    training, _ = _timed(lambda: _train(model, tokenizer, learned, at_once, hardware.gradient_checkpointing))
     read, made = sum(map(len, heads)), sum(len(one.token_ids) for group in drawn for one in group)
     # A token that is read takes no longer than one that is drawn, whatever a busy machine says.
     reading = min(reading, both * read / (read + made))
@@ -376,17 +391,16 @@ def measure(settings: Settings, path: str, questions: int = 32) -> Speeds:
         read=read / reading,
         drawn=drawing_speed,
         scored=sum(len(head) / samples + len(tail) for head, [tail] in rows) / scoring,
-        trained=sum(len(head) + len(tail) for head, [tail] in rows) / training,
+        trained=sum(len(head) + len(tail) for head, [tail] in learned) / training,
         rolled=drawing_speed,
     )
 
 
 def _train(model, tokenizer, rows: list, at_once: int, gradient_checkpointing: bool) -> None:
-    """Forward and backward over all rows, sorted by length, `at_once` at a time; no optimizer step."""
+    """Forward and backward over all rows, `at_once` at a time; no optimizer step."""
     if gradient_checkpointing:
         getattr(model, f"{models.CHECKPOINTING}_enable")({"use_reentrant": False})
     model.train()
-    rows = sorted(rows, key=lambda row: len(row[0]) + len(row[1][0]))
     for start in range(0, len(rows), at_once):
         packed = packing.pack(rows[start : start + at_once], tokenizer.pad_token_id, model.device)
         packing.packed_logprobs(model, packed).mean().backward()
@@ -534,31 +548,40 @@ def rows(settings: Settings, assumed: Assumed = Assumed()) -> list[dict]:
 # ---- the plan as a text --------------------------------------------------------------------------------------
 
 TOKENS = f"{'tokens, millions':>57}"  # above COUNTS, the columns that `_counts` fills
+HERE, COLUMN = "here", 11  # of the hours' columns: the name of this machine's, and how wide they are
 COUNTS = f"{'stage':19}{'samples':>8}{'read':>7}{'drawn':>7}{'scored':>8}{'trained':>8}"
 
 
-def describe(settings: Settings, assumed: Assumed = Assumed()) -> str:
+def describe(settings: Settings, here: Speeds | None = None, assumed: Assumed | None = None) -> str:
     """The plan of a run on every card of CARDS: stages, samples, tokens, memory, hours, disk, and what was assumed.
 
-    Only samples and tokens for a model whose memory cannot be computed (`memory.supports`).
+    here: what this machine was measured to do; without it its hours are left out. assumed: by default what is known of
+    the base. Only samples and tokens for a model whose memory cannot be computed (`memory.supports`).
     """
+    assumed = assumed or MEASURED.get(settings.base, Assumed())
     config, lengths = config_of(settings.base), token_lengths(settings, assumed.solution)
     done = work(settings, assumed)
     if not memory.supports(config):
         return _describe_unsupported(settings, config, lengths, done, assumed)
     needed = peaks(settings, config, lengths)
     at = {name: speeds(config, settings, card, lengths) for name, card in CARDS.items()}
-    lines = [*textwrap.wrap(_headline(settings, config), WIDTH), "", *_header()]
+    room = {name: card.memory for name, card in CARDS.items()}
+    if here:
+        at, room = {HERE: here} | at, {HERE: _free_memory()[0]} | room
+    lines = [*textwrap.wrap(_headline(settings, config), WIDTH), "", *_header(at)]
     for stages, title in (("0[1-5]", "Self-motivated Learning"), ("06", "Self-Explore, after 01 and 02")):
         group = [one for one in done if re.match(stages, one.stage)]
-        lines += [_line(one, needed[one.stage], at) for one in group]
-        fitting = {name: max(needed[one.stage] for one in group) <= CARDS[name].memory for name in CARDS}
-        sums = {name: sum(hours(one, at[name]) for one in group) for name in CARDS}
-        cells = "".join(f"{f'{sums[name]:.1f}' if fitting[name] else '-':>11}" for name in CARDS)
+        lines += [_line(one, needed[one.stage], at, room) for one in group]
+        fitting = {name: max(needed[one.stage] for one in group) <= size for name, size in room.items()}
+        sums = {name: sum(hours(one, at[name]) for one in group) for name in at}
+        cells = "".join(f"{_hours_minutes(sums[name]) if fitting[name] else '-':>{COLUMN}}" for name in at)
         lines += [f"{title:57}{max(needed[one.stage] for one in group) / 1e9:7.1f}{cells}", ""]
-    lines += ["Hours are computed from data sheets, not measured; - means that it does not fit the card.", ""]
-    for name, card in CARDS.items():
-        result = f"{name}: {fit(settings, config, lengths, card.memory)}"
+    told = "Hours are computed from data sheets, not measured"
+    if here:
+        told = f'Hours "{HERE}" are for this machine at speeds measured just now, the others from data sheets'
+    lines += [*textwrap.wrap(f"{told}; - means that it does not fit.", WIDTH), ""]
+    for name, size in room.items():
+        result = f"{name}: {fit(settings, config, lengths, size)}"
         lines += textwrap.wrap(result, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     sizes = disk(settings, config, done)
     lines += ["", f"Disk: {sum(sizes.values()) / 1e9:.0f} GB"]
@@ -587,9 +610,9 @@ def _headline(settings: Settings, config) -> str:
     return f"{start}, {size} weights in {shared.held_dtype(settings, samples=True)}, {lora}"
 
 
-def _header() -> list[str]:
-    cards = "".join(f"{name:>11}" for name in CARDS)
-    return [f"{TOKENS}{'':7}{'hours, computed':>{11 * len(CARDS)}}", f"{COUNTS}{'GB':>7}{cards}"]
+def _header(names: Iterable[str]) -> list[str]:
+    columns = "".join(f"{name:>{COLUMN}}" for name in names)
+    return [f"{TOKENS}{'':7}{'hours:minutes':>{len(columns)}}", f"{COUNTS}{'GB':>7}{columns}"]
 
 
 def _counts(one: Work) -> str:
@@ -597,9 +620,9 @@ def _counts(one: Work) -> str:
     return f"{one.stage:19}{one.samples:8,.0f}{tokens}"
 
 
-def _line(one: Work, needed: float, at: dict[str, Speeds]) -> str:
-    cells = "".join(f"{hours(one, at[name]):11.2f}" if needed <= CARDS[name].memory else f"{'-':>11}" for name in CARDS)
-    return f"{_counts(one)}{needed / 1e9:7.1f}{cells}"
+def _line(one: Work, needed: float, at: dict[str, Speeds], room: dict[str, float]) -> str:
+    told = (_hours_minutes(hours(one, at[name])) if needed <= room[name] else "-" for name in at)
+    return f"{_counts(one)}{needed / 1e9:7.1f}" + "".join(f"{cell:>{COLUMN}}" for cell in told)
 
 
 def _assumptions(settings: Settings, lengths: Lengths, assumed: Assumed) -> str:
