@@ -43,7 +43,7 @@ from smlib.files import checkpoints
 from smlib.files.artifacts import refuse_difference
 from smlib.files.atomic import replacing
 from smlib.problems import prompts, translation
-from smlib.problems.datasets import Problem, generate, tasks_of
+from smlib.problems.datasets import STEPLESS, Problem, generate, tasks_of
 from smlib.problems.steps import WRITERS, compute, parse, swap, turn
 from smlib.reports.evaluation import evaluate, summarise
 from smlib.sampling import encoding, models, packing
@@ -231,7 +231,7 @@ def corpus(documents: int, seed: int, task: str = "all") -> Iterator[tuple[str, 
     for index in range(documents):
         task = turn_of[index % len(turn_of)]
         others = [rng.choice(problems[task]) for _ in range(12)]
-        conditioned = rng.random() < 0.2 and task != "translation"
+        conditioned = rng.random() < 0.2 and task not in STEPLESS
         yield document(next(supply[task]), others, conditioned, rng)
 
 

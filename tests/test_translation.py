@@ -116,7 +116,7 @@ def test_a_base_that_has_not_read_it_and_self_explore_are_refused_before_any_wor
     assert "the base tiny has not read translations: make one" in capsys.readouterr().err
     base = Path(pretraining.__file__).parent / "tiny_base"
     assert main(["explore", "--task", "translation", "--model", str(base), "--out", str(tmp_path / "run")]) == 1
-    assert "Self-Explore is for tasks with steps, and a translation has none" in capsys.readouterr().err
+    assert "Self-Explore is for tasks with steps, and translation has none" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -27,7 +27,8 @@ from smlib.problems.generators import GENERATORS, LETTERS
 
 _WORDS = re.compile(r"[^\W_]+")
 GENERATED = tuple(GENERATORS)
-TASKS = tuple(task for task in GENERATED if task != "translation")  # those of reasoning, which "all" stands for
+STEPLESS = ("translation",)  # takes no reasoning: no rationale for a given answer, no steps to explore
+TASKS = tuple(task for task in GENERATED if task not in STEPLESS)  # those of reasoning, which "all" stands for
 
 
 def tasks_of(task: str) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ from smlib.declared import (
 )
 from smlib.errors import UsageError
 from smlib.ppo.settings import PPOSettings
-from smlib.problems.datasets import GENERATED, GROUPS, TRAIN_SETS, tasks_of
+from smlib.problems.datasets import GENERATED, GROUPS, STEPLESS, TRAIN_SETS, tasks_of
 from smlib.problems.prompts import SOURCES
 from smlib.sampling.limits import MAX_BATCH, PREFIX_TOKENS
 
@@ -246,16 +246,17 @@ class Settings(Declared):
                 "hardware.rollout_engine = 'vllm' needs LoRA and a base that is not in 4 bits: give lora.rank of at "
                 "least 1 and a hardware.dtype other than 'nf4', or hardware.rollout_engine = 'native'"
             )
-        bare = [task for task in self.tasks if task in ("chain_arithmetic", "translation")]
+        bare = [task for task in self.tasks if task in ("chain_arithmetic", *STEPLESS)]
         if self.sampling.shots != "none" and bare:
             raise UsageError(
                 f"preset {self.preset!r} shows exemplars (sampling.shots = {self.sampling.shots!r}), and task "
                 f"{bare[0]!r} has none: choose another task, such as gsm8k, or sampling.shots = 'none'"
             )
-        if self.sampling.conditioned_questions and "translation" in self.tasks:
+        stepless = [task for task in self.tasks if task in STEPLESS]
+        if self.sampling.conditioned_questions and stepless:
             raise UsageError(
                 f"sampling.conditioned_questions = {self.sampling.conditioned_questions} is not allowed for task "
-                "'translation', which has no rationale to write for a given answer: give 0"
+                f"{stepless[0]!r}, which has no rationale to write for a given answer: give 0"
             )
 
 
@@ -278,7 +279,7 @@ def preset(name: str, task: str = "all", seed: int = 0, **overrides) -> Settings
     checked("preset", name, Literal[*PRESETS])
     checked("task", task, Tasks)
     values, sampling = PRESETS[name], SamplingSettings()
-    if task == "translation":  # nobody writes a rationale for a given answer
+    if task in STEPLESS:  # nobody writes a rationale for a given answer
         sampling = replace(sampling, conditioned_questions=0)
         values = values | {"sampling": values.get("sampling", {}) | {"conditioned_questions": 0}}
     plain = Settings(preset=name, tasks=tasks_of(task), seed=seed, base="tiny", sampling=sampling)

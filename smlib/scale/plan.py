@@ -30,7 +30,7 @@ from smlib.learning import reward_model
 from smlib.learning.trainers import micro_batch_rows
 from smlib.ppo import checks
 from smlib.problems import prompts
-from smlib.problems.datasets import GENERATED
+from smlib.problems.datasets import GENERATED, STEPLESS
 from smlib.runs import questions, shared
 from smlib.runs.questions import training_problems
 from smlib.runs.settings import Settings
@@ -472,8 +472,9 @@ def check_settings(settings: Settings, config, names: Sequence[str] = ()) -> Non
             "the base tiny has not read translations: make one that has, by `smlib pretrain --task translation "
             "--documents 40000 --out FOLDER`, and give --model FOLDER"
         )
-    if "translation" in settings.tasks and any(name.startswith("06") for name in names):
-        raise UsageError("Self-Explore is for tasks with steps, and a translation has none: choose another --task")
+    stepless = [task for task in settings.tasks if task in STEPLESS]
+    if stepless and any(name.startswith("06") for name in names):
+        raise UsageError(f"Self-Explore is for tasks with steps, and {stepless[0]} has none: choose another --task")
     _check_batches(settings, names, devices.process_state().num_processes)  # from here on each process sees its own GPU
     models.check_targets(config, settings.lora.rank, settings.lora.targets)
     check_room("sampling.max_new_tokens", settings.sampling.max_new_tokens, config)
