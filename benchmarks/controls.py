@@ -1,8 +1,7 @@
 """What does the rank add? SML beside the same PPO with a reward that has learned no rank; writes results/controls.csv.
 
     python benchmarks/controls.py --questions 100 --seeds 0 1 2 3 4
-    python benchmarks/controls.py --preset smollm2 --task word_problems --methods base SFT --temperatures 0 \\
-        --out results/smollm2.csv
+    make real  # the same of a real model, and one seed of its peers
 
 Both start from the SFT model and differ only in the reward: the reward model after its training on the rank, or before
 it, when it is the SFT model itself and prefers what that model finds likely. Any such reward sharpens the policy: its
@@ -37,7 +36,7 @@ from smlib.problems import prompts
 from smlib.problems.datasets import TASKS, Problem
 from smlib.reports.evaluation import mean_interval
 from smlib.reports.results import ALL, MEAN
-from smlib.runs import questions, self_motivated, shared
+from smlib.runs import questions, self_explore, self_motivated, shared
 from smlib.runs.settings import Settings, preset
 from smlib.sampling import encoding, packing
 from smlib.sampling.engines import NativeEngine
@@ -50,8 +49,12 @@ UNTRAINED, LEARNED = "SML, untrained reward", "SML"
 METHODS = ("base", "SFT", UNTRAINED, LEARNED)
 SOURCES = {"SFT on open r+": "open", "SFT on conditioned r+": "conditioned"}  # of the same samples
 WEI = "base, exemplars of Wei et al."
+RLOO, EXPLORED = "RLOO", {"RFT": "06_rft", "Self-Explore": "06_step_dpo"}
 CONTRASTS = (("SFT", "base"), (LEARNED, "SFT"), (UNTRAINED, "SFT"), (LEARNED, UNTRAINED))
-MORE_CONTRASTS = ((WEI, "base"), *((one, "base") for one in SOURCES), *(("SFT", one) for one in SOURCES))
+MORE_CONTRASTS = (
+    (WEI, "base"), *((one, "base") for one in SOURCES), *(("SFT", one) for one in SOURCES), (LEARNED, RLOO),
+    (RLOO, "SFT"), ("RFT", "SFT"), ("Self-Explore", "RFT"), (LEARNED, "Self-Explore"),
+)  # fmt: skip
 EQUAL = "right at SML's entropy"
 Values = dict[tuple[str, float, str], dict[str, float]]  # (method, temperature, metric) -> question id -> value
 
@@ -67,9 +70,17 @@ def model_of(method: str, run: Path, settings: Settings) -> Path | str:
             run = variants.branch(run, method.replace(" ", "-"), ("01_sampling", "02_ranking"))
             settings = replace(settings, sft=replace(settings.sft, source=SOURCES[method]))
         return self_motivated.train_sft(run, settings).path("model")
+    if method in EXPLORED:
+        for name, make in (self_explore.BEFORE | self_explore.STAGES).items():
+            if name != "06_pit_report":
+                stage = make(run, settings, progress=True)
+            if name == EXPLORED[method]:
+                return stage.path("model")
     self_motivated.before_policy(run, settings)
     if method == LEARNED:
         return self_motivated.train_policy(run, settings).path("model")
+    if method == RLOO:
+        return variants.policy(run, settings, "RLOO-learned-reward", "rloo").path("model")
     other = replace(settings, ppo=replace(settings.ppo, reward="untrained"))
     return variants.policy(run, other, "PPO-untrained-reward", "ppo").path("model")
 
@@ -231,6 +242,7 @@ TABLES = (  # of docs/results.md
     [("greedy", MEAN, 0.0, "right"), ("temperature 0.5", MEAN, 0.5, "right"), ("temperature 1", MEAN, 1.0, "right")],
     [(f"at SML's entropy, temperature {temperature:g}", MEAN, temperature, EQUAL) for temperature in (0.5, 1.0)],
     [(f"greedy, {task.replace('_', ' ')}", task, 0.0, "right") for task in TASKS],
+    [(f"temperature 1, {task.replace('_', ' ')}", task, 1.0, "right") for task in TASKS],
 )
 
 
@@ -239,7 +251,7 @@ def main() -> None:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--task", default="all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--methods", nargs="+", choices=(*METHODS, *SOURCES, WEI), default=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, *SOURCES, WEI, RLOO, *EXPLORED), default=METHODS)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[*TEMPERATURES])
     parser.add_argument("--questions", type=int, default=0, help="questions per task (default: as in stage 05)")
     parser.add_argument("--out", type=Path, default=variants.TABLE.with_name("controls.csv"))

@@ -1,6 +1,7 @@
 """Which reward model ranks a model's own samples? Writes results/reward_models.csv.
 
     python benchmarks/reward_models.py --seeds 0 1 2 3 4 --writers SFT base SML
+    python benchmarks/reward_models.py --seeds 0 1 2 3 4 --writers "held-out pairs"
     python benchmarks/reward_models.py --seeds 0 1 2 --pairs 2000 5000 20000
     python benchmarks/reward_models.py --seeds 0 1 2 --pairs 5000 --writers SFT SML \\
         --kinds likelihood margin "three of them" "half of SML's pairs"
@@ -20,9 +21,10 @@ half of SML's pairs   a likelihood, half of whose pairs are samples of the polic
 
 Metrics, in shares with intervals over questions: "pairs ranked right", of pairs of a question's distinct right and
 wrong answers; "sound above lucky", of pairs of right answers, one with all steps right and one with a wrong step (by
-the step checker; no training uses it); "best of 8". A row "A minus B" has the paired differences. Seed "all" has means
-over the seeds with their t intervals. A seed's rows are written when they are complete, and the next call keeps them;
-delete the table to measure again.
+the step checker; no training uses it); "best of 8". The writer "held-out pairs" stands for the pairs of the SFT model's
+samples that stage 03 held out from the reward model's training, which are fewer, and not all of a question. A row
+"A minus B" has the paired differences. Seed "all" has means over the seeds with their t intervals. A seed's rows are
+written when they are complete, and the next call keeps them; delete the table to measure again.
 """
 
 import argparse
@@ -64,7 +66,8 @@ UNTRAINED, OWN = "untrained", "reward model"
 RANKED, SOUND, BEST = "pairs ranked right", "sound above lucky", "best of 8"
 SAMPLES, MARGIN, ORDERS = 8, 1.0, 3
 SCALAR_RATES = {"tiny": 5e-4, "smoke": 5e-4, "smollm2": 2e-5}
-WRITERS = ("SFT", "base", "SML")
+HELD_OUT = "held-out pairs"
+WRITERS = ("SFT", "base", "SML", HELD_OUT)
 PER_QUESTION = {"SFT": 1.5, "SML": 0.35}  # pairs of a writer that a question gives at least, on the mean
 Score = Callable[[Sequence[Problem], Sequence[Sequence[int]]], list[float]]
 Judgements = dict[tuple[str, int, str], dict[str, dict[str, float]]]  # (reward, pairs, writer) -> metric -> by question
@@ -97,6 +100,16 @@ def judged(score: Score, problems: dict[str, Problem], answers: Sequence[Answers
             if value is not None:
                 found[metric][answer["id"]] = value
     return dict(found)
+
+
+def judged_pairs(score: Score, problems: dict[str, Problem], pairs: Sequence[Pair]) -> dict[str, dict[str, float]]:
+    """The same of pairs: question id -> the share of its pairs that are ranked right."""
+    asked = [problems[pair.id] for pair in pairs]
+    sides = [pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs]
+    won = defaultdict(list)
+    for pair, good, bad in zip(pairs, *(score(asked, side) for side in sides), strict=True):
+        won[pair.id].append(good > bad)
+    return {RANKED: {name: float(np.mean(values)) for name, values in won.items()}}
 
 
 def contrasts(judgements: Judgements) -> Iterator[tuple[tuple[str, int, str], tuple[str, int, str]]]:
@@ -232,6 +245,15 @@ def by_writer(rows: Sequence[dict]) -> str:
     return _before_and_after(rows, {f"samples of {writer}": (ALL, writer) for writer in ("base", "SFT", "SML")})
 
 
+def of_held_out(rows: Sequence[dict]) -> str:
+    """Held-out pairs over seeds: "80.1 % right before training and 83.3 % after: +3.2 [+1.0, +5.4] points"."""
+    names = UNTRAINED, OWN, f"{OWN} minus {UNTRAINED}"
+    found = {row["reward"]: row for row in rows if (row["seed"], row["writer"], row["task"]) == ("all", HELD_OUT, ALL)}
+    before, after, more = ([100 * float(found[name][x]) for x in ("value", "low", "high")] for name in names)
+    told = f"{before[0]:.1f} % right before training and {after[0]:.1f} % after"
+    return f"{told}: {with_interval(*more, signed=True)} points"
+
+
 def of_kinds(rows: Sequence[dict], seed: int = 0, pairs: int = 5_000) -> str:
     """The fourth: other kinds of reward model beside a likelihood, of one seed, with intervals over questions."""
     found = {(row["reward"], row["writer"], row["metric"]): row for row in rows
@@ -252,14 +274,18 @@ def of_kinds(rows: Sequence[dict], seed: int = 0, pairs: int = 5_000) -> str:
 
 
 def by_pairs(rows: Sequence[dict]) -> str:
-    """The third: likelihood and scalar head after as many pairs, means over seeds."""
-    found = {(row["reward"], int(row["pairs"]), row["metric"]): 100 * float(row["value"]) for row in rows
-             if row["seed"] == "all" and row["task"] == ALL and row["writer"] == "SFT"}  # fmt: skip
-    names = ("likelihood", "scalar head")
-    lines = [f"| %, all questions | {' | '.join(f'{metric}: {names[0]} | {names[1]}' for metric in (RANKED, BEST))} |"]
-    lines.append("|---" * (1 + 2 * len(names)) + "|")
-    for pairs in sorted({pairs for name, pairs, _ in found if name in names}):
-        cells = [f"{found[name, pairs, metric]:.1f}" for metric in (RANKED, BEST) for name in names]
+    """The third: likelihood and scalar head after as many pairs, means over seeds, and in brackets every seed."""
+    found = {(row["reward"], int(row["pairs"]), row["metric"], row["seed"]): 100 * float(row["value"]) for row in rows
+             if row["task"] == ALL and row["writer"] == "SFT"}  # fmt: skip
+    names, metrics = ("likelihood", "scalar head"), (RANKED, SOUND, BEST)
+    lines = [f"| %, all questions | {' | '.join(f'{metric}: {names[0]} | {names[1]}' for metric in metrics)} |"]
+    lines.append("|---" * (1 + len(metrics) * len(names)) + "|")
+    for pairs in sorted({pairs for name, pairs, *_ in found if name in names}):
+        cells = []
+        for place in ((name, pairs, metric) for metric in metrics for name in names):
+            seeds = sorted(seed for *one, seed in found if tuple(one) == place and seed != "all")
+            each = ", ".join(f"{found[*place, seed]:.1f}" for seed in seeds)
+            cells.append(f"{found[*place, 'all']:.1f} ({each})")
         lines.append(f"| {' | '.join([f'{pairs:,} pairs', *cells])} |")
     return "\n".join(lines)
 
@@ -306,14 +332,21 @@ def measure(
 ) -> list[dict]:
     """All rows of a seed; number: of questions per task."""
     fresh = {problem.id: problem for problem in questions.fresh_problems(settings, number)}
-    judgements, answers = {}, {writer: answers_of(writer, run, settings, [*fresh.values()]) for writer in writers}
+    second = {problem.id: problem for problem in questions.second_problems(settings)}
+    answers = {one: answers_of(one, run, settings, [*fresh.values()]) for one in writers if one != HELD_OUT}
+    judgements = {}
     for reward, pairs, score, used in rewards(settings, run, kinds, numbers):
-        for writer in writers:
-            unseen = [answer for answer in answers[writer] if answer["id"] not in used]
-            found = judgements[reward, pairs, writer] = judged(score, fresh, unseen)
+        for writer in (one for one in writers if one != HELD_OUT or reward in (UNTRAINED, OWN)):
+            if writer == HELD_OUT:
+                kept = require(run, "03_reward_model").read_rows("held_out", Pair)
+                found = judged_pairs(score, second, [pair for pair in kept if pair.author == "sft"])
+            else:
+                unseen = [answer for answer in answers[writer] if answer["id"] not in used]
+                found = judged(score, fresh, unseen)
+            judgements[reward, pairs, writer] = found
             shown = {metric: round(100 * float(np.mean(list(v.values()))), 1) for metric, v in found.items()}
             print(f"seed {settings.seed}, {writer}'s samples by {reward}, {pairs} pairs: {shown}", flush=True)
-    return rows_of(settings.seed, judgements, {name: problem.dataset for name, problem in fresh.items()})
+    return rows_of(settings.seed, judgements, {name: one.dataset for name, one in (fresh | second).items()})
 
 
 def main() -> None:
@@ -340,7 +373,7 @@ def main() -> None:
         write(rows + controls.over_seeds(rows, COLUMNS), COLUMNS, args.out)
     if args.task == "all" and len({row["seed"] for row in rows}) > 1:
         pooled = controls.over_seeds(rows, COLUMNS)
-        print(markdown(pooled), by_pairs(pooled), sep="\n\n")
+        print(markdown(pooled), by_pairs(rows + pooled), sep="\n\n")
 
 
 if __name__ == "__main__":
