@@ -36,6 +36,7 @@ from smlib.problems import prompts
 from smlib.problems.datasets import TASKS, Problem
 from smlib.reports.evaluation import mean_interval
 from smlib.reports.results import ALL, MEAN
+from smlib.reports.wording import with_interval
 from smlib.runs import questions, self_explore, self_motivated, shared
 from smlib.runs.settings import Settings, preset
 from smlib.sampling import encoding, packing
@@ -227,13 +228,12 @@ def markdown(
     lines = [f"| right answers, % | {' | '.join(head for head, *_ in columns)} |", "|---" * (len(columns) + 1) + "|"]
     differences = [f"{one} minus {other}" for one, other in contrasts]
     for method in (*methods, *differences):
-        sign = "+" if method in differences else ""
         cells = []
         for _, task, temperature, metric in columns:
             row = found[method, task, metric, temperature]
-            value, *ends = (100 * float(row[name]) for name in ("value", "low", "high") if row[name] != "")
-            interval = f" [{ends[0]:{sign}.1f}, {ends[1]:{sign}.1f}]" if ends else ""
-            cells.append(f"{value:{sign}.1f}{interval}")
+            numbers = [100 * float(row[name]) for name in ("value", "low", "high") if row[name] != ""]
+            with_ends = len(numbers) == 3
+            cells.append(with_interval(*numbers, method in differences) if with_ends else f"{numbers[0]:.1f}")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

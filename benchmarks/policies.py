@@ -2,17 +2,21 @@
 
     python benchmarks/policies.py --seeds 0 1 2 3 4
     python benchmarks/policies.py --tune --seeds 10
+    python benchmarks/policies.py --time
 
 Writes results/policies.csv (accuracy on fresh questions of the train split, and the gain over the SFT model) and
 results/policy_curves.csv (every update of every training). For every seed it takes stages 01 to 03 of the run
 runs/PRESET-all-seedSEED, makes those that are missing, and trains each policy in a folder of its own. Run the same
 command again to resume.
 
-With --tune it trains PPO, RLOO and GRPO at every setting of GRID, and writes results/policy_tuning.csv.
+With --tune it trains PPO, RLOO and GRPO at every setting of GRID, and writes results/policy_tuning.csv. With --time it
+measures what an update of TIMED takes, in turn in one process, and writes results/policy_seconds.csv: the time of LONG
+updates less that of SHORT ones, so without loading, the better of two rounds.
 """
 
 import argparse
 import csv
+import shutil
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -49,6 +53,8 @@ GRID = tuple(
     {"learning_rate": rate, "kl_coef": kl, "max_grad_norm": norm}
     for norm, rate, kl in product((1.0, 0.02), (2.5e-4, 5e-4), (0.02, 0.08))
 )
+TIMED, SHORT, LONG = (OWN, "PPO, values by rollouts", "RLOO, learned reward", "GRPO, learned reward"), 2, 8
+TIME_COLUMNS = ("policy", "seconds_per_update", "tokens_per_update")
 TUNING_COLUMNS = ("policy", "seed", "learning_rate", "kl_coef", "max_grad_norm", "greedy", "avg@8", "kl")
 # A reward that is easy to please without solving anything, first at no price for leaving the reference, then at one.
 BRIEF = "learned - 5*words"
@@ -85,6 +91,36 @@ def tune(args: argparse.Namespace) -> list[dict]:
             rows.append(dict(zip(TUNING_COLUMNS, (name, seed, *setting.values(), *numbers), strict=True)))
             print(rows[-1], flush=True)
     return rows
+
+
+def timed(args: argparse.Namespace) -> list[dict]:
+    """Seconds and drawn tokens of an update of TIMED, which starts from the first seed's run."""
+    seed, best, tokens = args.seeds[0], {}, {}
+    run = shared.run_folder("", args.preset, args.task, seed)
+    self_motivated.before_policy(run, preset(args.preset, args.task, seed))
+    for name in TIMED * 2:
+        method, changes = POLICIES[name]
+        seconds = {}
+        for updates in (SHORT, LONG):
+            settings = preset(args.preset, args.task, seed, ppo=changes | {"updates": updates})
+            stage = variants.policy(run, settings, f"timed-{updates}", method)
+            seconds[updates] = stage.manifest["wall_seconds"]
+            tokens[name] = variants.curve_rows(stage, settings, name)[-1]["tokens"] / updates
+            shutil.rmtree(stage.folder.parent)
+        each = (seconds[LONG] - seconds[SHORT]) / (LONG - SHORT)
+        best[name] = min(each, best.get(name, each))
+        print(f"{name}: {each:.2f} s an update", flush=True)
+    return [dict(zip(TIME_COLUMNS, (one, round(best[one], 2), round(tokens[one])), strict=True)) for one in TIMED]
+
+
+def seconds_markdown(rows: Sequence[dict]) -> str:
+    """The table of docs/benchmarks.md that says what an update takes."""
+    lines = ["| | seconds per update | relative to PPO | tokens drawn per update |", "|---|---|---|---|"]
+    own = float(rows[0]["seconds_per_update"])
+    for row in rows:
+        each, drawn = float(row["seconds_per_update"]), int(row["tokens_per_update"])
+        lines.append(f"| {row['policy']} | {each:.1f} | {each / own:.1f} times | {drawn:,} |")
+    return "\n".join(lines)
 
 
 def folder_name(policy: str) -> str:
@@ -128,9 +164,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=variants.TABLE.parent)
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=[], metavar="NAME", help="only these")
     parser.add_argument("--tune", action="store_true", help="instead try settings, of those that are compared")
+    parser.add_argument("--time", action="store_true", help="instead measure what an update takes")
     args = parser.parse_args()
     if args.tune:
         write(tune(args), TUNING_COLUMNS, args.out / "policy_tuning.csv")
+        return
+    if args.time:
+        rows = timed(args)
+        write(rows, TIME_COLUMNS, args.out / "policy_seconds.csv")
+        print(f"\n{seconds_markdown(rows)}")
         return
     rows, curves = [], []
     for seed in args.seeds:

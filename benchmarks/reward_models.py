@@ -229,8 +229,8 @@ def _before_and_after(rows: Sequence[dict], places: dict[str, tuple[str, str]]) 
     for label, place in places.items():
         cells = []
         for metric, (reward, name) in product((RANKED, BEST), names.items()):
-            value, low, high = (100 * float(found[metric, *place, reward][part]) for part in ("value", "low", "high"))
-            cells.append(f"{value:+.1f} [{low:+.1f}, {high:+.1f}]" if name == "difference" else f"{value:.1f}")
+            numbers = [100 * float(found[metric, *place, reward][part]) for part in ("value", "low", "high")]
+            cells.append(with_interval(*numbers, signed=True) if name == "difference" else f"{numbers[0]:.1f}")
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

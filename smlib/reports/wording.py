@@ -19,7 +19,7 @@ def found(*findings: str) -> None:
 def with_interval(value: float, low: float, high: float, signed: bool = False) -> str:
     """A number with its interval: "86.6 [85.2, 87.9]", or signed "+7.7 [+4.1, +11.2]"."""
     sign = "+" if signed else ""
-    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+    return f"{value:{sign}z.1f} [{low:{sign}z.1f}, {high:{sign}z.1f}]"
 
 
 def clear(low: float, high: float) -> bool:
