@@ -132,6 +132,7 @@ def test_the_tables_of_the_reward_models_are_those_of_the_results():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for table in (reward_models.markdown, reward_models.by_writer, reward_models.by_pairs, reward_models.of_kinds):
         assert table(rows) in page
+    assert f"held out from training, {reward_models.of_held_out(rows)}" in " ".join(page.split())
 
 
 def test_the_table_of_the_bases_is_that_of_the_results():
