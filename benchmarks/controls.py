@@ -24,6 +24,7 @@ import csv
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -258,8 +259,10 @@ def main() -> None:
     args = parser.parse_args()
     rows = measured(args.out, KINDS)
     for seed in args.seeds:
-        if any(row["seed"] == seed for row in rows):
+        done = {(row["method"], row["temperature"]) for row in rows if row["seed"] == seed}
+        if done >= set(product(args.methods, args.temperatures)):
             continue
+        rows = [row for row in rows if row["seed"] != seed]  # differences need all methods together
         settings = asking(preset(args.preset, args.task, seed), args.questions)
         run = shared.run_folder("", args.preset, args.task, seed)
         models = ((method, model_of(method, run, settings)) for method in args.methods)

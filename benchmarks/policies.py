@@ -103,7 +103,9 @@ def timed(args: argparse.Namespace) -> list[dict]:
         seconds = {}
         for updates in (SHORT, LONG):
             settings = preset(args.preset, args.task, seed, ppo=changes | {"updates": updates})
-            stage = variants.policy(run, settings, f"timed-{updates}", method)
+            folder = f"timed-{folder_name(name)}-{updates}"
+            shutil.rmtree(run / "ablations" / f"policy-{folder}", ignore_errors=True)  # of a call that was killed
+            stage = variants.policy(run, settings, folder, method)
             seconds[updates] = stage.manifest["wall_seconds"]
             tokens[name] = variants.curve_rows(stage, settings, name)[-1]["tokens"] / updates
             shutil.rmtree(stage.folder.parent)
@@ -114,7 +116,7 @@ def timed(args: argparse.Namespace) -> list[dict]:
 
 
 def seconds_markdown(rows: Sequence[dict]) -> str:
-    """The table of docs/benchmarks.md that says what an update takes."""
+    """What an update takes, as a table of docs/benchmarks.md."""
     lines = ["| | seconds per update | relative to PPO | tokens drawn per update |", "|---|---|---|---|"]
     own = float(rows[0]["seconds_per_update"])
     for row in rows:

@@ -33,23 +33,20 @@ SHOWN = [("greedy", controls.MEAN, 0.0, "right"), ("temperature 1", controls.MEA
 
 def models_of(preset_name: str, task: str, seed: int, rounds: int) -> Iterator[tuple[str, Path | str]]:
     """(name, folder) of the base and of every round's models, trained where they are missing."""
-    run, settings = shared.run_folder("", preset_name, task, seed), preset(preset_name, task, seed)
-    alone, alone_settings = run / "02_sft" / "model", settings
-    yield "base", settings.base
-    for number in range(1, rounds + 1):
-        folder = self_motivated.round_folder(run, number)
+    run, first = shared.run_folder("", preset_name, task, seed), preset(preset_name, task, seed)
+    alone, alone_settings = run / "02_sft" / "model", first
+    yield "base", first.base
+    for number, (folder, settings) in enumerate(self_motivated.rounds(run, first, rounds), 1):
         if number > 1:
             alone_settings = self_motivated.next_round(alone_settings, alone)
             alone = controls.model_of("SFT", run / "rounds" / f"{number}-sft-alone", alone_settings)
             yield f"round {number}, SFT alone", alone
         yield f"round {number}, SFT", controls.model_of("SFT", folder, settings)
         yield f"round {number}, untrained reward", controls.model_of(controls.UNTRAINED, folder, settings)
-        learned = controls.model_of(controls.LEARNED, folder, settings)
-        yield f"round {number}, SML", learned
+        yield f"round {number}, SML", controls.model_of(controls.LEARNED, folder, settings)
         if number == 1:
             longer = replace(settings, ppo=replace(settings.ppo, updates=2 * settings.ppo.updates))
             yield LONGER, variants.policy(folder, longer, "PPO-twice-the-updates", "ppo").path("model")
-        settings = self_motivated.next_round(settings, learned)
 
 
 def contrasts(rounds: int) -> list[tuple[str, str]]:

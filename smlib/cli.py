@@ -66,7 +66,7 @@ OPTIONS = {name: one.kind for name, one in DRAWING.items()} | {  # what an optio
     "samples": declared.Samples,
     "shard": declared.Rows,
     "documents": Annotated[int, Field(ge=1, le=10_000_000)],
-    "rounds": Annotated[int, Field(ge=1, le=100)],
+    "rounds": Annotated[int, Field(ge=1, le=10)],  # the eleventh would ask questions of the first
     "hidden": Annotated[int, Field(ge=32, le=65_536)],
     "layers": Annotated[int, Field(ge=1, le=1_000)],
     "tokens_per_batch": declared.Tokens,
@@ -171,7 +171,8 @@ def _run_options(run: argparse.ArgumentParser) -> None:
     again = "execute notebooks again, from number N on; they read finished stages (to redo one, delete its folder)"
     run.add_argument("--from", dest="first", **NUMBER, help=again)
     run.add_argument("--to", dest="last", **NUMBER, help="stop after notebook N")
-    run.add_argument("--dry-run", action="store_true", help="only print what it takes: samples, memory, hours, disk")
+    dry = "only print what it takes: samples, memory, hours, disk; of a base that is here, hours on this machine too"
+    run.add_argument("--dry-run", action="store_true", help=dry)
     run.add_argument("--verify", action="store_true", help="only read every file of the run, and say what is damaged")
     run.add_argument("--publish", action="store_true", help="when done, copy figures and results into the repository")
     run.add_argument("--refresh", action="store_true", help="when done, copy the executed notebooks into notebooks/")
@@ -432,9 +433,8 @@ def run_notebooks(args: argparse.Namespace) -> int | None:
 
 
 def dry_run(settings: Settings) -> str:
-    """The plan, with this machine's hours where the base is here; where the dataset's questions are not to be had, of
-    the generated coin flips in their place."""
-    from smlib.sampling import models
+    """The plan, with this machine's hours where the base is here and fits; where the dataset's questions are not to be
+    had, of the generated coin flips in their place."""
     from smlib.scale import plan
 
     told = ""
@@ -444,11 +444,12 @@ def dry_run(settings: Settings) -> str:
         told = f"{error}\nThis plan is for the generated coin flips instead, whose questions are short:\n\n"
         settings = replace(settings, tasks=("coin_flip",))
     here = None
-    if models.weights_sha256(settings.base):
-        print(
-            f"Measuring how fast this machine is with {settings.base}; a real model takes a minute or two.", flush=True
-        )
-        here = plan.measure(settings, settings.base, tokens=MEASURED_TOKENS)
+    try:
+        if plan.measurable(settings):
+            print(f"Measuring how fast this machine is with {settings.base}: seconds, or minutes with a real model.")
+            here = plan.measure(settings, settings.base, tokens=MEASURED_TOKENS)
+    except UserError as error:  # such as a library for 4 bits that is not here; a plan needs none
+        told += f"This machine's hours are left out: {error}\n\n"
     return told + plan.describe(settings, here)
 
 
@@ -468,12 +469,12 @@ def make_stages(args: argparse.Namespace) -> None:
     names = [name for name in stages if name in (args.names or self_motivated.STAGES)]
     shared.refuse_processes(names)
     run = _run_folder(args, asked)
+    rounds = self_motivated.rounds(run.resolve(), settings, args.rounds)
+    if args.rounds > 1 and "04_ppo" not in names:
+        for folder, _ in rounds[:-1]:
+            require(folder, "04_ppo")
     with _luck_warned_of_once():
-        for number in range(1, args.rounds + 1):
-            folder = self_motivated.round_folder(run, number)
-            if number > 1:
-                policy = require(self_motivated.round_folder(run, number - 1), "04_ppo").path("model")
-                settings = self_motivated.next_round(settings, policy.resolve())
+        for folder, settings in rounds:
             if missing := [name for name in names if not (folder / name / MANIFEST).exists()]:
                 plan.check(settings, missing)
             for name in names:

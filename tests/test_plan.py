@@ -112,6 +112,11 @@ def test_exemplars_are_read_once():
     )
     question = plan.token_lengths(settings).question
     assert many - few == pytest.approx(16 * question, rel=0.2)
+    few, many = (
+        stage(plan.work(replace(settings, evaluation=replace(settings.evaluation, questions=n))), "05_evaluation").read
+        for n in (8, 16)
+    )
+    assert many - few == pytest.approx(3 * 8 * question, rel=0.2)
 
 
 def test_more_of_everything_takes_longer():
@@ -203,6 +208,14 @@ def test_every_speed_of_this_machine_is_measured(reading, monkeypatch):
     assert all(50 < speed < 1e7 for speed in astuple(found))
 
 
+def test_few_micro_batches_are_trained_on_to_measure(monkeypatch):
+    rows = []
+    monkeypatch.setattr(plan, "TRAINED", 1)
+    monkeypatch.setattr(plan, "_train", lambda model, tokenizer, learned, *_: rows.append(len(learned)))
+    plan.measure(preset("smoke", "coin_flip"), "tiny", questions=8, tokens=4)
+    assert rows == [8, 8]  # of 32, once to warm up and once with the clock
+
+
 def test_continuations_need_room_too():
     """The tiny base has 512 positions: a rationale and a continuation of it, of 256 tokens each, leave none."""
     long = preset("tiny", "all", sampling={"max_new_tokens": 256})
@@ -243,14 +256,36 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(name, tmp_path, capsys):
 def test_a_dry_run_of_a_base_that_is_here_has_this_machine_s_hours(monkeypatch, capsys):
     """Speeds of one token a second make the hours countable: 3,600 tokens an hour."""
     asked = []
-    monkeypatch.setattr(plan, "measure", lambda *args, **options: asked.append(args[1]) or Speeds(1, 1, 1, 1, 1))
+    monkeypatch.setattr(plan, "measure", lambda _, path, *, tokens: asked.append(path) or Speeds(1, 1, 1, 1, 1))
     assert main(["run", "--preset", "smoke", "--task", "coin_flip", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert asked == ["tiny"] and max(map(len, shown.splitlines())) <= 120
-    ppo = stage(plan.work(preset("smoke", "coin_flip"), plan.MEASURED["tiny"]), "04_ppo")
+    ppo = stage(plan.work(preset("smoke", "coin_flip")), "04_ppo")
     minutes = round(sum(astuple(ppo)[2:]) / 60)
     assert re.search(rf"^04_ppo .* {minutes // 60}:{minutes % 60:02}( +0:00){{4}}$", shown, re.MULTILINE)
     assert re.search(r"GB +here +RTX 4090", shown)
+
+
+def test_a_base_that_is_elsewhere_or_too_large_is_not_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(plan, "measure", lambda *_, **__: pytest.fail("it was measured"))
+    model = models.add_lora(models.load_policy("tiny"), 4, 4, "all-linear", base="meta-llama/Llama-2-7b-hf")
+    model.save_pretrained(tmp_path)
+    elsewhere = preset("smoke", "coin_flip", base=str(tmp_path))
+    assert plan.config_of(elsewhere.base) is memory.LLAMA_2_7B and not plan.measurable(elsewhere)
+    assert plan.measurable(preset("smoke", "coin_flip"))
+    machine_with(1e6, monkeypatch)
+    assert main(["run", "--preset", "smoke", "--task", "coin_flip", "--dry-run"]) == 0
+    assert not re.search(r"GB +here +RTX 4090", capsys.readouterr().out)
+
+
+def test_a_plan_is_printed_where_measuring_needs_what_is_not_installed(monkeypatch, capsys):
+    def missing(*_, **__):
+        raise UsageError("bitsandbytes is not installed")
+
+    monkeypatch.setattr(plan, "measure", missing)
+    assert main(["run", "--preset", "smoke", "--task", "coin_flip", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "hours are left out: bitsandbytes is not installed" in shown and "RTX 4090" in shown
 
 
 def test_the_recipes_fit_their_cards():

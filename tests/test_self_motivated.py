@@ -212,8 +212,17 @@ def test_a_second_round_asks_other_questions_of_the_policy_an_adapter_too(with_a
     assert second.settings["base"] == str(copied / "04_ppo" / "model") and second.settings["seed"] == 1000
     asked = [{row["id"] for row in one.read_rows("problems")} for one in (require(run, "01_sampling"), second)]
     assert not asked[0] & asked[1]
-    shutil.rmtree(copied / "04_ppo")
+    for name in ("04_ppo", "01_sampling"):
+        shutil.rmtree(copied / name)
     assert main([*command, str(copied)]) == 1 and "04_ppo does not exist" in capsys.readouterr().err
+    assert not (copied / "01_sampling").exists()  # refused before any work
+
+
+def test_a_base_in_4_bits_has_one_round(tmp_path):
+    settings = small(lora={"rank": 4}, hardware={"dtype": "nf4"})
+    assert self_motivated.rounds(tmp_path, settings, 1) == [(tmp_path, settings)]
+    with pytest.raises(UsageError, match=r"give hardware\.dtype = 'bfloat16', or one round"):
+        self_motivated.rounds(tmp_path, settings, 2)
 
 
 def test_later_rounds_answer_without_exemplars():

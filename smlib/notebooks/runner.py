@@ -165,7 +165,8 @@ def _is(file: Path, digest: str) -> bool:
 def verify(out: Path) -> int:
     """Read every file of a run and print what is damaged, missing or out of date; 1 if anything is."""
     faults, states = [], {"run.json": _RunFile, "timings.json": _Timings}
-    stages = sorted(path for path in out.glob("[0-9][0-9]_*") if not path.name.endswith(".ipynb"))
+    places = (out, *sorted(out.glob("rounds/*")))
+    stages = [path for place in places for path in sorted(place.glob("[0-9][0-9]_*")) if path.suffix != ".ipynb"]
     for folder in stages:
         try:
             _verify_stage(folder)

@@ -320,7 +320,7 @@ def _table(rows: list[dict], labels: dict, pairs: Sequence, title: str, columns:
 
 
 def _percent(row: dict, sign: str = "") -> str:
-    return f"{100 * row['value']:{sign}z.1f} [{100 * row['low']:{sign}z.1f}, {100 * row['high']:{sign}z.1f}]"
+    return f"{100 * row['value']:{sign}z.1f} [{100 * row['low']:{sign}.1f}, {100 * row['high']:{sign}.1f}]"
 
 
 def main(paths: Sequence[str], folder: Path) -> None:

@@ -17,9 +17,12 @@ def found(*findings: str) -> None:
 
 
 def with_interval(value: float, low: float, high: float, signed: bool = False) -> str:
-    """A number with its interval: "86.6 [85.2, 87.9]", or signed "+7.7 [+4.1, +11.2]"."""
+    """A number with its interval: "86.6 [85.2, 87.9]", or signed "+7.7 [+4.1, +11.2]".
+
+    An end of "-0.0" is below zero: it tells on which side of zero the interval ends.
+    """
     sign = "+" if signed else ""
-    return f"{value:{sign}z.1f} [{low:{sign}z.1f}, {high:{sign}z.1f}]"
+    return f"{value:{sign}z.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
 def clear(low: float, high: float) -> bool:

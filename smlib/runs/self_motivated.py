@@ -340,13 +340,26 @@ def run(run_dir: Path, settings: Settings, progress: bool = True) -> dict[str, f
     return seconds
 
 
-def round_folder(run_dir: Path, number: int) -> Path:
-    """Where a round of the method lies: the first is the run itself, the others are in its folder rounds."""
-    return run_dir if number == 1 else run_dir / "rounds" / str(number)
+def rounds(run_dir: Path, settings: Settings, number: int) -> list[tuple[Path, Settings]]:
+    """(folder, settings) of that many rounds: the first is the run itself, the others are in its folder rounds, and
+    each starts from the SML model of the one before. UsageError where no round could start from it."""
+    if number > 1 and settings.hardware.dtype == "nf4":
+        raise UsageError(
+            "a second round starts from the policy, and a base in 4 bits cannot take its adapter in: give "
+            "hardware.dtype = 'bfloat16', or one round"
+        )
+    found = [(run_dir, settings)]
+    for later in range(2, number + 1):
+        folder, before = found[-1]
+        found.append((run_dir / "rounds" / str(later), next_round(before, folder / "04_ppo" / "model")))
+    return found
 
 
 def next_round(settings: Settings, model: Path) -> Settings:
-    """The settings of the round after: its base is a model that this round has trained, which needs no exemplars."""
+    """The settings of the round after: its base is a model that this round has trained, which needs no exemplars.
+
+    Generated questions are others than before; those of a published train split come in another order.
+    """
     sampling = replace(settings.sampling, shots="none")
     return replace(settings, base=str(model), seed=settings.seed + ROUND_SEEDS, sampling=sampling)
 

@@ -30,7 +30,7 @@ from smlib.learning import reward_model
 from smlib.learning.trainers import micro_batch_rows
 from smlib.ppo import checks
 from smlib.problems import prompts
-from smlib.problems.datasets import GENERATED, STEPLESS
+from smlib.problems.datasets import GENERATED, GROUPS, STEPLESS, TASKS
 from smlib.runs import questions, shared
 from smlib.runs.questions import training_problems
 from smlib.runs.settings import Settings
@@ -47,7 +47,7 @@ DRAW_SHARE, READ_SHARE, TRAIN_SHARE = 0.6, 0.5, 0.4  # reached of bandwidth (dra
 LAUNCH = 0.7e-3  # seconds per layer and step that transformers takes at least; 32 layers: 22 ms
 BUSY = 0.9  # rows of the sampler that still draw, on average (measured on a CPU: 227 of 256)
 ASKED = 10_000  # questions of a task that are looked at for their lengths
-WIDTH = 108  # characters of the plan's lines
+WIDTH = 108  # characters of the plan's lines, but for the table's with this machine's hours
 TRAINED = 8  # micro batches that `measure` trains on
 VLLM_ROWS = 256  # that vLLM draws at once; it starts its kernels as a graph, and LAUNCH does not hold
 
@@ -64,10 +64,11 @@ class Assumed:
     solution: float = 120.0  # tokens of a rationale
 
 
-MEASURED = {  # of bases whose runs are known, on the tasks of their presets
-    "tiny": Assumed(base=0.52, tuned=0.69, distinct=0.48, solution=55.0),
-    "smollm2": Assumed(base=0.035, tuned=0.13, distinct=0.95, solution=77.0),
-}
+# Bases whose runs are known, on these tasks: tiny's of seed 0; SmolLM2's in docs/log.md and results/smollm2.csv
+MEASURED = (
+    ("tiny", TASKS, Assumed(base=0.52, tuned=0.69, distinct=0.48, solution=55.0)),
+    ("smollm2", ("word_problems", *GROUPS["word_problems"]), Assumed(base=0.02, tuned=0.07, solution=77.0)),
+)
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,20 @@ CONFIGS = {  # of the presets' models, whose config.json may be behind a licence
 }
 
 
+def assumed_of(settings: Settings) -> Assumed:
+    """What is known of the base on these tasks (MEASURED), else the defaults."""
+    for base, tasks, found in MEASURED:
+        if base == settings.base and {*settings.tasks} <= {*tasks}:
+            return found
+    return Assumed()
+
+
 def config_of(base: str):
-    """The shape of a model: of the presets' known here, of others read from a folder or the hub."""
-    known = CONFIGS.get(base.partition("@")[0])
-    return known or models.load_config(base)
+    """The shape of a model, of an adapter that of its base: of the presets' known here, of others read from a folder or
+    the hub."""
+    adapter = models.adapter_config(base)
+    name = adapter.base_model_name_or_path if adapter else base
+    return CONFIGS.get(name.partition("@")[0]) or models.load_config(name)
 
 
 # ---- lengths -------------------------------------------------------------------------------------------------
@@ -185,8 +196,12 @@ def expected(samples: int, right: float, distinct: float, value: Callable[[int, 
     return float(sum(share * value(n, different - n) for n, share in enumerate(shares)))
 
 
-def work(settings: Settings, assumed: Assumed = Assumed()) -> list[Work]:
-    """Every stage that runs a model, in order; without stages 03 to 05 where no question is left for them."""
+def work(settings: Settings, assumed: Assumed | None = None) -> list[Work]:
+    """Every stage that runs a model, in order; without stages 03 to 05 where no question is left for them.
+
+    assumed: by default `assumed_of` the settings, as in all that follows.
+    """
+    assumed = assumed or assumed_of(settings)
     lengths = token_lengths(settings, assumed.solution)
     try:
         fresh = _number(settings, settings.reward.questions, questions.second_problems)
@@ -351,11 +366,22 @@ def _hours_minutes(time: float) -> str:
     return "{}:{:02}".format(*divmod(round(60 * time), 60))
 
 
+def measurable(settings: Settings) -> bool:
+    """Whether the base lies in a folder of this machine, and fits it, so that `measure` may load and train it."""
+    adapter = models.adapter_config(settings.base)
+    if not models.weights_sha256(adapter.base_model_name_or_path if adapter else settings.base):
+        return False
+    config = config_of(settings.base)
+    if not memory.supports(config):
+        return False
+    return fit(settings, config, token_lengths(settings), _free_memory()[0]).fits
+
+
 def measure(settings: Settings, path: str, questions: int = 32, tokens: int = 0) -> Speeds:
     """Speeds of the native sampler, of scoring and of training on this machine, of the model in a folder or of the hub.
 
     A minute on a GPU, seconds with the tiny base: each of the four runs once to warm up, and once with the clock.
-    tokens: of a completion, at most (0: as the settings have it).
+    tokens: of a completion, at most (0: no fewer than the settings have).
     """
     tokenizer, model = shared.load_tokenizer(settings), shared.load_trainable(settings, path, "measure")
     problems = training_problems(settings)[:questions]
@@ -370,7 +396,8 @@ def measure(settings: Settings, path: str, questions: int = 32, tokens: int = 0)
         params = SamplingParams(temperature=1.0, max_new_tokens=tokens, seed=0)
         return engine.sample_ids(heads, samples, params, keys=[one.id for one in problems])
 
-    samples, tokens = settings.sampling.samples, tokens or settings.sampling.max_new_tokens
+    samples, longest = settings.sampling.samples, settings.sampling.max_new_tokens
+    tokens = min(tokens or longest, longest)
     reading, _ = _timed(lambda: draw(1, 1))
     both, drawn = _timed(lambda: draw(samples, tokens))  # reading and drawing
     texts = [(problem, one.text) for problem, group in zip(problems, drawn, strict=True) for one in group]
@@ -530,9 +557,10 @@ def disk(settings: Settings, config, done: list[Work]) -> dict[str, float]:
     }
 
 
-def rows(settings: Settings, assumed: Assumed = Assumed()) -> list[dict]:
+def rows(settings: Settings, assumed: Assumed | None = None) -> list[dict]:
     """The plan as rows, one for every stage and card: samples, tokens, GB at the fullest moment, and hours (None where
     the stage does not fit the card)."""
+    assumed = assumed or assumed_of(settings)
     config, lengths = config_of(settings.base), token_lengths(settings, assumed.solution)
     needed, plan = peaks(settings, config, lengths), []
     at = {name: speeds(config, settings, card, lengths) for name, card in CARDS.items()}
@@ -556,10 +584,10 @@ COUNTS = f"{'stage':19}{'samples':>8}{'read':>7}{'drawn':>7}{'scored':>8}{'train
 def describe(settings: Settings, here: Speeds | None = None, assumed: Assumed | None = None) -> str:
     """The plan of a run on every card of CARDS: stages, samples, tokens, memory, hours, disk, and what was assumed.
 
-    here: what this machine was measured to do; without it its hours are left out. assumed: by default what is known of
-    the base. Only samples and tokens for a model whose memory cannot be computed (`memory.supports`).
+    here: what this machine was measured to do; without it its hours are left out. Only samples and tokens for a model
+    whose memory cannot be computed (`memory.supports`).
     """
-    assumed = assumed or MEASURED.get(settings.base, Assumed())
+    assumed = assumed or assumed_of(settings)
     config, lengths = config_of(settings.base), token_lengths(settings, assumed.solution)
     done = work(settings, assumed)
     if not memory.supports(config):
@@ -568,6 +596,7 @@ def describe(settings: Settings, here: Speeds | None = None, assumed: Assumed | 
     at = {name: speeds(config, settings, card, lengths) for name, card in CARDS.items()}
     room = {name: card.memory for name, card in CARDS.items()}
     if here:
+        devices.free_memory()  # of the model that was measured
         at, room = {HERE: here} | at, {HERE: _free_memory()[0]} | room
     lines = [*textwrap.wrap(_headline(settings, config), WIDTH), "", *_header(at)]
     for stages, title in (("0[1-5]", "Self-motivated Learning"), ("06", "Self-Explore, after 01 and 02")):
@@ -579,7 +608,10 @@ def describe(settings: Settings, here: Speeds | None = None, assumed: Assumed | 
         lines += [f"{title:57}{max(needed[one.stage] for one in group) / 1e9:7.1f}{cells}", ""]
     told = "Hours are computed from data sheets, not measured"
     if here:
-        told = f'Hours "{HERE}" are for this machine at speeds measured just now, the others from data sheets'
+        told = (
+            f'Hours "{HERE}" are for this machine, at speeds that its native engine and one training process had just '
+        )
+        told += "just now, without exemplars and with short completions; the others are from data sheets"
     lines += [*textwrap.wrap(f"{told}; - means that it does not fit.", WIDTH), ""]
     for name, size in room.items():
         result = f"{name}: {fit(settings, config, lengths, size)}"
