@@ -114,7 +114,7 @@ def test_the_tables_of_the_controls_are_those_of_the_results(readme):
     told = " ".join(readme.split())
     equal = controls.markdown(rows, [("equal", controls.MEAN, 1.0, controls.EQUAL)]).splitlines()
     control, more = (line.split(" | ")[1].strip(" |").replace("+", "") for line in equal[-2:])
-    assert f"the control is {control} points above SFT, and SML is {more} above it." in told
+    assert f"it is {control} points above SFT, and SML is {more} above the control." in told
 
 
 def test_the_real_model_s_gain_is_that_of_the_results(readme):
@@ -125,8 +125,8 @@ def test_the_real_model_s_gain_is_that_of_the_results(readme):
     value, low, high = (100 * float(rows["SFT minus base", "all questions"][name]) for name in ("value", "low", "high"))
     base, tuned = (f"{100 * float(rows[name, 'all questions']['value']):.1f} %" for name in ("base", "SFT"))
     told = " ".join(readme.split())
-    assert f"The difference, {value:+.1f} [{low:+.1f}, {high:+.1f}] points, is not significant." in told and low < 0
-    assert f"are {tuned} right; the base's, with eight exemplars, are {base}." in told
+    assert f"no significant difference ({value:+.1f} [{low:+.1f}, {high:+.1f}] points" in told and low < 0
+    assert f"are {tuned} right; the base's, with eight exemplars, {base}:" in told
 
 
 def test_the_tables_of_the_reward_models_are_those_of_the_results():
