@@ -473,10 +473,10 @@ def make_stages(args: argparse.Namespace) -> None:
     if args.rounds > 1 and "04_ppo" not in names:
         for folder, _ in rounds[:-1]:
             require(folder, "04_ppo")
-    with _luck_warned_of_once():
-        for folder, settings in rounds:
-            if missing := [name for name in names if not (folder / name / MANIFEST).exists()]:
-                plan.check(settings, missing)
+    for folder, settings in rounds:
+        if missing := [name for name in names if not (folder / name / MANIFEST).exists()]:
+            plan.check(settings, missing)
+        with _luck_warned_of_once():
             for name in names:
                 _make_stage(folder, name, partial(stages[name], folder, settings))
     shared.end_process_group()
