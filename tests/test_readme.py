@@ -99,6 +99,8 @@ def test_the_tables_of_the_policies_are_those_of_the_results():
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     for names in policies.TABLES:
         assert policies.markdown(rows, names) in page
+    with (ROOT / "results" / "policy_seconds.csv").open(newline="", encoding="utf-8") as file:
+        assert policies.seconds_markdown(list(csv.DictReader(file))) in page
 
 
 def test_the_tables_of_the_controls_are_those_of_the_results(readme):
