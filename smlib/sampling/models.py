@@ -169,10 +169,15 @@ def _reason(place: str, revision: str | None, causes: list[BaseException], files
     return None
 
 
+def whole_model(name: str) -> str:
+    """The model that a name stands for: of an adapter its base."""
+    adapter = adapter_config(name)
+    return adapter.base_model_name_or_path if adapter else name
+
+
 def load_config(name: str) -> PretrainedConfig:
     """The model's configuration, of an adapter that of its base. Raises ModelError where there is none to be had."""
-    adapter = adapter_config(name)
-    place, revision = locate(adapter.base_model_name_or_path if adapter else name)
+    place, revision = locate(whole_model(name))
     with _explained(place, revision, "config.json"):
         return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
 

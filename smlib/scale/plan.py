@@ -114,8 +114,7 @@ def assumed_of(settings: Settings) -> Assumed:
 def config_of(base: str):
     """The shape of a model, of an adapter that of its base: of the presets' known here, of others read from a folder or
     the hub."""
-    adapter = models.adapter_config(base)
-    name = adapter.base_model_name_or_path if adapter else base
+    name = models.whole_model(base)
     return CONFIGS.get(name.partition("@")[0]) or models.load_config(name)
 
 
@@ -368,8 +367,7 @@ def _hours_minutes(time: float) -> str:
 
 def measurable(settings: Settings) -> bool:
     """Whether the base lies in a folder of this machine, and fits it, so that `measure` may load and train it."""
-    adapter = models.adapter_config(settings.base)
-    if not models.weights_sha256(adapter.base_model_name_or_path if adapter else settings.base):
+    if not models.weights_sha256(models.whole_model(settings.base)):
         return False
     config = config_of(settings.base)
     if not memory.supports(config):
@@ -381,7 +379,7 @@ def measure(settings: Settings, path: str, questions: int = 32, tokens: int = 0)
     """Speeds of the native sampler, of scoring and of training on this machine, of the model in a folder or of the hub.
 
     A minute on a GPU, seconds with the tiny base: each of the four runs once to warm up, and once with the clock.
-    tokens: of a completion, at most (0: no fewer than the settings have).
+    tokens: of a completion, at most (0: as many as the settings allow).
     """
     tokenizer, model = shared.load_tokenizer(settings), shared.load_trainable(settings, path, "measure")
     problems = training_problems(settings)[:questions]
@@ -609,9 +607,9 @@ def describe(settings: Settings, here: Speeds | None = None, assumed: Assumed | 
     told = "Hours are computed from data sheets, not measured"
     if here:
         told = (
-            f'Hours "{HERE}" are for this machine, at speeds that its native engine and one training process had just '
+            f'Hours "{HERE}" are for this machine. Its native engine and one training process were measured just now, '
         )
-        told += "just now, without exemplars and with short completions; the others are from data sheets"
+        told += "without exemplars and with short completions. The other hours are from data sheets"
     lines += [*textwrap.wrap(f"{told}; - means that it does not fit.", WIDTH), ""]
     for name, size in room.items():
         result = f"{name}: {fit(settings, config, lengths, size)}"
