@@ -176,6 +176,13 @@ def in_percent(*values):
     return pytest.approx([100 * value for value in values], abs=0.0551)
 
 
+def test_every_figure_is_drawn_by_a_notebook():
+    """A draft in the run folder was published with the rest."""
+    sources = (cell.source for path in PATHS for cell in nbformat.read(path, 4).cells)
+    drawn = set(re.findall(r'RUN, "(\w+)"\)', "\n".join(sources)))
+    assert {path.stem for path in (ROOT / "figures").glob("*.png")} <= drawn
+
+
 def test_notebook_03_shows_the_table_of_held_out_pairs():
     """By author and source; the table of the results has the tasks apart."""
     [rows] = shown("03", "reward_model.csv")
