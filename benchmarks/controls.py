@@ -106,7 +106,7 @@ def answer(
     for temperature in temperatures:
         params = SamplingParams(temperature, settings.sampling.max_new_tokens, settings.seed)
         drawn = engine.sample_ids(
-            asked, TEMPERATURES.get(temperature, 4), params.stopping_at(prompts.stop(shots)),
+            asked, TEMPERATURES.get(temperature, 8), params.stopping_at(prompts.stop(shots)),
             keys=[problem.id for problem in problems], progress=f"T = {temperature}",
         )  # fmt: skip
         for problem, prompt, samples in zip(problems, asked, drawn, strict=True):

@@ -6,7 +6,7 @@ results/smollm2_tuning.csv.
 
 sampling: the base's rationales, eight for each question, at several temperatures: how many are right, how many
 questions have a right one, how many different right ones there are (in questions, and in texts).
-prompt: the same at SAMPLING's best temperature, by the way of asking: plain or chat, with and without exemplars.
+prompt: the same at temperature 0.5, by the way of asking: plain or chat, with and without exemplars.
 sft: greedy accuracy, without exemplars, after SFT on stage 02's r+ of the run runs/smollm2-word_problems-seed0, by what
 is trained (adapters or all weights) and at which rate, on questions of the train split that no stage uses.
 coverage: of the questions that this run's stage 01 also asked with a given answer, how many have an open rationale, and
@@ -36,7 +36,8 @@ from smlib.runs import questions, self_motivated, shared
 from smlib.runs.settings import LoraSettings, Settings, preset
 
 COLUMNS = ("seed", "part", "setting", "metric", "value", "low", "high", "n")
-TEMPERATURES, SAMPLES = (0.3, 0.5, 0.8), 8
+TEMPERATURES, SAMPLES = (0.2, 0.3, 0.5, 0.8), 8
+ASKED_AT = 0.5  # temperature at which ways of asking are compared
 PROMPTS = {  # name -> sampling.prompt, sampling.shots
     "plain, eight exemplars": ("plain", "smlib"),
     "plain, exemplars of Wei et al.": ("plain", "wei"),
@@ -129,7 +130,8 @@ def of_part(part: str, number: int) -> Iterator[tuple[str, object]]:
             )
     if part == "prompt":
         for name, (prompt, shots) in PROMPTS.items():
-            settings = replace(base, sampling=replace(base.sampling, prompt=prompt, shots=shots))
+            sampling = replace(base.sampling, prompt=prompt, shots=shots, temperature=ASKED_AT)
+            settings = replace(base, sampling=sampling)
             yield name, lambda s=settings, n=name: sampled(s, part, n, number)
     if part == "coverage":
         yield "all", lambda: covered(base)

@@ -149,7 +149,7 @@ def own_pairs(settings: Settings, writer: str, run: Path, most: int, each: int =
     each = each or int(most / PER_QUESTION[writer] / len(settings.tasks))
     problems = questions.second_problems(replace(settings, reward=replace(settings.reward, questions=each)))
     with shared.load_engine(settings, controls.model_of(writer, run, settings)) as engine:
-        params = shared.sampling_params(settings, "sampling")
+        params = shared.sampling_params(settings, "reward")
         written = rationales.sample_open(engine, problems, SAMPLES, params, author="sft", progress=f"{writer}'s pairs")
         written = rationales.reanswer(engine, problems, written, seed=settings.seed)
     ranked, _ = ranking.rank(written, settings.ranking.max_per_side)

@@ -12,7 +12,7 @@ from tiny_model import tokenizer, written_sample
 
 from smlib.learning import dpo, exploration, selection
 from smlib.learning.rows import Rationale
-from smlib.problems import prompts
+from smlib.problems import equations, prompts
 from smlib.problems.datasets import Problem, generate
 from smlib.runs import self_explore
 from smlib.sampling import encoding
@@ -56,13 +56,9 @@ def test_one_judge_takes_1000_with_and_without_its_comma():
     assert [one.correct for one in found] == [True, True, False]
 
 
-def test_equations_are_read_and_never_computed():
+def test_nothing_that_a_model_wrote_is_evaluated():
     """Fault: eval() on what the model wrote."""
-    assert selection.equations(" Ann: 9 + 4 = 13.\nBo has 2*$1,000=$2,000 now, 3 more.") == ("9+4=13", "2*1000=2000")
-    assert selection.equations("48/2=<<48/2=24>>24") == ("48/2=24",)
-    assert selection.equations("9 ** 9 ** 9 ** 9 = 1 and __import__('os').abort() = 3") == ("9**9**9**9=1",)
-    assert selection.equations("heads.\nSo x = y.") == ()
-    for module in (selection, exploration, dpo, self_explore):
+    for module in (equations, selection, exploration, dpo, self_explore):
         called = [node.func for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call)]
         assert not {"eval", "exec", "compile"} & {func.id for func in called if isinstance(func, ast.Name)}
 

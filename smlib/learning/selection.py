@@ -6,7 +6,6 @@ so that no later stage tokenises it again. What is kept does not depend on the o
 """
 
 import random
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,13 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from smlib.learning.rationales import sample_open
 from smlib.learning.rows import Pair, Rationale
 from smlib.problems.datasets import Problem
+from smlib.problems.equations import equations
 from smlib.sampling import encoding
 from smlib.sampling.engines import Engine
 from smlib.sampling.params import SamplingParams
-
-# "9 + 4 = 13", "$5 * (3 + 2) = $25": an arithmetic expression, "=" and a number.
-_EQUATION = re.compile(r"[($€£]*\d[\d .,()$€£%+\-*/×÷x]*= *[-$€£]*\d[\d,.]*")
-_NOT_IN_EQUATIONS = re.compile(r"[ ,$€£]|\.$")
 
 
 def draw_solutions(
@@ -33,15 +29,6 @@ def draw_solutions(
     """n solutions per problem from the question alone, judged, in the order of the problems."""
     drawn = sample_open(engine, problems, n, params, author=None, progress=progress)
     return [replace(one, source=None, reason=None) for one in drawn]  # of so many nobody reads the reason
-
-
-def equations(text: str) -> tuple[str, ...]:
-    """The equations of a text in their order, as strings without blanks and currency; nothing is computed.
-
-    >>> equations("Ann: 9 + 4 = 13.\\nBo has 2*$1,000=$2,000 now.")
-    ('9+4=13', '2*1000=2000')
-    """
-    return tuple(_NOT_IN_EQUATIONS.sub("", found) for found in _EQUATION.findall(text))
 
 
 def _signature(solution: Rationale) -> tuple[str, ...]:

@@ -122,7 +122,8 @@ def sample_again(run_dir: Path, settings: Settings, progress: bool = True) -> St
     model that saw the base's errors alone cannot rank those of the SFT model, which are the ones that PPO will meet.
     """
     tuned = require(run_dir, "02_sft")
-    keys = stage_keys(settings, "sampling", "ranking") | {"questions": settings.reward.questions}
+    drawn = replace(settings, sampling=replace(settings.sampling, temperature=settings.reward.temperature))
+    keys = stage_keys(drawn, "sampling", "ranking") | {"questions": settings.reward.questions}
     stage = Stage(run_dir, "03_second_sampling", keys | engine_key(settings), {tuned: ["model"]})
     if stage.done:
         return stage
@@ -130,7 +131,7 @@ def sample_again(run_dir: Path, settings: Settings, progress: bool = True) -> St
         problems = second_problems(settings)
         shared.refuse_repeated(problems, require(run_dir, "01_sampling"))
         written = rationales.sample_open(
-            to_disk(stage, "open", engine), problems, settings.sampling.samples, sampling_params(settings, "sampling"),
+            to_disk(stage, "open", engine), problems, settings.sampling.samples, sampling_params(settings, "reward"),
             author="sft", progress="rationales of the SFT model" if progress else None,
         )  # fmt: skip
         written = rationales.reanswer(

@@ -57,7 +57,7 @@ Tasks = Literal["all", *GENERATED, *TRAIN_SETS]
 
 @dataclass(frozen=True)
 class SamplingSettings(Declared):
-    """Stage 01. Temperature, top_p and length apply wherever training rationales are sampled."""
+    """Stage 01. top_p and length apply wherever training rationales are sampled."""
 
     questions: Questions = setting(300, "questions per task; for a published dataset at most its train split")
     samples: Samples = setting(8, "rationales per question, asked without a given answer (open)")
@@ -109,6 +109,7 @@ class RewardSettings(Declared):
     )
     wrong: Literal["open", "conditioned", "both"] = setting("both", "source of the wrong rationales, as in sft.source")
     questions: QuestionsOrZero = setting(350, "fresh questions per task for the SFT model, if pairs = 'both'")
+    temperature: Temperature = setting(1.0, "sampling temperature for its rationales; PPO samples at 1, too")
     epochs: Epochs = setting(1.5, "passes over the pairs")
     learning_rate: Rate = setting(2e-4, "peak learning rate")
     batch: Rows = setting(16, "pairs per optimizer step")
@@ -116,6 +117,10 @@ class RewardSettings(Declared):
     nll_coef: SizeOrZero = setting(
         3.0, "weight of the NLL (-log p per token) of the chosen side, which is added to the pairwise loss"
     )
+
+    def keys(self) -> dict:
+        """All, but the temperature: the pairs are what depends on it."""
+        return {name: value for name, value in super().keys().items() if name != "temperature"}
 
 
 @dataclass(frozen=True)

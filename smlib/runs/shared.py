@@ -118,13 +118,15 @@ def load_engine(settings: Settings, path: str | Path) -> Engine:
     )
 
 
-def sampling_params(settings: Settings, group: Literal["sampling", "evaluation", "explore"]) -> SamplingParams:
+def sampling_params(
+    settings: Settings, group: Literal["sampling", "reward", "evaluation", "explore"]
+) -> SamplingParams:
     """How the stages of a group of settings draw: at its temperature; the length and the seed are the run's."""
     return SamplingParams(
         temperature=getattr(settings, group).temperature,
         max_new_tokens=settings.sampling.max_new_tokens,
         seed=settings.seed,
-        top_p=settings.sampling.top_p if group == "sampling" else 1.0,
+        top_p=settings.sampling.top_p if group in ("sampling", "reward") else 1.0,
     )
 
 
