@@ -5,8 +5,10 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
+import real_model
 import torch
 from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -50,6 +52,20 @@ def test_every_stage_leaves_its_folder_with_a_manifest(finished):
         assert manifest["settings"]["seed"] == 0
         assert manifest["wall_seconds"] >= 0 and manifest["peak_mib"] > 100
     assert sorted(path.name for path in finished.iterdir()) == sorted(names)
+
+
+def test_what_the_stages_have_left_is_told(finished):
+    """benchmarks/real_model.py, part stages."""
+    rows = {(row["setting"], row["metric"]): row for row in real_model.left(finished, 0)}
+    assert {stage for stage, metric in rows if metric == "seconds"} == set(self_motivated.STAGES)
+    written = require(finished, "01_sampling").read_rows("rationales")
+    right = [row["correct"] for row in written if row["source"] == "open"]
+    row = rows["01_sampling", "open: states the gold answer"]
+    assert (row["value"], row["n"]) == (pytest.approx(np.mean(right), abs=1e-5), len(right))
+    kept = rows["02_ranking", "kept: r+"]
+    ranked = require(finished, "02_ranking").read_rows("ranked")
+    assert round(kept["value"] * kept["n"]) == sum(row["side"] == "+" for row in ranked)
+    assert rows["04_ppo", "accuracy, last five updates"]["n"] == 1  # update
 
 
 def test_sampling_asks_each_task_openly_and_with_right_and_wrong_answers(finished):
