@@ -3,6 +3,7 @@ results/smollm2_tuning.csv.
 
     python benchmarks/real_model.py --part sampling prompt
     python benchmarks/real_model.py --part sft coverage
+    python benchmarks/real_model.py --part reward
     python benchmarks/real_model.py --part stages --seeds 0 1 2
 
 sampling: the base's rationales, eight for each question, at several temperatures: how many are right, how many
@@ -13,6 +14,8 @@ trained (adapters or all weights) and at which rate, on questions of the train s
 as many; and the base's, with exemplars.
 coverage: of the questions that this run's stage 01 also asked with a given answer, how many have an open rationale, and
 how many an answer-conditioned one, that states the gold answer; and that supports it when it is read again, as r+ must.
+reward: held-out pairs ranked right by the likelihood under the SFT model of runs/smollm2-word_problems-seed0, and by
+reward models trained at several rates; of the base's pairs, and of the SFT model's.
 stages: what every stage of the runs runs/smollm2-word_problems-seedSEED has left: its seconds and its memory, shares of
 right rationales, what the ranking kept, held-out pairs ranked right, and PPO's first and last updates. "equations hold"
 is the share of rationales that have an equation and no false one.
@@ -35,7 +38,7 @@ import variants
 from ablations import write
 
 from smlib.files.artifacts import require
-from smlib.learning import rationales, sft
+from smlib.learning import rationales, reward_model, sft
 from smlib.learning.ranking import side
 from smlib.learning.rows import Pair, Rationale
 from smlib.problems import equations
@@ -45,7 +48,8 @@ from smlib.runs.settings import LoraSettings, Settings, preset
 
 COLUMNS = ("seed", "part", "setting", "metric", "value", "low", "high", "n")
 TEMPERATURES, SAMPLES = (0.2, 0.3, 0.5, 0.8), 8
-PARTS = ("sampling", "prompt", "sft", "coverage", "stages")
+PARTS = ("sampling", "prompt", "sft", "coverage", "reward", "stages")
+REWARD_RATES = (1e-4, 3e-4, 1e-3)
 ASKED_AT = 0.5  # temperature at which ways of asking are compared
 PROMPTS = {  # name -> sampling.prompt, sampling.shots
     "plain, eight exemplars": ("plain", "smlib"),
@@ -141,6 +145,37 @@ def covered() -> list[dict]:
     return rows
 
 
+def ranked_right(setting: str, pairs: Sequence[Pair]) -> list[dict]:
+    """Rows of scored held-out pairs, of each author's."""
+    return [
+        row("reward", setting, f"pairs of {author} ranked right", [float(one.ranked_right) for one in mine])
+        for author in ("base", "sft")
+        if (mine := [one for one in pairs if one.author == author])
+    ]
+
+
+def before_training(settings: Settings, run: Path) -> list[dict]:
+    """Rows of the reward before it has learned the rank."""
+    self_motivated.before_policy(run, settings)
+    model = shared.load_model(settings, require(run, "02_sft").path("model"))
+    problems = [
+        one for stage in ("01_sampling", "03_second_sampling") for one in shared.problems_of(require(run, stage))
+    ]
+    pairs = require(run, "03_reward_model").read_rows("held_out", Pair)
+    return ranked_right(
+        "untrained", reward_model.pair_accuracy(model, shared.load_tokenizer(settings), problems, pairs)
+    )
+
+
+def after_training(settings: Settings, run: Path, rate: float) -> list[dict]:
+    """Rows of a reward model trained at this rate."""
+    self_motivated.before_policy(run, settings)
+    other = replace(settings, reward=replace(settings.reward, learning_rate=rate))
+    folder = variants.branch(run, f"reward-{rate:g}", variants.SAMPLED) if other != settings else run
+    stage = self_motivated.train_reward_model(folder, other)
+    return ranked_right(f"trained, {rate:g}", stage.read_rows("held_out", Pair))
+
+
 def holding(texts: list[str]) -> list[float]:
     """1.0 for a text with equations that are all true, 0.0 for one with a false one; texts without any are left out."""
     return [float(not equations.false_equations(text)) for text in texts if equations.equations(text)]
@@ -205,6 +240,11 @@ def of_part(part: str, number: int, seeds: Sequence[int]) -> Iterator[tuple[str,
             yield name, lambda s=settings, n=name: sampled(s, part, n, number)
     if part == "coverage":
         yield "all", covered
+    if part == "reward":
+        run = shared.run_folder("", base.preset, "word_problems", 0)
+        yield "untrained", lambda: before_training(base, run)
+        for rate in REWARD_RATES:
+            yield f"trained, {rate:g}", lambda r=rate: after_training(base, run, r)
     if part == "stages":
         for seed in seeds:
             run = shared.run_folder("", base.preset, "word_problems", seed)

@@ -17,6 +17,7 @@ from smlib.cli import main
 from smlib.errors import UsageError
 from smlib.files.artifacts import StageError, StageMismatch, require
 from smlib.learning import reward_model
+from smlib.learning.rows import Pair
 from smlib.ppo import loop
 from smlib.problems.datasets import TASKS
 from smlib.reports import results
@@ -66,6 +67,21 @@ def test_what_the_stages_have_left_is_told(finished):
     ranked = require(finished, "02_ranking").read_rows("ranked")
     assert round(kept["value"] * kept["n"]) == sum(row["side"] == "+" for row in ranked)
     assert rows["04_ppo", "accuracy, last five updates"]["n"] == 1  # update
+
+
+def test_a_reward_model_at_another_rate_leaves_the_run_as_it_was(finished):
+    """benchmarks/real_model.py, part reward."""
+    pairs = require(finished, "03_reward_model").read_rows("held_out", Pair)
+    before = real_model.before_training(small(), finished)
+    assert [row["n"] for row in before] == [sum(pair.author == author for pair in pairs) for author in ("base", "sft")]
+    own = real_model.after_training(small(), finished, small().reward.learning_rate)
+    assert not (finished / "ablations").exists()
+    assert own[0]["value"] == pytest.approx(np.mean([pair.ranked_right for pair in pairs if pair.author == "base"]))
+    real_model.after_training(small(), finished, 1e-3)
+    assert (
+        require(finished / "ablations" / "reward-0.001", "03_reward_model").settings["reward"]["learning_rate"] == 1e-3
+    )
+    shutil.rmtree(finished / "ablations")
 
 
 def test_sampling_asks_each_task_openly_and_with_right_and_wrong_answers(finished):
