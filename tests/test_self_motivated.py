@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from smlib.cli import main
 from smlib.errors import UsageError
 from smlib.files.artifacts import StageError, StageMismatch, require
-from smlib.learning import reward_model
+from smlib.learning import rationales, reward_model
 from smlib.learning.rows import Pair
 from smlib.ppo import loop
 from smlib.problems.datasets import TASKS
@@ -171,6 +171,18 @@ def test_a_finished_stage_is_loaded_and_other_settings_are_refused(finished):
         self_motivated.train_sft(finished, small(sft={"learning_rate": 1e-5}), progress=False)
     with pytest.raises(StageMismatch, match=r"ppo\.reward"):
         self_motivated.train_policy(finished, small(ppo=SMALL["ppo"] | {"reward": "checker"}), progress=False)
+    with pytest.raises(StageMismatch, match=r"03_second_sampling.*\btemperature = 0\.5"):
+        self_motivated.sample_again(finished, small(reward=SMALL["reward"] | {"temperature": 0.5}), progress=False)
+
+
+def test_the_sft_model_has_a_temperature_of_its_own(finished, tmp_path, monkeypatch):
+    def stop(engine, problems, n, params, **other):
+        raise InterruptedError(f"T = {params.temperature}")
+
+    monkeypatch.setattr(rationales, "sample_open", stop)
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("0[345]_*"))
+    with pytest.raises(InterruptedError, match=r"T = 0\.5"):
+        self_motivated.sample_again(tmp_path / "run", small(reward=SMALL["reward"] | {"temperature": 0.5}))
 
 
 def test_a_missing_stage_names_the_notebook_to_run_first(tmp_path):

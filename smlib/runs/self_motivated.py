@@ -122,8 +122,9 @@ def sample_again(run_dir: Path, settings: Settings, progress: bool = True) -> St
     model that saw the base's errors alone cannot rank those of the SFT model, which are the ones that PPO will meet.
     """
     tuned = require(run_dir, "02_sft")
-    drawn = replace(settings, sampling=replace(settings.sampling, temperature=settings.reward.temperature))
-    keys = stage_keys(drawn, "sampling", "ranking") | {"questions": settings.reward.questions}
+    keys = stage_keys(settings, "sampling", "ranking") | {"questions": settings.reward.questions}
+    if settings.reward.temperature != settings.sampling.temperature:
+        keys["temperature"] = settings.reward.temperature
     stage = Stage(run_dir, "03_second_sampling", keys | engine_key(settings), {tuned: ["model"]})
     if stage.done:
         return stage
