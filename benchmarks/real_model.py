@@ -120,11 +120,8 @@ def tuned(name: str, number: int) -> list[dict]:
 
 def answered(settings: Settings, part: str, name: str, model: Path | str, number: int) -> list[dict]:
     """Rows of what a model answers to questions of the train split that no stage uses, of each dataset as many."""
-    asked = questions.fresh_problems(settings, number // len(settings.datasets))
     shots = settings.sampling.shots if model == settings.base else "none"
-    with shared.load_engine(settings, model) as engine:
-        how = shared.sampling_params(settings, "evaluation")
-        answers = evaluation.evaluate(engine, asked, 4, how, shots=shots, progress=name)
+    answers = shared.answer_fresh(settings, model, number // len(settings.datasets), 4, shots, progress=name)
     return [
         row(part, name, "greedy", [float(one["greedy_correct"]) for one in answers]),
         row(part, name, "avg@4", [float(np.mean(one["sampled_correct"])) for one in answers]),

@@ -23,7 +23,7 @@ from ablations import write
 
 from smlib.errors import UsageError
 from smlib.files.artifacts import require
-from smlib.files.atomic import replacing
+from smlib.files.atomic import write_text
 from smlib.learning import reward_model
 from smlib.problems.datasets import GROUPS, Problem, load
 from smlib.problems.duplicates import shared_questions
@@ -101,9 +101,8 @@ def main() -> None:
     asked, settings = own_questions(), preset("smollm2", "word_problems", 0)
     run = shared.run_folder("", "smollm2", "word_problems", 0)
     found = answered(settings, run, asked)
-    with replacing(args.out / "smollm2_texts.jsonl") as tmp:
-        rows = text_rows(asked, found)
-        tmp.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in text_rows(asked, found))
+    write_text(args.out / "smollm2_texts.jsonl", "".join(lines))
     sheet = args.out / "smollm2_sheet.csv"
     if any(row["sound"] for row in controls.measured(sheet, {})):
         print(f"{sheet} is judged already, so it stays; delete it for a new one")

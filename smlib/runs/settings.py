@@ -109,7 +109,7 @@ class RewardSettings(Declared):
     )
     wrong: Literal["open", "conditioned", "both"] = setting("both", "source of the wrong rationales, as in sft.source")
     questions: QuestionsOrZero = setting(350, "fresh questions per task for the SFT model, if pairs = 'both'")
-    temperature: Temperature = setting(1.0, "sampling temperature for its rationales; PPO samples at 1, too")
+    temperature: Temperature = setting(1.0, "temperature at which it samples its rationales; PPO samples at 1")
     epochs: Epochs = setting(1.5, "passes over the pairs")
     learning_rate: Rate = setting(2e-4, "peak learning rate")
     batch: Rows = setting(16, "pairs per optimizer step")

@@ -255,11 +255,12 @@ def evaluate(
 
 
 def answer_fresh(
-    settings: Settings, path: str | Path, n: int, k: int = 8, progress: str | None = None
+    settings: Settings, path: str | Path, n: int, k: int = 8, shots: str = "none", progress: str | None = None
 ) -> list[Answers]:
     """Greedy and k sampled answers (`evaluation.evaluate`) of the model in a folder to n fresh questions per task,
     which no stage uses: with equal settings to the same ones."""
     with load_engine(settings, path) as engine:
         return evaluation.evaluate(
-            engine, fresh_problems(settings, n), k, sampling_params(settings, "evaluation"), progress=progress
-        )
+            engine, fresh_problems(settings, n), k, sampling_params(settings, "evaluation"), shots=shots,
+            progress=progress,
+        )  # fmt: skip

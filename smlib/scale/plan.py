@@ -64,8 +64,8 @@ class Assumed:
     solution: float = 120.0  # tokens of a rationale
 
 
-# Bases whose runs are known, on these tasks: tiny's of seed 0; SmolLM2's in docs/log.md and results/smollm2_tuning.csv
 WORD_PROBLEMS = ("word_problems", *GROUPS["word_problems"])
+# Bases whose runs are known, on these tasks: tiny's of seed 0; SmolLM2's in docs/log.md and results/smollm2_tuning.csv
 MEASURED = (
     ("tiny", TASKS, Assumed(base=0.52, tuned=0.69, distinct=0.48, solution=55.0)),
     ("smollm2", WORD_PROBLEMS, Assumed(base=0.03, tuned=0.04, distinct=0.85, solution=32.0)),
