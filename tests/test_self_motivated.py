@@ -24,7 +24,7 @@ from smlib.reports import results
 from smlib.runs import questions, self_motivated
 from smlib.runs.questions import ppo_problems, second_problems, training_problems
 from smlib.runs.settings import preset
-from smlib.sampling import engines, models, vllm_engine
+from smlib.sampling import devices, engines, models, vllm_engine
 from smlib.sampling.engines import NativeEngine
 
 SMALL = {
@@ -44,6 +44,16 @@ def finished(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "whole"
     self_motivated.run(run, small(), progress=False)
     return run
+
+
+def test_a_precision_that_the_machine_chooses_is_noted_as_the_one_that_it_chose(finished, monkeypatch):
+    """So a run goes on where the choice is the same, and is refused where it would round otherwise."""
+    chosen = small(ppo=SMALL["ppo"] | {"precision": "auto"})
+    monkeypatch.setattr(devices, "_faster_dtype", lambda: "float32")
+    assert self_motivated.train_policy(finished, chosen).manifest["settings"]["ppo"]["precision"] == "float32"
+    monkeypatch.setattr(devices, "_faster_dtype", lambda: "bfloat16")
+    with pytest.raises(StageMismatch, match=r"ppo\.precision"):
+        self_motivated.train_policy(finished, chosen)
 
 
 def test_every_stage_leaves_its_folder_with_a_manifest(finished):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from smlib.ppo.settings import PPOSettings
+from smlib.sampling import devices
 from smlib.sampling.devices import process_state
 from smlib.sampling.packing import CONTINUATIONS_PER_ROW, group_size, pack, pad_right
 from smlib.sampling.params import Sample
@@ -89,9 +90,14 @@ def collate(prompts: list[list[int]], samples: list[Sample], pad_id: int, device
     return Batch(prompts, completions, ids.to(device), mask.to(device), logp.to(device))
 
 
+def rounds(settings: PPOSettings) -> bool:
+    """Whether forward and backward passes are in bfloat16 on this machine."""
+    return devices.chosen_dtype(settings.precision) == "bfloat16"
+
+
 def autocast(settings: PPOSettings, device: torch.device) -> torch.autocast:
-    """The context of `settings.precision`: with "bfloat16" matrix products are rounded to it, weights are not."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
+    """The context of `settings.precision`: where it rounds, matrix products are in bfloat16, weights are not."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=rounds(settings))
 
 
 def micro_batches(rows: Tensor, micro_batch: int) -> tuple[Tensor, ...]:

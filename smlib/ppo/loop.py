@@ -37,7 +37,7 @@ from smlib.ppo.arithmetic import (
     token_rewards,
     whiten,
 )
-from smlib.ppo.batches import Batch, autocast, local_share
+from smlib.ppo.batches import Batch, autocast, local_share, rounds
 from smlib.ppo.checks import check_engine, check_micro_batch, check_padding, check_shares
 from smlib.ppo.prefix_values import values_by_rollouts
 from smlib.ppo.roles import Roles, unsharded
@@ -146,7 +146,7 @@ def _read(training: Training, batch: Batch, update: int) -> tuple[Tensor, dict[s
     roles, settings, drawn = training.roles, training.settings, batch.logp
     with autocast(settings, training.accelerator.device):
         ref_logp, batch.values = logprobs_and_values(roles, batch, settings.minibatch, True, training.micro_batch)
-        if training.engine or settings.precision == "bfloat16":
+        if training.engine or rounds(settings):
             batch.logp, _ = logprobs_and_values(roles, batch, settings.minibatch, False, training.micro_batch)
     if not training.engine:
         return ref_logp, {}

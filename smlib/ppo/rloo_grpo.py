@@ -89,7 +89,7 @@ class _PolicyTrainer:
                 self.ref_logp = self._logprobs(everything)
             finally:
                 self._swap_reference()
-            if settings.precision == "bfloat16":  # rounds token by token otherwise than in one pass
+            if batches.rounds(settings):  # rounds token by token otherwise than in one pass
                 self.drawn.logp = self._logprobs(everything)
         self.scored = time.perf_counter()
         self.seconds = {"rollout_seconds": drawn - started, "score_seconds": self.scored - drawn}

@@ -82,8 +82,9 @@ class PPOSettings(Declared):
     max_update_kl: Size = setting(
         0.05, "KL in nats per token between the sampling policy and the new one, above which an update stops early"
     )
-    precision: Literal["float32", "bfloat16"] = setting(
-        "float32", "precision of the forward and backward passes; choose 'bfloat16' where it is faster"
+    precision: Literal["float32", "bfloat16", "auto"] = setting(
+        "float32",
+        "precision of the forward and backward passes; 'auto' is 'bfloat16' where the machine is faster with it",
     )
 
     def __post_init__(self):

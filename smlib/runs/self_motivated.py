@@ -196,6 +196,7 @@ def train_policy(
     check_policy(settings, method, tracker)
     tuned, rewarder = require(run_dir, "02_sft"), require(run_dir, "03_reward_model")
     keys = stage_keys(settings, "ppo")
+    keys["ppo"]["precision"] = devices.chosen_dtype(settings.ppo.precision)  # "auto" says nothing of the result
     if method == "ppo":
         keys |= engine_key(settings, "rollout_engine")
     stage = Stage(run_dir, f"04_{method}", keys, {tuned: ["model"], rewarder: ["model"]})

@@ -198,7 +198,7 @@ def ppo_plan(settings: Settings, prompt: int) -> PPO:
         value="model" if ppo.value == "model" else "head",
         dtype=_dtype(settings),
         rank=settings.lora.rank,
-        precision=ppo.precision,
+        precision="float32" if ppo.precision == "auto" else ppo.precision,  # which takes more
         gradient_checkpointing=hardware.gradient_checkpointing,
         micro_batch=micro_batch,
         accumulated=micro_batch < ppo.minibatch,

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 from smlib.errors import UsageError
 from smlib.learning import reward_model
 from smlib.learning.trainers import micro_batch_rows
-from smlib.ppo import checks
+from smlib.ppo import batches, checks
 from smlib.problems import prompts
 from smlib.problems.datasets import GENERATED, GROUPS, STEPLESS, TASKS
 from smlib.runs import questions, shared
@@ -245,7 +245,7 @@ def _motivated(settings: Settings, lengths: Lengths, assumed: Assumed, fresh: in
     prefixes = episodes * STEPS if ppo.value == "rollouts" else 0
     tries = prefixes * ppo.value_samples  # completions of half a rationale, on average
     begun = lengths.question + lengths.solution / 2
-    passes = trunks + 1 + (ppo.precision == "bfloat16") * trunks  # reference and value, old log-probabilities, reward
+    passes = trunks + 1 + batches.rounds(ppo) * trunks  # reference and value, old log-probabilities, reward
     return [
         Work(
             "01_sampling", opened + 2 * hinted,
@@ -379,7 +379,7 @@ def measurable(settings: Settings) -> bool:
 def measure(settings: Settings, path: str, questions: int = 32, tokens: int = 0) -> Speeds:
     """Speeds of the native sampler, of scoring and of training on this machine, of the model in a folder or of the hub.
 
-    A minute on a GPU, seconds with the tiny base: each of the four runs once to warm up, and once with the clock.
+    A minute on a GPU, seconds with the tiny base: each of the four runs with the clock after a small one to warm up.
     tokens: of a completion, at most (0: as many as the settings allow).
     """
     tokenizer, model = shared.load_tokenizer(settings), shared.load_trainable(settings, path, "measure")
@@ -397,10 +397,14 @@ def measure(settings: Settings, path: str, questions: int = 32, tokens: int = 0)
 
     samples, longest = settings.sampling.samples, settings.sampling.max_new_tokens
     tokens = min(tokens or longest, longest)
-    reading, _ = _timed(lambda: draw(1, 1))
+    reading, _ = _timed(lambda: draw(1, 1), lambda: draw(2, 2))
     both, drawn = _timed(lambda: draw(samples, tokens))  # reading and drawing
     texts = [(problem, one.text) for problem, group in zip(problems, drawn, strict=True) for one in group]
-    scoring, _ = _timed(lambda: reward_model.score(model, tokenizer, *zip(*texts, strict=True)))
+
+    def score(some: list) -> None:
+        reward_model.score(model, tokenizer, *zip(*some, strict=True))
+
+    scoring, _ = _timed(lambda: score(texts), lambda: score(texts[:samples]))
     rows = [
         (head, [encoding.closed(tokenizer, one.token_ids)])
         for head, group in zip(heads, drawn, strict=True)
@@ -408,7 +412,11 @@ def measure(settings: Settings, path: str, questions: int = 32, tokens: int = 0)
     ]
     at_once = hardware.micro_batch or settings.sft.batch
     learned = sorted(rows, key=lambda row: len(row[0]) + len(row[1][0]))[:: -(-len(rows) // (TRAINED * at_once))]
-    training, _ = _timed(lambda: _train(model, tokenizer, learned, at_once, hardware.gradient_checkpointing))
+
+    def train(some: list) -> None:
+        _train(model, tokenizer, some, at_once, hardware.gradient_checkpointing)
+
+    training, _ = _timed(lambda: train(learned), lambda: train(learned[:at_once]))
     read, made = sum(map(len, heads)), sum(len(one.token_ids) for group in drawn for one in group)
     # A token that is read takes no longer than one that is drawn, whatever a busy machine says.
     reading = min(reading, both * read / (read + made))
@@ -434,9 +442,9 @@ def _train(model, tokenizer, rows: list, at_once: int, gradient_checkpointing: b
     model.eval()
 
 
-def _timed(action: Callable[[], object]) -> tuple[float, object]:
-    """(seconds of the second time, what it gave)"""
-    action()
+def _timed(action: Callable[[], object], before: Callable[[], object] = lambda: None) -> tuple[float, object]:
+    """(seconds, what it gave); `before` warms up."""
+    before()
     started = _clock()
     result = action()
     return _clock() - started, result
