@@ -35,6 +35,7 @@ from smlib.learning.rows import Pair, Rationale
 from smlib.problems import steps
 from smlib.reports import evaluation, results
 from smlib.reports.results import MEAN
+from smlib.reports.wording import with_interval
 from smlib.runs import questions, self_motivated, shared
 from smlib.runs.settings import Settings, preset
 
@@ -238,6 +239,25 @@ def of_seed(settings: Settings, run: Path) -> list[dict]:
     return rows_of(settings.seed, values, costs, tasks)
 
 
+def markdown(rows: Sequence[dict]) -> str:
+    """The table of docs/results.md, from the rows over seeds: shares and differences in percent, means over tasks."""
+    found = {(row["method"], row["metric"]): row for row in rows if row["seed"] == "all" and row["task"] == MEAN}
+
+    def percent(method: str, metric: str) -> str:
+        numbers = [100 * float(found[method, metric][name]) for name in ("value", "low", "high")]
+        return with_interval(*numbers, " minus " in method)
+
+    heads = [*SHARES, "greedy, minus SFT on r+", "tokens", "drawn, thousands", "seconds", "gold answers"]
+    lines = [f"| method | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name, neighbour in NEIGHBOURS.items():
+        cells = [percent(name, metric) for metric in SHARES]
+        cells.append("" if name == "SFT on r+" else percent(f"{name} minus SFT on r+", "greedy"))
+        tokens, drawn, seconds = (float(found[name, metric]["value"]) for metric in ("tokens", "drawn", "seconds"))
+        cells += [f"{tokens:.0f}", f"{drawn / 1000:,.0f}", f"{seconds:,.0f}", neighbour.gold]
+        lines.append(f"| {name} ({neighbour.paper}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
@@ -254,6 +274,8 @@ def main() -> None:
         settings = controls.asking(preset(args.preset, "all", seed), args.questions)
         rows += of_seed(settings, shared.run_folder("", args.preset, "all", seed))
         write(rows + controls.over_seeds(rows, COLUMNS), COLUMNS, args.out)
+    if pooled := controls.over_seeds(rows, COLUMNS):
+        print(f"\n{markdown(pooled)}")
 
 
 if __name__ == "__main__":

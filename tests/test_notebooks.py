@@ -36,7 +36,7 @@ def outputs(notebook):
 
 def test_the_notebooks_exist():
     main_line = ["00_start_here", "01_sampling", "02_ranking", "03_reward_model", "04_ppo", "05_evaluation"]
-    assert [path.stem for path in PATHS] == [*main_line, "06_self_explore", "08_on_a_gpu"]
+    assert [path.stem for path in PATHS] == [*main_line, "06_self_explore", "07_beyond", "08_on_a_gpu"]
 
 
 def test_it_is_a_valid_notebook_of_readable_length(notebook):
@@ -213,6 +213,21 @@ def test_notebook_06_shows_the_report_of_the_results():
     for (task, *shares, rationales), (_, wanted) in zip(rows, table.iterrows(), strict=True):
         assert (task, int(rationales)) == (wanted["dataset"].replace("_", " "), wanted["rationales"])
         assert [float(share) for share in shares] == in_percent(*wanted[["exact", "early", "late", "none"]])
+
+
+def test_notebook_07_shows_the_methods_of_the_results():
+    """Every method of the table has its line, with the means over seeds."""
+    rows = [row for number in ("table(rewards)", "table([") for [part] in [shown("07", number)] for row in part]
+    table = made("neighbours")
+    table = table[(table["seed"] == "all") & (table["task"] == "mean of tasks")].set_index(["method", "metric"])
+    assert {row[0] for row in rows} == {method for method, _ in table.index if " minus " not in method}
+    for method, *shares, tokens, minutes, _ in rows:
+        for metric, share in zip(("avg@8", "greedy", "sound@8"), shares, strict=True):
+            wanted = table.loc[method, metric]
+            found = [float(number) for number in re.findall(r"[\d.]+", share)]
+            assert found == in_percent(wanted["value"], wanted["low"], wanted["high"])
+        assert float(tokens) == pytest.approx(table.loc[(method, "tokens"), "value"], abs=0.51)
+        assert float(minutes) == pytest.approx(table.loc[(method, "seconds"), "value"] / 60, abs=0.51)
 
 
 def test_notebook_08_shows_the_memory_of_the_results():

@@ -144,6 +144,11 @@ def test_the_table_of_the_bases_is_that_of_the_results():
     assert bases.markdown(rows) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
+def test_the_table_of_related_work_is_that_of_the_results():
+    neighbours, rows = benchmark("neighbours")
+    assert neighbours.markdown(rows) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
 def test_the_table_of_the_rounds_is_that_of_the_results():
     rounds, rows = benchmark("rounds")
     assert rounds.markdown(rows, 3) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
