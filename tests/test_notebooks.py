@@ -217,7 +217,7 @@ def test_notebook_06_shows_the_report_of_the_results():
 
 def test_notebook_07_shows_the_methods_of_the_results():
     """Every method of the table has its line, with the means over seeds."""
-    rows = [row for number in ("table(rewards)", "table([") for [part] in [shown("07", number)] for row in part]
+    rows = [row for source in ("table(rewards)", "table([") for part in shown("07", source) for row in part]
     table = made("neighbours")
     table = table[(table["seed"] == "all") & (table["task"] == "mean of tasks")].set_index(["method", "metric"])
     assert {row[0] for row in rows} == {method for method, _ in table.index if " minus " not in method}

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from smlib.ppo.settings import PPOSettings
 from smlib.sampling import devices
-from smlib.sampling.devices import process_state
 from smlib.sampling.packing import CONTINUATIONS_PER_ROW, group_size, pack, pad_right
 from smlib.sampling.params import Sample
 
@@ -107,12 +106,12 @@ def micro_batches(rows: Tensor, micro_batch: int) -> tuple[Tensor, ...]:
 
 def local_share(rows: list) -> list:
     """This process's share of a list: neighbours, in the order of the processes."""
-    state = process_state()
+    state = devices.process_state()
     each = len(rows) // state.num_processes
     return rows[state.process_index * each :][:each]
 
 
 def local_part() -> slice:
     """This process's share of a minibatch whose groups are sorted by length: every n-th, for equal work."""
-    state = process_state()
+    state = devices.process_state()
     return slice(state.process_index, None, state.num_processes)

@@ -28,3 +28,9 @@ def with_interval(value: float, low: float, high: float, signed: bool = False) -
 def clear(low: float, high: float) -> bool:
     """Whether an interval of a difference leaves out zero."""
     return low > 0 or high < 0
+
+
+def judged(value: float, low: float, high: float) -> str:
+    """A change in points with its interval, and whether it is not significant."""
+    points = f"{with_interval(value, low, high, signed=True)} points"
+    return points if clear(low, high) else f"{points} (not significant)"
