@@ -128,6 +128,20 @@ def test_every_cell_shows_what_it_showed_in_kind(smoke, name):
         assert kinds[0] == kinds[1], committed.source
 
 
+# --------------------------------------------------------------------- a base that cannot answer, published questions
+
+
+@with_published
+def test_notebook_01_runs_where_no_sample_states_an_answer(tmp_path):
+    few = {"questions": 4, "samples": 2, "conditioned_questions": 2, "max_new_tokens": 12}
+    options = ["--preset", "smoke", "--task", "single_eq", "--from", "1", "--to", "1"]
+    for name, value in few.items():
+        options += ["--set", f"sampling.{name}={value}"]
+    shown = "".join("".join(outputs(cell).values()) for cell in executed(tmp_path, *options)["01_sampling"])
+    assert not any(row["correct"] for row in require(tmp_path, "01_sampling").read_rows("rationales"))
+    assert "The 16 samples: 16 no answer." in shown and "of the 0 right samples" not in shown
+
+
 # --------------------------------------------------------------------------------- a large model's settings, GSM8K
 
 SEED = 7  # of which some questions of both authors are held out, few as they are

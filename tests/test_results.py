@@ -311,7 +311,7 @@ def test_the_reference_line_stands_under_the_published_sets_alone(tmp_path):
     write_run(tmp_path / "a", settings(), answers(settings(), published=True))
     *generated, published = results.markdown(results.combine([tmp_path / "a"])).split("\n\n")
     assert published.startswith("| greedy, published questions, % | coin flip |")
-    assert "| text-davinci-002, zero-shot | 91.4 |" in published
+    assert "| text-davinci-002, zero-shot CoT | 91.4 |" in published
     assert len(generated) == 2 and "davinci" not in "".join(generated)
 
 

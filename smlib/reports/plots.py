@@ -34,6 +34,7 @@ METHOD_COLOURS = {
     "base": COLOURS["grey"],
     "sft": COLOURS["sky"],
     "sml": COLOURS["blue"],
+    "reward": "#882255",
     "rft": COLOURS["purple"],
     "outcome_dpo": COLOURS["orange"],
     "self_explore": "#332288",
@@ -41,7 +42,7 @@ METHOD_COLOURS = {
 OUTCOME_COLOURS = {
     "right, every step": COLOURS["green"],
     "right, a step wrong": "#F0E442",
-    "right": COLOURS["green"],
+    "right": "#8CCFB0",  # by the answer alone
     "wrong": COLOURS["red"],
     "no answer": "#D0D0D0",
 }  # of `results.outcome`; none is a method's

@@ -308,7 +308,7 @@ def _table(rows: list[dict], labels: dict, pairs: Sequence, title: str, columns:
     sets = [test_set for test_set, _ in columns.values()]
     if is_published(sets[0]):
         known = [evaluation.TEXT_DAVINCI_002[name.removesuffix(PUBLISHED)] for name in sets]
-        lines.append(line("text-davinci-002, zero-shot", [f"{value:.1f}" for value in known]))
+        lines.append(line("text-davinci-002, zero-shot CoT", [f"{value:.1f}" for value in known]))
     for better, worse in pairs:
         found = [cells[f"{better} - {worse}", *place] for place in columns.values()]
         label = f"{labels[better]} minus {labels[worse]}"
