@@ -13,3 +13,9 @@ def test_a_change_whose_interval_includes_zero_is_not_significant():
     assert wording.judged(-7.7, -11.2, -4.1) == "-7.7 [-11.2, -4.1] points"
     assert wording.judged(0.3, -2.7, 3.4) == "+0.3 [-2.7, +3.4] points (not significant)"
     assert wording.judged(0.3, 0.0, 0.6).endswith("(not significant)")
+
+
+def test_tasks_are_named_as_in_a_sentence():
+    assert wording.named([]) == "none"
+    assert wording.named(["coin_flip"]) == "coin flip"
+    assert wording.named(["coin_flip", "svamp", "last_letters"]) == "coin flip, svamp and last letters"

@@ -1,5 +1,7 @@
 """Sentences that a notebook makes from its numbers, so that no text claims what the run does not show."""
 
+from collections.abc import Sequence
+
 from smlib.errors import of_extra
 
 with of_extra("notebooks"):
@@ -34,3 +36,9 @@ def judged(value: float, low: float, high: float) -> str:
     """A change in points with its interval, and whether it is not significant."""
     points = f"{with_interval(value, low, high, signed=True)} points"
     return points if clear(low, high) else f"{points} (not significant)"
+
+
+def named(names: Sequence[str]) -> str:
+    """Names of tasks in a sentence: "coin flip, last letters and svamp"; "none" where there is none."""
+    shown = [name.replace("_", " ") for name in names]
+    return " and ".join([", ".join(shown[:-1])] * (len(shown) > 1) + shown[-1:]) or "none"
