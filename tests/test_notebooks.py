@@ -188,7 +188,8 @@ def test_notebook_03_shows_the_table_of_held_out_pairs():
     [rows] = shown("03", "reward_model.csv")
     table = made("reward_model")
     assert len(rows) == table.groupby(["author", "source"]).ngroups
-    for _, author, source, right, low, high, before, pairs in rows:
+    for _, author, source, interval, before, pairs in rows:
+        right, low, high = re.findall(r"[\d.]+", interval)
         part = table[(table["author"] == author) & (table["source"] == source)]
         assert int(pairs) == part["pairs"].sum() and float(low) < float(right) < float(high)
         for cell, column in ((right, "ranked right (%)"), (before, "before training (%)")):
